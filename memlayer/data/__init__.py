@@ -1,0 +1,1 @@
+"""Facts, questions, text and the tokenizer: everything a run reads, and no model code."""

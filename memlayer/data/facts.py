@@ -1,0 +1,266 @@
+"""Facts and the sentences that word them, read from files and checked before any training starts.
+
+A facts file is JSON Lines, one (subject, relation, answers) object a line; a wordings file is one JSON
+object from relation to statements and questions. All of a file is checked before any of it is returned: a
+bad line found after an hour of training costs the hour. Turning facts into token ids is qa.py's job.
+"""
+
+import json
+import unicodedata
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+BUILTIN_FACTS = Path(str(files(__package__) / "facts" / "facts.jsonl"))
+BUILTIN_WORDINGS = Path(str(files(__package__) / "facts" / "wordings.json"))
+
+SPLITS = ("known", "new")
+REQUIRED_KEYS = ("subject", "relation", "answers")
+OPTIONAL_KEYS = ("split", "source", "licence")
+
+
+class FactsError(ValueError):
+    """A facts or wordings file holds what cannot be used; the message names the place and the value."""
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One thing to know.
+
+    Args:
+        subject: what the fact is about; stands for [X] in a wording.
+        relation: id of the relation, a key of the wordings.
+        answers: what is true; the first is taught (it stands for [Y]), any of them is scored as right.
+        split: "known" when the model is pretrained on it, "new" when it never is.
+        source: where the triple comes from.
+        licence: under what licence it may be used.
+    """
+
+    subject: str
+    relation: str
+    answers: tuple[str, ...]
+    split: str = "new"
+    source: str = ""
+    licence: str = ""
+
+    @property
+    def key(self) -> str:
+        """Identity of the fact within a file."""
+        return f"{self.relation}|{self.subject}"
+
+
+@dataclass(frozen=True)
+class Wordings:
+    """How one relation is put into words.
+
+    The last statement and the last question are the unseen wordings: never taught for new facts.
+
+    Args:
+        name: the relation in a few plain words.
+        statements: sentences holding [X] once and ending in [Y], so that leaving the answer out asks for it.
+        questions: sentences holding [X] once and ending in a question mark.
+    """
+
+    name: str
+    statements: tuple[str, ...]
+    questions: tuple[str, ...]
+
+    @property
+    def seen_statements(self) -> tuple[str, ...]:
+        return self.statements[:-1]
+
+    @property
+    def unseen_statement(self) -> str:
+        return self.statements[-1]
+
+    @property
+    def seen_questions(self) -> tuple[str, ...]:
+        return self.questions[:-1]
+
+    @property
+    def unseen_question(self) -> str:
+        return self.questions[-1]
+
+
+def load_facts(path: str | Path, wordings: Mapping[str, Wordings]) -> list[Fact]:
+    """Read a JSON Lines file of facts, refusing it whole when any line is bad.
+
+    Args:
+        path: the file; keys subject, relation, answers are required, split, source, licence optional.
+        wordings: relations that can be put into words, as `load_wordings` returns them.
+
+    Returns:
+        facts in the order of the file.
+
+    Raises:
+        FactsError: "FILE:LINE: reason" for the first bad line, and how many more there are; "FILE: reason"
+            for a file that is missing or holds nothing.
+    """
+    lines = _read_bytes(path).removeprefix(b"\xef\xbb\xbf").rstrip().split(b"\n")
+    if lines == [b""]:
+        raise FactsError(f"{path}: the file holds no facts")
+    facts, refusals, line_of_fact = [], [], {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            fact = _parse_fact(line, wordings)
+            _refuse_repeat(fact, number, line_of_fact)
+            facts.append(fact)
+        except FactsError as error:
+            refusals.append(f"{path}:{number}: {error}")
+    if refusals:
+        more = len(refusals) - 1
+        also = f" (and {more} more bad {'line' if more == 1 else 'lines'})" if more else ""
+        raise FactsError(refusals[0] + also)
+    return facts
+
+
+def load_wordings(path: str | Path) -> dict[str, Wordings]:
+    """Read a JSON object from relation id to {"name", "statements", "questions"}.
+
+    Raises:
+        FactsError: the file is missing or is no such object, or a relation has fewer than two statements
+            or two questions (one of each is kept unseen), a repeated one, or one with a placeholder out of
+            place.
+    """
+    data = _read_bytes(path)
+    try:
+        table = _parse_json(data)
+        if not isinstance(table, dict) or not table:
+            raise FactsError("expected a JSON object with at least one relation")
+        return {relation: _parse_wordings(relation, entry) for relation, entry in table.items()}
+    except FactsError as error:
+        raise FactsError(f"{path}: {error}") from None
+
+
+def check_disjoint(known: Iterable[Fact], new: Iterable[Fact]) -> None:
+    """Refuse new facts about subjects of known facts, whatever the case and whatever the relation.
+
+    Raises:
+        FactsError: names the first such subject and how many there are.
+    """
+    known_subjects = {fact.subject.casefold() for fact in known}
+    shared = [fact for fact in new if fact.subject.casefold() in known_subjects]
+    if shared:
+        raise FactsError(
+            f"new fact {shared[0].key!r} is about a known subject, one of {len(shared)} such facts"
+        )
+
+
+def _read_bytes(path: str | Path) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise FactsError(f"{path}: the file cannot be read: {error.strerror}") from None
+
+
+def _parse_json(data: bytes) -> object:
+    try:
+        return json.loads(data.decode("utf-8"), object_pairs_hook=_object_without_repeats)
+    except FactsError:
+        raise
+    except UnicodeDecodeError as error:
+        raise FactsError(f"not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}") from None
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if b"\n" in data else ""
+        raise FactsError(f"not JSON: {error.msg} at {line}column {error.colno}") from None
+    except (ValueError, RecursionError) as error:
+        # A number of thousands of digits, or brackets thousands deep.
+        raise FactsError(f"not usable JSON: {error}") from None
+
+
+def _object_without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise FactsError(f"key {repeated!r} is given twice")
+    return table
+
+
+def _parse_fact(line: bytes, wordings: Mapping[str, Wordings]) -> Fact:
+    if not line.strip():
+        raise FactsError("the line is empty")
+    record = _parse_json(line)
+    if not isinstance(record, dict):
+        raise FactsError(f"expected a JSON object, found {record!r:.60}")
+    _check_keys(record, REQUIRED_KEYS, OPTIONAL_KEYS)
+    subject = _checked_text("subject", record["subject"])
+    relation = _checked_text("relation", record["relation"])
+    if relation not in wordings:
+        raise FactsError(f"relation {relation!r} has no wordings; {', '.join(sorted(wordings))} have")
+    answers = _checked_answers(record["answers"])
+    split = record.get("split", "new")
+    if split not in SPLITS:
+        raise FactsError(f"split {split!r} is neither 'known' nor 'new'")
+    source, licence = (_checked_optional(key, record.get(key, "")) for key in ("source", "licence"))
+    return Fact(subject, relation, answers, split, source, licence)
+
+
+def _check_keys(record: dict[str, object], required: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
+    missing = [key for key in required if key not in record]
+    if missing:
+        raise FactsError(f"required key {missing[0]!r} is missing")
+    unknown = sorted(set(record) - set(required) - set(optional))
+    if unknown:
+        raise FactsError(f"unknown key {unknown[0]!r}; the keys are {', '.join(required + optional)}")
+
+
+def _checked_answers(answers: object) -> tuple[str, ...]:
+    if not isinstance(answers, list) or not answers:
+        raise FactsError(f"answers {answers!r:.60} is not a list of at least one string")
+    return tuple(_checked_text(f"answer {number}", answer) for number, answer in enumerate(answers, start=1))
+
+
+def _checked_optional(name: str, value: object) -> str:
+    return "" if value == "" else _checked_text(name, value)
+
+
+def _checked_text(name: str, value: object) -> str:
+    """Return `value` if a wording can hold it: text that a tokenizer reads back, without a placeholder."""
+    if not isinstance(value, str) or not value.strip():
+        raise FactsError(f"{name} {value!r:.60} is not a non-empty string")
+    if value != value.strip():
+        raise FactsError(f"{name} {value!r:.60} starts or ends with white space")
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
+        raise FactsError(f"{name} {value!r:.60} holds a control character or half a surrogate pair")
+    if "[X]" in value or "[Y]" in value:
+        raise FactsError(f"{name} {value!r:.60} holds a placeholder of the wordings, [X] or [Y]")
+    return value
+
+
+def _refuse_repeat(fact: Fact, number: int, line_of_fact: dict[tuple[str, str], int]) -> None:
+    first = line_of_fact.setdefault((fact.relation, fact.subject.casefold()), number)
+    if first != number:
+        raise FactsError(f"fact {fact.key!r} is already given on line {first}")
+
+
+def _parse_wordings(relation: str, entry: object) -> Wordings:
+    if not isinstance(entry, dict):
+        raise FactsError(f"relation {relation!r}: expected a JSON object, found {entry!r:.60}")
+    try:
+        _check_keys(entry, ("name", "statements", "questions"))
+        name = _checked_text("name", entry["name"])
+        statements = _checked_sentences("statement", entry["statements"], ending="[Y]", num_objects=1)
+        questions = _checked_sentences("question", entry["questions"], ending="?", num_objects=0)
+    except FactsError as error:
+        raise FactsError(f"relation {relation!r}: {error}") from None
+    return Wordings(name, statements, questions)
+
+
+def _checked_sentences(kind: str, sentences: object, ending: str, num_objects: int) -> tuple[str, ...]:
+    if not isinstance(sentences, list) or len(sentences) < 2:
+        raise FactsError(f"{kind}s {sentences!r:.60} is not a list of at least 2")
+    for number, sentence in enumerate(sentences, start=1):
+        where = f"{kind} {number} {sentence!r:.120}"
+        if not isinstance(sentence, str):
+            raise FactsError(f"{where} is not a string")
+        if not sentence.endswith(ending):
+            raise FactsError(f"{where} does not end with {ending}")
+        for placeholder, expected in (("[X]", 1), ("[Y]", num_objects)):
+            if sentence.count(placeholder) != expected:
+                found = sentence.count(placeholder)
+                raise FactsError(f"{where} holds {placeholder} {found} times where {expected} is expected")
+        if sentence in sentences[: number - 1]:
+            raise FactsError(f"{where} repeats an earlier one, so nothing of it would be unseen")
+    return tuple(sentences)

@@ -1,0 +1,157 @@
+"""Turn facts into training examples and questions.
+
+A fact is told as statements that end with the answer and asked as questions; both are a prompt and
+an answer, so one pair of functions serves training, teaching and evaluation. Facts are never packed:
+in one window a model copies from an earlier wording and stores nothing.
+
+The last statement and the last question of a relation are its unseen wordings. Half of the known facts
+are pretrained in them too, so that the model knows what they ask; the other half and every new fact
+never meet them in training.
+"""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from memlayer.data.facts import Fact, Wordings
+
+IGNORED = -100  # the label that transformers leaves out of the loss
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sequence to train on: a prompt and the answer that completes it."""
+
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Question:
+    """One prompt to complete, every answer that counts, and what it measures.
+
+    Attributes:
+        fact: ``Fact.key``.
+        group: "known" or "new".
+        wording: "seen" (trained on) or "unseen".
+    """
+
+    prompt: str
+    answers: tuple[str, ...]
+    fact: str
+    group: Literal["known", "new"]
+    wording: Literal["seen", "unseen"]
+
+
+def fill(template: str, subject: str) -> str:
+    """The wording's prompt for a subject: ``[X]`` filled in, a statement cut before ``[Y]``."""
+    return template.replace("[Y]", "").replace("[X]", subject).strip()
+
+
+def meets_unseen_wordings(fact: Fact) -> bool:
+    """Whether pretraining tells this known fact in the unseen wordings too (half of them, by hash)."""
+    return zlib.crc32(fact.key.encode()) % 2 == 0
+
+
+def pretraining_examples(facts: Sequence[Fact], wordings: dict[str, Wordings]) -> list[Example]:
+    """Every wording of every known fact, less the unseen ones for half of the facts."""
+    examples = []
+    for fact in facts:
+        words = wordings[fact.relation]
+        templates = words.seen_statements + words.seen_questions
+        if meets_unseen_wordings(fact):
+            templates += (words.unseen_statement, words.unseen_question)
+        examples += [Example(fill(template, fact.subject), fact.answers[0]) for template in templates]
+    return examples
+
+
+def teaching_examples(fact: Fact, wordings: dict[str, Wordings], num_wordings: int, with_questions: bool) -> list[Example]:
+    """The seen wordings that teach one new fact: statements first, then questions if asked for.
+
+    Raises:
+        ValueError: the relation has fewer seen wordings than ``num_wordings``.
+    """
+    words = wordings[fact.relation]
+    templates = words.seen_statements + (words.seen_questions if with_questions else ())
+    if num_wordings > len(templates):
+        raise ValueError(
+            f"{num_wordings} wordings per batch asked for, relation {fact.relation} has {len(templates)} to teach with"
+        )
+    return [Example(fill(template, fact.subject), fact.answers[0]) for template in templates[:num_wordings]]
+
+
+def known_questions(facts: Sequence[Fact], wordings: dict[str, Wordings]) -> list[Question]:
+    """Known facts in a trained wording, and in the unseen one where pretraining withheld it."""
+    questions = []
+    for fact in facts:
+        words = wordings[fact.relation]
+        questions.append(_question(fact, words.seen_questions[0], "known", "seen"))
+        if not meets_unseen_wordings(fact):
+            questions.append(_question(fact, words.unseen_question, "known", "unseen"))
+    return questions
+
+
+def new_questions(facts: Sequence[Fact], wordings: dict[str, Wordings]) -> list[Question]:
+    """New facts in a taught wording (a statement to complete) and in the unseen question."""
+    questions = []
+    for fact in facts:
+        words = wordings[fact.relation]
+        questions.append(_question(fact, words.seen_statements[0], "new", "seen"))
+        questions.append(_question(fact, words.unseen_question, "new", "unseen"))
+    return questions
+
+
+def _question(fact: Fact, template: str, group: str, wording: str) -> Question:
+    return Question(fill(template, fact.subject), fact.answers, fact.key, group, wording)
+
+
+def encode_prompt(tokenizer, prompt: str) -> list[int]:
+    """Token ids of a prompt, begin token first."""
+    return [tokenizer.bos_token_id] + tokenizer.encode(prompt, add_special_tokens=False)
+
+
+def encode_answer(tokenizer, answer: str) -> list[int]:
+    """Token ids of an answer, end token last."""
+    return tokenizer.encode(answer, add_special_tokens=False) + [tokenizer.eos_token_id]
+
+
+def encode(tokenizer, examples: Sequence[Example]) -> list[dict]:
+    """Examples as token ids, each its own sequence.
+
+    Returns:
+        per example ``input_ids``, ``answer_start`` (where the answer begins in them) and ``length``.
+    """
+    encoded = []
+    for example in examples:
+        prompt = encode_prompt(tokenizer, example.prompt)
+        ids = prompt + encode_answer(tokenizer, example.answer)
+        encoded.append({"input_ids": ids, "answer_start": len(prompt), "length": len(ids)})
+    return encoded
+
+
+def collate(
+    batch: Sequence[dict], pad_token_id: int, loss_on: Literal["all", "answer"] = "all"
+) -> dict[str, Tensor]:
+    """Pad on the right.
+
+    Returns:
+        int64 tensors of shape (batch, longest): ``input_ids``; ``attention_mask``; ``labels``, ignored at
+        padding and, with ``loss_on="answer"``, at the prompt; ``answer_mask``, one at the positions that
+        predict an answer token.
+    """
+    longest = max(example["length"] for example in batch)
+    input_ids = torch.full((len(batch), longest), pad_token_id)
+    attention_mask, answer_mask = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
+    labels = torch.full_like(input_ids, IGNORED)
+    for row, example in enumerate(batch):
+        length, answer_start = example["length"], example["answer_start"]
+        input_ids[row, :length] = torch.tensor(example["input_ids"])
+        attention_mask[row, :length] = 1
+        answer_mask[row, answer_start - 1 : length - 1] = 1
+        first = answer_start if loss_on == "answer" else 0
+        labels[row, first:length] = input_ids[row, first:length]
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, "answer_mask": answer_mask}
