@@ -1,0 +1,131 @@
+"""The lookup and its gradients on CPUs, from torch's own fast primitives.
+
+Trades: embedding_bag is used for both weighted sums (rows into tokens, tokens into rows) because it
+prefetches, and the weight gradient runs in order of slots rather than of tokens because the small
+matrix (tokens) then stays in cache while the large one (values) is read once. float32 and float64 run
+at full speed; bfloat16 and float16 are converted a block of rows at a time and summed in float32. The
+GPU side of the same three functions is gather.py and scatter.py.
+
+Shapes: T tokens, N slots, K slots read, V value width, M reads, U distinct slots, S segments.
+"""
+
+import mmap
+import warnings
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .reads import SortedReads, all_segments, distinct_segments
+
+# Torch says so once per process for any CSR tensor; nothing here depends on what may change.
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta", category=UserWarning)
+
+# A block of rows stays in cache between being written and being read. Smaller ones would fit better,
+# but each costs two parallel regions, in which threads wait for each other.
+BLOCK_BYTES = 4 << 20
+# Larger allocations come fresh from the system; touching them for the first time by 4 KB pages costs
+# 25 ms per 64 MB.
+LARGE_BYTES = 32 << 20
+
+
+def weighted_sum(values_NV: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """reads_TV[t] = sum over k of weights[t, k] * values[slots[t, k]], in the dtype of the values."""
+    if values_NV.dtype in (torch.float32, torch.float64):
+        return _bags(values_NV, slots_TK, weights_TK)
+    reads_TV = values_NV.new_empty(slots_TK.shape[0], values_NV.shape[1])
+    top_k = slots_TK.shape[1]
+    for start, end in _blocks(slots_TK.shape[0], top_k * values_NV.shape[1] * 4):
+        slots_M = slots_TK[start:end].flatten()
+        rows_MV = values_NV.index_select(0, slots_M).float()
+        local_BK = torch.arange(slots_M.numel()).view(-1, top_k)
+        reads_TV[start:end] = _bags(rows_MV, local_BK, weights_TK[start:end])
+    return reads_TV
+
+
+def segment_sums(
+    grad_TV: Tensor, reads: SortedReads, weights_M: Tensor, bounds_S1: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """sums_SV[s] = sum over the reads m of segment s of weights[m] * grad[tokens[m]].
+
+    Args:
+        grad_TV: gradient of what each token read.
+        reads: sorted reads.
+        weights_M: weight of each sorted read.
+        bounds_S1: where each segment begins and the last one ends; a segment may be empty.
+        dtype: of the result; sums are taken in float32 or better.
+    """
+    grad_TV = _compute(grad_TV)
+    num_segments = bounds_S1.numel() - 1
+    sums_SV = empty_rows(num_segments, grad_TV.shape[1], dtype)
+    for start, end in _blocks(num_segments, grad_TV.shape[1] * grad_TV.element_size()):
+        first, last = bounds_S1[start].item(), bounds_S1[end].item()
+        sums_SV[start:end] = F.embedding_bag(
+            reads.tokens_M[first:last],
+            grad_TV,
+            offsets=bounds_S1[start:end] - first,
+            mode="sum",
+            per_sample_weights=weights_M[first:last].to(grad_TV.dtype),
+        )
+    return sums_SV
+
+
+def read_products(grad_TV: Tensor, values_NV: Tensor, reads: SortedReads) -> Tensor:
+    """products_M[reads[m]] = <grad[tokens[m]], values[slots[m]]>, float32 (float64 for float64 values)."""
+    grad_TV = _compute(grad_TV)
+    num_slots, num_reads = values_NV.shape[0], reads.reads_M.numel()
+    if num_slots <= num_reads and values_NV.dtype == grad_TV.dtype:
+        # Most slots are read, so the table serves as it is; else the rows in use are picked out block
+        # by block.
+        bounds_N1 = all_segments(reads.labels_M, num_slots)
+        sorted_M = _sampled_products(_compute(values_NV), grad_TV, bounds_N1, reads.tokens_M)
+    else:
+        sorted_M = grad_TV.new_empty(num_reads)
+        slots_U, bounds_U1 = distinct_segments(reads.labels_M)
+        for start, end in _blocks(slots_U.numel(), grad_TV.shape[1] * grad_TV.element_size()):
+            first, last = bounds_U1[start].item(), bounds_U1[end].item()
+            rows_BV = _compute(values_NV.index_select(0, slots_U[start:end]))
+            bounds_B1 = bounds_U1[start : end + 1] - first
+            sorted_M[first:last] = _sampled_products(rows_BV, grad_TV, bounds_B1, reads.tokens_M[first:last])
+    return torch.empty_like(sorted_M).index_copy_(0, reads.reads_M, sorted_M)
+
+
+def _sampled_products(rows_BV: Tensor, grad_TV: Tensor, bounds_B1: Tensor, tokens_M: Tensor) -> Tensor:
+    """products_M[m] = <rows[b], grad[tokens[m]]> for every m from bounds[b] to bounds[b + 1]."""
+    size = (rows_BV.shape[0], grad_TV.shape[0])
+    if tokens_M.numel() > size[0] * size[1]:
+        # More reads than pairs of a row and a token, which a sparse matrix cannot hold: all pairs are few.
+        row_M = torch.arange(size[0]).repeat_interleave(bounds_B1.diff())
+        return (rows_BV @ grad_TV.t())[row_M, tokens_M]
+    unset_M = grad_TV.new_zeros(tokens_M.numel())
+    wanted_BT = torch.sparse_csr_tensor(bounds_B1, tokens_M, unset_M, size=size, check_invariants=False)
+    return torch.sparse.sampled_addmm(wanted_BT, rows_BV, grad_TV.t(), beta=0.0).values()
+
+
+def empty_rows(num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Uninitialised (num_rows, width) memory, on huge pages where it is large and the system has them."""
+    num_bytes = num_rows * width * dtype.itemsize
+    if num_bytes <= LARGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(num_rows, width, dtype=dtype)
+    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype).view(num_rows, width)
+
+
+def _bags(values_NV: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    # Detached: embedding_bag prepares for a backward of its own wherever it sees a parameter.
+    weights_TK = weights_TK.detach().to(values_NV.dtype)
+    return F.embedding_bag(slots_TK, values_NV.detach(), mode="sum", per_sample_weights=weights_TK)
+
+
+def _compute(tensor: Tensor) -> Tensor:
+    """Contiguous, in the dtype that sums are taken in, and of no concern to autograd."""
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32)).contiguous()
+
+
+def _blocks(num_rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
+    """Ranges of rows of about BLOCK_BYTES each."""
+    step = max(1, BLOCK_BYTES // max(1, row_bytes))
+    for start in range(0, num_rows, step):
+        yield start, min(start + step, num_rows)

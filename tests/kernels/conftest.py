@@ -1,0 +1,26 @@
+"""Triton runs under its interpreter where there is no GPU, and every torch.empty is filled with NaN first."""
+
+import os
+
+import pytest
+import torch
+
+# Triton decides when it is imported, so this stands before any import of it.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture
+def device():
+    """Where Triton kernels are tested: a GPU if there is one, else the CPU under the interpreter."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """An output that is not written in full shows as NaN."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
