@@ -12,7 +12,7 @@ help:  ## print this list
 
 $(STAMP): setup.cfg constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-		|| { echo "memlayer needs Python 3.11 or newer, $(PYTHON) is older: make PYTHON=/path/to/python3.11 ..."; exit 1; }
+		|| { echo "memlayer needs Python 3.11 or newer, $(PYTHON) is older or missing: make PYTHON=/path/to/python3.11 ..."; exit 1; }
 	@echo "Building $(VENV) with torch, transformers and the test tools: about 2 minutes plus the download."
 	@$(PYTHON) -m venv --clear $(VENV)
 	@$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[test,track]"
@@ -26,16 +26,16 @@ demo-full: $(STAMP)  ## the demo over 3 seeds: the figures of the README
 	@$(PY) demo.py --full
 
 test: $(STAMP)  ## every test that is quick and needs no GPU
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 -m "not slow and not gpu"
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadgroup -m "not slow and not gpu"
 
 test-all: $(STAMP)  ## slow tests too, and GPU tests where there is a GPU
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadgroup
 
 lint: $(STAMP)  ## ruff
 	@$(PY) -m ruff check .
 
 bench: test  ## the benchmarks, only when the tests pass
-	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(PY) "$$script"; done
+	@set -e; for script in $$(grep -l __main__ benchmarks/*.py); do echo "== $$script"; $(PY) "$$script"; done
 
 clean:  ## remove the environment, builds and caches, never what runs wrote
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,166 @@
+"""Ask a causal language model questions and score what it writes.
+
+Greedy generation is scored as strings; the answer's negative log likelihood is scored beside it, because
+it moves before the first string turns right. Both use the tokens of memlayer.data.qa, the ones that
+training uses. Prompts are batched by length, so that little is spent on padding, and answers come back in
+the order of the questions.
+
+Left out: sampling, beams and letting a model answer at length.
+
+Shapes: B questions of a batch, L longest sequence, A longest answer, C vocabulary.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from memlayer.data.qa import Question, encode_answer, encode_prompt
+from memlayer.evaluation.answers import exact_match, token_f1
+
+IGNORED = -100  # the target that cross_entropy leaves out
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A question with what the model made of it.
+
+    Attributes:
+        nll: negative log likelihood of the first answer, end token included, in nats per token.
+    """
+
+    question: Question
+    prediction: str
+    exact_match: bool
+    f1: float
+    nll: float
+
+
+def answer_questions(
+    model,
+    tokenizer,
+    questions: Sequence[Question],
+    *,
+    batch_size: int = 256,
+    max_new_tokens: int = 16,
+    progress: Callable[[int], object] | None = None,
+) -> list[Answered]:
+    """Answer every question by greedy generation.
+
+    Args:
+        model: any transformers causal language model; its mode (train or eval) and tensors are left as found.
+        tokenizer: its tokenizer, with begin and end tokens.
+        batch_size: questions generated together; it changes speed and memory, not answers.
+        max_new_tokens: where an answer without an end token is cut.
+        progress: called after each batch with the number of questions it held, like ``tqdm.update``.
+
+    Returns:
+        One Answered a question, in the order of the questions.
+
+    Raises:
+        ValueError: ``batch_size`` or ``max_new_tokens`` is below 1, or a question has no answer.
+    """
+    _check(questions, batch_size, max_new_tokens)
+    prompts = [encode_prompt(tokenizer, question.prompt) for question in questions]
+    order = sorted(range(len(questions)), key=lambda index: len(prompts[index]))
+    answered: dict[int, Answered] = {}
+    with _evaluating(model), torch.no_grad():
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            asked, batch_prompts = [questions[index] for index in batch], [prompts[index] for index in batch]
+            predictions = generate(model, tokenizer, batch_prompts, max_new_tokens)
+            likely = answer_nll(model, batch_prompts, [encode_answer(tokenizer, q.answers[0]) for q in asked])
+            answered |= zip(batch, map(_score, asked, predictions, likely.tolist()))
+            if progress is not None:
+                progress(len(batch))
+    return [answered[index] for index in range(len(questions))]
+
+
+def generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
+    """The likeliest continuation of each prompt, token by token, up to the end token.
+
+    Args:
+        prompts: token ids; padded on the left here, so that all continuations start in one column.
+    """
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    longest = max(map(len, prompts))
+    padded = [[pad] * (longest - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    ids_BL = model.generate(
+        input_ids=torch.tensor(padded, device=model.device),
+        attention_mask=torch.tensor(mask, device=model.device),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        pad_token_id=pad,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    texts = tokenizer.batch_decode(ids_BL[:, longest:], skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+def answer_nll(model, prompts: list[list[int]], answers: list[list[int]]) -> Tensor:
+    """How unlikely each answer is after its prompt, teacher forced.
+
+    Padding is on the right, behind every token that is scored, so no model needs position ids for it.
+
+    Args:
+        prompts: token ids, one list a question, none empty.
+        answers: token ids of one answer a question, end token included.
+
+    Returns:
+        nll_B: float32, mean over the answer's tokens, in nats.
+    """
+    sequences = [prompt + answer for prompt, answer in zip(prompts, answers)]
+    longest = max(map(len, sequences))
+    padded = [ids + [0] * (longest - len(ids)) for ids in sequences]
+    mask = [[1] * len(ids) + [0] * (longest - len(ids)) for ids in sequences]
+    ids_BL, mask_BL = torch.tensor(padded, device=model.device), torch.tensor(mask, device=model.device)
+    first = min(map(len, prompts)) - 1  # the earliest position that predicts an answer token
+    logits_BAC = _logits_from(model, ids_BL, mask_BL, first)[:, :-1].float()
+    targets_BA = torch.full((len(sequences), longest - 1 - first), IGNORED, device=model.device)
+    for row, (prompt, answer) in enumerate(zip(prompts, answers)):
+        start = len(prompt) - 1 - first
+        targets_BA[row, start : start + len(answer)] = torch.tensor(answer, device=model.device)
+    nll_BA = F.cross_entropy(logits_BAC.transpose(1, 2), targets_BA, reduction="none", ignore_index=IGNORED)
+    return nll_BA.sum(1) / (targets_BA != IGNORED).sum(1)
+
+
+def _logits_from(model, ids_BL: Tensor, mask_BL: Tensor, first: int) -> Tensor:
+    """Logits from position ``first`` on; earlier ones are not computed where the model can leave them out."""
+    inputs = {"input_ids": ids_BL, "attention_mask": mask_BL, "use_cache": False}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        return model(**inputs, logits_to_keep=ids_BL.shape[1] - first).logits
+    return model(**inputs).logits[:, first:]
+
+
+def _score(question: Question, prediction: str, nll: float) -> Answered:
+    right, f1 = exact_match(prediction, question.answers), token_f1(prediction, question.answers)
+    return Answered(question, prediction, right, f1, nll)
+
+
+@contextmanager
+def _evaluating(model) -> Iterator[None]:
+    """Evaluation mode for the duration, then every module's own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _check(questions: Sequence[Question], batch_size: int, max_new_tokens: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    for question in questions:
+        if not question.answers:
+            raise ValueError(f"question {question.prompt!r} has no answer to score against")

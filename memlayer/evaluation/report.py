@@ -1,0 +1,233 @@
+"""Write what an experiment found, for machines and for people.
+
+A row is one setting of one method, a flat dict. Scores are shares of questions answered exactly (0 to 1);
+their counterparts with ``_f1`` are mean token F1.
+
+    method, strength       names; ``method`` is CONTROL for the run that changes nothing
+    chosen                 whether validation facts chose this strength
+    seed                   the seed, or ``num_seeds`` (and ``seeds``) for a mean over seeds
+    learning_seen, learning_unseen                         new facts, after
+    known_seen_before, known_seen_after                    known facts, trained wording
+    known_unseen_before, known_unseen_after                known facts, unseen wording
+    the six above with _f1 behind seen or unseen           for example known_seen_f1_before
+    forgetting_seen, forgetting_unseen                     relative drop of the known facts, nan from 0
+    seconds                time of the learning alone
+    parameters_changed     numbers in the model that differ afterwards
+    peak                   peak memory in bytes, or None
+
+A mean over seeds carries each deviation under ``KEY_std``. Other keys are kept in results.json and shown
+nowhere.
+"""
+
+import io
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from memlayer.evaluation.forgetting import drop_in_words, over_seeds, relative_drop
+from memlayer.evaluation.pareto import pareto_figure
+
+CONTROL = "do nothing"
+WORDINGS = ("seen", "unseen")
+WHEN = ("before", "after")
+NUMBERS = (
+    *(f"learning_{wording}{measure}" for wording in WORDINGS for measure in ("", "_f1")),
+    *(f"known_{wording}_{when}" for wording in WORDINGS for when in WHEN),
+    *(f"forgetting_{wording}" for wording in WORDINGS),
+    *(f"known_{wording}_f1_{when}" for wording in WORDINGS for when in WHEN),
+    "seconds",
+    "parameters_changed",
+    "peak",
+)
+REQUIRED = ("method", "strength", "chosen", *NUMBERS)
+
+HEADER = (
+    "method",
+    "strength",
+    "learning, seen wording",
+    "learning, unseen wording",
+    "known facts, trained wording",
+    "known facts, unseen wording",
+    "seconds",
+    "numbers changed",
+    "peak memory",
+)
+NOTES = f"""\
+Scores are shares of questions answered exactly. Learning is measured on new facts, after; forgetting on facts
+known before, relative to the score before. A star marks the strength that validation facts chose; "{CONTROL}"
+is the control. A ± is the standard deviation over seeds."""
+
+
+def result_row(
+    method: str,
+    strength: str,
+    before: Mapping[str, Mapping],
+    after: Mapping[str, Mapping],
+    *,
+    seed: int,
+    seconds: float,
+    parameters_changed: int,
+    peak: int | None = None,
+    chosen: bool = False,
+) -> dict:
+    """A row from the ``forgetting.scores`` of known and new questions before and after learning."""
+    row = {"method": method, "strength": strength, "chosen": chosen, "seed": seed}
+    for wording in WORDINGS:
+        for measure, suffix in (("exact_match", ""), ("f1", "_f1")):
+            row[f"learning_{wording}{suffix}"] = after[f"new_{wording}"][measure]
+            row[f"known_{wording}{suffix}_before"] = before[f"known_{wording}"][measure]
+            row[f"known_{wording}{suffix}_after"] = after[f"known_{wording}"][measure]
+        row[f"forgetting_{wording}"] = relative_drop(*(row[f"known_{wording}_{when}"] for when in WHEN))
+    return row | {"seconds": seconds, "parameters_changed": parameters_changed, "peak": peak}
+
+
+def mean_rows(rows: Iterable[Mapping]) -> list[dict]:
+    """The rows of each method and strength averaged over seeds; chosen if more than half of them are."""
+    settings: dict[tuple[str, str], list] = {}
+    for row in rows:
+        settings.setdefault((row["method"], row["strength"]), []).append(row)
+    return [
+        over_seeds(runs, NUMBERS) | {"chosen": sum(run["chosen"] for run in runs) * 2 > len(runs)}
+        for runs in settings.values()
+    ]
+
+
+def sample(before, after) -> dict:
+    """One line of samples.jsonl from a question answered before and after learning (two ``qa.Answered``)."""
+    question = before.question
+    if question != after.question:
+        raise ValueError(
+            f"a sample is of one question, not {question.prompt!r} and {after.question.prompt!r}"
+        )
+    return {
+        "question": question.prompt,
+        "answers": list(question.answers),
+        "group": question.group,
+        "wording": question.wording,
+        "prediction_before": before.prediction,
+        "prediction_after": after.prediction,
+    }
+
+
+def write_report(
+    folder: str | Path, title: str, rows: Sequence[Mapping], provenance: Mapping, samples: Iterable[Mapping]
+) -> Path:
+    """Write results.json, report.md, samples.jsonl and pareto.png into the folder, replacing earlier ones.
+
+    Each file is written beside its place and then renamed, so that a crash leaves either the old file or the
+    new one. The machine-readable results go first.
+
+    Raises:
+        ValueError: a row lacks a key, or there is no row.
+    """
+    _check(rows)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    results = {"title": title, "rows": list(rows), "provenance": provenance}
+    _replace(folder / "results.json", json.dumps(_without_nan(results), indent=1, allow_nan=False) + "\n")
+    lines = (json.dumps(_without_nan(each), ensure_ascii=False) + "\n" for each in samples)
+    _replace(folder / "samples.jsonl", "".join(lines))
+    _replace(folder / "report.md", _markdown(title, rows, provenance))
+    drawing = io.BytesIO()
+    pareto_figure(title, rows, CONTROL).savefig(drawing, format="png", dpi=150)
+    _replace(folder / "pareto.png", drawing.getvalue())
+    return folder
+
+
+def format_table(rows: Sequence[Mapping]) -> str:
+    """The rows as a plain text table for a terminal; a star marks the chosen strengths.
+
+    Raises:
+        ValueError: a row lacks a key, or there is no row.
+    """
+    _check(rows)
+    header = ("method", "strength", "learns", "unseen", "known facts", "unseen wording", "seconds", "changed")
+    table = [header, *(_cells(row, short=True) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in table]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def _markdown(title: str, rows: Sequence[Mapping], provenance: Mapping) -> str:
+    table = [HEADER, ["---"] * len(HEADER), *([*_cells(row, short=False), _peak(row)] for row in rows)]
+    lines = ["| " + " | ".join(cells) + " |" for cells in table]
+    origin = [f"- {key}: `{json.dumps(_without_nan(provenance[key]))}`" for key in provenance]
+    picture = "![learning against forgetting](pareto.png)"
+    sections = [
+        f"# {title}",
+        "\n".join(lines),
+        NOTES,
+        picture,
+        "## Where the numbers come from",
+        "\n".join(origin),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _cells(row: Mapping, short: bool) -> list[str]:
+    """What the terminal's table and the report share; short leaves out the scores behind each drop."""
+    return [
+        row["method"],
+        row["strength"] + (" *" if row["chosen"] else ""),
+        *(_score(row, f"learning_{wording}") for wording in WORDINGS),
+        *(_forgetting(row, wording, short) for wording in WORDINGS),
+        f"{row['seconds']:.1f}",
+        f"{row['parameters_changed']:,.0f}",
+    ]
+
+
+def _score(row: Mapping, key: str) -> str:
+    return f"{row[key]:.2f}{_deviation(row, key, '.2f')}"
+
+
+def _forgetting(row: Mapping, wording: str, short: bool) -> str:
+    words = drop_in_words(*(row[f"known_{wording}_{when}"] for when in WHEN))
+    headline, bracket, rest = words.partition(" (")
+    headline += _deviation(row, f"forgetting_{wording}", ".1%").replace("%", " %")
+    return headline if short else headline + bracket + rest
+
+
+def _deviation(row: Mapping, key: str, form: str) -> str:
+    """The deviation over seeds behind a number, or nothing where there is none."""
+    deviation = row.get(f"{key}_std")
+    return "" if deviation is None or math.isnan(deviation) else f" ± {deviation:{form}}"
+
+
+def _peak(row: Mapping) -> str:
+    return "not measured" if row["peak"] is None else f"{row['peak'] / 1e6:,.0f} MB"
+
+
+def _check(rows: Sequence[Mapping]) -> None:
+    if not rows:
+        raise ValueError("there are no rows to report")
+    for row in rows:
+        if missing := [key for key in REQUIRED if key not in row]:
+            raise ValueError(f"row {row.get('method')} {row.get('strength')} lacks {', '.join(missing)}")
+
+
+def _without_nan(value):
+    """The same value with None for nan and infinities, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: _without_nan(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _replace(path: Path, content: str | bytes) -> None:
+    """Put the content at the path in one step."""
+    data = content.encode() if isinstance(content, str) else content
+    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(beside, 0o644)
+        os.replace(beside, path)
+    except BaseException:
+        os.unlink(beside)
+        raise

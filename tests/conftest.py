@@ -1,0 +1,42 @@
+"""What holds for every test: no network, one thread, and GPU tests only where there is a GPU."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+OFFLINE = Path(__file__).parent / "offline"
+OFFLINE_SWITCHES = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+
+
+def pytest_configure(config):
+    """Close the network before any test module, or any library it imports, is loaded."""
+    os.environ.update(OFFLINE_SWITCHES)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    python_path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if str(OFFLINE) not in python_path:
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(OFFLINE), *filter(None, python_path)])
+    spec = importlib.util.spec_from_file_location("offline_sockets", OFFLINE / "sitecustomize.py")
+    offline_sockets = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(offline_sockets)
+    offline_sockets.refuse_network()
+
+
+def pytest_collection_modifyitems(items):
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_items:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    """Tests run two at a time, so more threads would only wait for each other."""
+    import torch
+
+    torch.set_num_threads(1)

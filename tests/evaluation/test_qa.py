@@ -1,0 +1,148 @@
+"""Batched generation gives each question, in its own place, the answer it would get alone."""
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from memlayer.data.qa import Question, encode_answer, encode_prompt
+from memlayer.data.tokenizer import train_tokenizer
+from memlayer.evaluation.qa import answer_nll, answer_questions, generate
+
+CITIES = ("Paris", "New York", "Łódź", "Rio de Janeiro")
+PEOPLE = (
+    "Ada Byron",
+    "Bo",
+    "Cy of the Long Hill by the Sea",
+    "Dee Dee Ono",
+    "Eve",
+    "Finn Ó Briain",
+    "Gus",
+    "Hal",
+)
+QUESTIONS = [
+    Question(prompt.format(person), (CITIES[index % 4], "nowhere"), f"born|{person}", "known", wording)
+    for index, person in enumerate(PEOPLE)
+    for prompt, wording in [("Where was {} born?", "seen"), ("{} was born in the city of", "unseen")]
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    text = [f"{question.prompt} {question.answers[0]}" for question in QUESTIONS]
+    return train_tokenizer(text, 340, tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def llama(tokenizer):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+@pytest.fixture(scope="module")
+def gpt2(tokenizer):
+    """A family with learned absolute positions, which padding on the left would shift."""
+    torch.manual_seed(0)
+    size = {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 128, "initializer_range": 0.2}
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **size, **ends))
+
+
+@pytest.fixture(scope="module")
+def overfit(llama, tokenizer):
+    """The Llama trained on these very questions, through the loss that answer_nll reports."""
+    optimizer = torch.optim.AdamW(llama.parameters(), lr=3e-3)
+    prompts = [encode_prompt(tokenizer, question.prompt) for question in QUESTIONS]
+    answers = [encode_answer(tokenizer, question.answers[0]) for question in QUESTIONS]
+    for _ in range(80):
+        optimizer.zero_grad()
+        answer_nll(llama, prompts, answers).mean().backward()
+        optimizer.step()
+    return llama
+
+
+def test_an_overfit_model_answers_everything_it_was_trained_on(overfit, tokenizer):
+    answered = answer_questions(overfit, tokenizer, QUESTIONS)
+    assert [each.prediction for each in answered] == [question.answers[0] for question in QUESTIONS]
+    assert all(each.exact_match and each.f1 == 1.0 and each.nll < 0.1 for each in answered)
+
+
+def test_order_is_kept_whatever_the_batch_size(overfit, tokenizer):
+    for batch_size in (1, 3, 256):
+        answered = answer_questions(overfit, tokenizer, QUESTIONS, batch_size=batch_size)
+        assert [each.question for each in answered] == QUESTIONS
+        assert all(each.exact_match for each in answered)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_batched_answers_equal_answers_one_by_one(family, tokenizer, request):
+    model = request.getfixturevalue(family)
+    batched = answer_questions(model, tokenizer, QUESTIONS)
+    alone = [answer_questions(model, tokenizer, [question])[0] for question in QUESTIONS]
+    assert [each.prediction for each in batched] == [each.prediction for each in alone]
+    # float32: padding changes the order of sums, no more
+    assert [each.nll for each in batched] == pytest.approx([each.nll for each in alone], rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_generation_equals_taking_the_likeliest_token_by_hand(family, tokenizer, request):
+    model = request.getfixturevalue(family).eval()
+    prompts = [encode_prompt(tokenizer, question.prompt) for question in QUESTIONS[:4]]
+    expected = []
+    for prompt in prompts:
+        ids = list(prompt)
+        while len(ids) < len(prompt) + 6 and (len(ids) == len(prompt) or ids[-1] != tokenizer.eos_token_id):
+            ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+        expected.append(tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip())
+    assert generate(model, tokenizer, prompts, max_new_tokens=6) == expected
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_nll_is_the_mean_over_answer_tokens_in_nats(family, tokenizer, request):
+    model = request.getfixturevalue(family).eval()
+    for answered in answer_questions(model, tokenizer, QUESTIONS):
+        prompt = encode_prompt(tokenizer, answered.question.prompt)
+        answer = encode_answer(tokenizer, answered.question.answers[0])
+        logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 :].double()
+        by_hand = [-logits[i].log_softmax(0)[token].item() for i, token in enumerate(answer)]
+        assert answer[-1] == tokenizer.eos_token_id
+        assert answered.nll == pytest.approx(sum(by_hand) / len(answer), rel=1e-4)  # float32
+
+
+def test_the_model_is_left_as_found(llama, tokenizer):
+    llama.train()
+    llama.model.layers[0].eval()
+    before = {name: tensor.clone() for name, tensor in llama.state_dict().items()}
+    answer_questions(llama, tokenizer, QUESTIONS[:2])
+    assert llama.training
+    assert not llama.model.layers[0].training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in llama.state_dict().items())
+    llama(torch.tensor([[1, 5, 6]])).logits.sum().backward()
+    llama.zero_grad()
+
+
+def test_progress_counts_every_question(llama, tokenizer):
+    seen = []
+    answer_questions(llama, tokenizer, QUESTIONS, batch_size=5, max_new_tokens=1, progress=seen.append)
+    assert seen == [5, 5, 5, 1]
+
+
+def test_no_questions_give_no_answers(llama, tokenizer):
+    assert answer_questions(llama, tokenizer, []) == []
+
+
+def test_what_cannot_be_scored_is_refused(llama, tokenizer):
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        answer_questions(llama, tokenizer, QUESTIONS, batch_size=0)
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
+        answer_questions(llama, tokenizer, QUESTIONS, max_new_tokens=0)
+    with pytest.raises(ValueError, match=r"'Who\?' has no answer"):
+        answer_questions(llama, tokenizer, [Question("Who?", (), "x", "new", "seen")])

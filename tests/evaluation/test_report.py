@@ -1,0 +1,172 @@
+"""A report holds every number it was given and is either the old one or the new one, never half."""
+
+import json
+import math
+import os
+
+import pytest
+from numpy.testing import assert_allclose
+
+from memlayer.data.qa import Question
+from memlayer.evaluation import report
+from memlayer.evaluation.pareto import pareto_figure
+from memlayer.evaluation.qa import Answered
+from memlayer.evaluation.report import CONTROL, format_table, mean_rows, result_row, sample, write_report
+
+PROVENANCE = {"command": "python demo.py", "commit": "abc", "seeds": [0], "config": {"lr": 1e-3}}
+SAMPLES = [
+    {
+        "question": "Where was Łukasz born?",
+        "answers": ["Łódź"],
+        "prediction_before": "",
+        "prediction_after": "Łódź",
+    }
+]
+
+
+def group(right, f1=0.9):
+    return {"n": 10, "exact_match": right, "f1": f1, "nll": 1.0, "stderr": 0.1}
+
+
+def scored(known, new):
+    return {
+        "known_seen": group(known),
+        "known_unseen": group(known / 2),
+        "new_seen": group(new),
+        "new_unseen": group(new / 2),
+    }
+
+
+def row(method="sparse", strength="lr 1", known=0.9, new=0.6, seed=0, known_before=1.0, **more):
+    before, after = scored(known_before, 0.0), scored(known, new)
+    costs = {"seconds": 12.34, "parameters_changed": 25600, "peak": 2_500_000_000}
+    return result_row(method, strength, before, after, seed=seed, **costs | more)
+
+
+ROWS = [
+    row(CONTROL, "-", known=1.0, new=0.0, parameters_changed=0, peak=None),
+    row("sparse", "lr 0.5", known=0.96, new=0.5),
+    row("sparse", "lr 1", known=0.9, new=0.6, chosen=True),
+    row("full", "lr 1e-4", known=0.4, new=0.6, chosen=True),
+]
+
+
+def test_a_row_takes_each_number_from_its_group():
+    found = row(known=0.8, new=0.6)
+    assert (found["learning_seen"], found["learning_unseen"]) == (0.6, 0.3)
+    assert (found["known_seen_before"], found["known_seen_after"]) == (1.0, 0.8)
+    assert (found["known_unseen_before"], found["known_unseen_after"]) == (0.5, 0.4)
+    assert found["known_unseen_f1_after"] == 0.9
+    assert found["forgetting_seen"] == pytest.approx(0.2)
+    assert set(report.REQUIRED) <= found.keys()
+
+
+def test_the_table_shows_scores_signs_and_the_chosen_strength():
+    lines = format_table(ROWS).splitlines()
+    assert len(lines) == 2 + len(ROWS)
+    assert "unchanged" in lines[2]
+    assert "lr 1 *" in lines[4]
+    assert "forgets 10.0 %" in lines[4]
+    assert "0.60" in lines[4]
+    assert "25,600" in lines[4]
+    assert "forgets 60.0 %" in lines[5]
+
+
+def test_columns_of_the_table_line_up():
+    lines = format_table(ROWS).splitlines()
+    start = lines[0].index("known facts")
+    assert all(line[start - 1] == " " and line[start] != " " for line in lines[2:])
+
+
+def test_mean_rows_average_each_setting_over_its_seeds():
+    settings = [
+        (known, seed, chosen) for known, seed, chosen in [(0.9, 0, True), (0.8, 1, True), (0.7, 2, False)]
+    ]
+    runs = [row(known=known, seed=seed, chosen=chosen) for known, seed, chosen in settings]
+    runs.insert(1, row("full", known=0.5, chosen=False))
+    sparse, full = mean_rows(runs)
+    assert sparse["known_seen_after"] == pytest.approx(0.8)
+    assert sparse["forgetting_seen_std"] == pytest.approx(0.1)
+    assert (sparse["chosen"], sparse["num_seeds"], sparse["seeds"]) == (True, 3, [0, 1, 2])
+    assert (full["num_seeds"], math.isnan(full["forgetting_seen_std"])) == (1, True)
+    assert "forgets 20.0 % ± 10.0 %" in format_table([sparse])
+    assert "±" not in format_table([full])
+
+
+def test_results_and_samples_come_back_as_they_went_in(tmp_path):
+    folder = write_report(tmp_path / "deep" / "report", "Title", ROWS, PROVENANCE, SAMPLES)
+    found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    assert found == {"title": "Title", "rows": ROWS, "provenance": PROVENANCE}
+    lines = (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == SAMPLES
+    assert sorted(os.listdir(folder)) == ["pareto.png", "report.md", "results.json", "samples.jsonl"]
+
+
+def test_the_report_says_the_same_in_words(tmp_path):
+    text = (write_report(tmp_path, "Title", ROWS, PROVENANCE, SAMPLES) / "report.md").read_text(
+        encoding="utf-8"
+    )
+    assert text.startswith("# Title\n")
+    assert "forgets 60.0 % (1.00 -> 0.40)" in text
+    assert "2,500 MB" in text
+    assert "not measured" in text
+    assert '- commit: `"abc"`' in text
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in table} == {len(report.HEADER) + 1}
+
+
+def test_numbers_that_json_lacks_become_null(tmp_path):
+    (undefined,) = mean_rows([row(known_before=0.0)])
+    write_report(tmp_path, "Title", [undefined], PROVENANCE, [])
+    (found,) = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert found["forgetting_seen"] is None
+    assert "undefined: was 0 before" in (tmp_path / "report.md").read_text()
+
+
+def test_the_drawing_shows_every_method_and_marks_chosen_and_control():
+    (axes,) = pareto_figure("Title", ROWS, CONTROL).axes
+    lines = {line.get_label(): line for line in axes.lines}
+    assert_allclose(lines[CONTROL].get_xydata(), [[0, 0]])
+    assert_allclose(lines["sparse"].get_xydata(), [[4, 0.25], [10, 0.3]])
+    assert_allclose(lines["full"].get_xydata(), [[60, 0.3]])
+    assert lines["sparse"].get_color() != lines["full"].get_color()
+    rings = [line.get_xydata()[0] for line in axes.lines if line.get_markeredgecolor() == "black"]
+    assert_allclose(rings, [[10, 0.3], [60, 0.3]])
+
+
+def test_the_picture_is_a_png(tmp_path):
+    picture = write_report(tmp_path, "Title", ROWS, PROVENANCE, []) / "pareto.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_write_that_fails_leaves_the_earlier_report(tmp_path, monkeypatch):
+    write_report(tmp_path, "First", ROWS, PROVENANCE, SAMPLES)
+
+    def full_disk(handle):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        write_report(tmp_path, "Second", ROWS, PROVENANCE, SAMPLES)
+    assert json.loads((tmp_path / "results.json").read_text())["title"] == "First"
+    assert len(os.listdir(tmp_path)) == 4
+
+
+def test_a_row_that_lacks_numbers_is_refused(tmp_path):
+    partial = {key: value for key, value in ROWS[1].items() if key not in ("seconds", "peak")}
+    with pytest.raises(ValueError, match=r"row sparse lr 0\.5 lacks seconds, peak"):
+        write_report(tmp_path, "Title", [partial], PROVENANCE, [])
+    with pytest.raises(ValueError, match="no rows"):
+        format_table([])
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_sample_is_one_question_before_and_after():
+    question = Question("Where?", ("Łódź", "Lodz"), "born|Ada", "new", "unseen")
+    before, after = Answered(question, "Rome", False, 0.0, 3.0), Answered(question, "Łódź", True, 1.0, 0.1)
+    found = sample(before, after)
+    assert (found["question"], found["answers"]) == ("Where?", ["Łódź", "Lodz"])
+    assert (found["prediction_before"], found["prediction_after"]) == ("Rome", "Łódź")
+    other = Answered(Question("Who?", ("x",), "k", "new", "seen"), "", False, 0.0, 1.0)
+    with pytest.raises(ValueError, match=r"'Where\?' and 'Who\?'"):
+        sample(before, other)
