@@ -14,6 +14,8 @@ def pytest_configure(config):
     """Close the network before any test module, or any library it imports, is loaded."""
     os.environ.update(OFFLINE_SWITCHES)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if not _has_gpu():
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, which transformers does
     python_path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     if str(OFFLINE) not in python_path:
         os.environ["PYTHONPATH"] = os.pathsep.join([str(OFFLINE), *filter(None, python_path)])
@@ -23,13 +25,17 @@ def pytest_configure(config):
     offline_sockets.refuse_network()
 
 
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def pytest_collection_modifyitems(items):
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:
         return
-    import torch
-
-    if not torch.cuda.is_available():
+    if not _has_gpu():
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 

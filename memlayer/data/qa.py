@@ -69,7 +69,9 @@ def pretraining_examples(facts: Sequence[Fact], wordings: dict[str, Wordings]) -
     return examples
 
 
-def teaching_examples(fact: Fact, wordings: dict[str, Wordings], num_wordings: int, with_questions: bool) -> list[Example]:
+def teaching_examples(
+    fact: Fact, wordings: dict[str, Wordings], num_wordings: int, with_questions: bool
+) -> list[Example]:
     """The seen wordings that teach one new fact: statements first, then questions if asked for.
 
     Raises:
@@ -154,4 +156,9 @@ def collate(
         answer_mask[row, answer_start - 1 : length - 1] = 1
         first = answer_start if loss_on == "answer" else 0
         labels[row, first:length] = input_ids[row, first:length]
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, "answer_mask": answer_mask}
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "labels": labels,
+        "answer_mask": answer_mask,
+    }

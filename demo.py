@@ -1,0 +1,146 @@
+"""The main job end to end: pretrain a memory model on real facts, teach it new ones, see what it forgot.
+
+    python demo.py            one seed
+    python demo.py --full     three seeds and their mean
+
+Everything goes to runs/demo; what is there already is not done again.
+"""
+
+import argparse
+from pathlib import Path
+
+from tqdm import tqdm
+
+from memlayer import comparison, modeling, recipes
+from memlayer.comparison import Trial
+from memlayer.config import RunConfig, load_config, to_yaml
+from memlayer.evaluation.provenance import provenance
+from memlayer.evaluation.report import CONTROL, format_table, mean_rows, sample, write_report
+from memlayer.patch import MemoryPatch, state_fingerprint
+
+NUM_VALIDATION, NUM_TEST = 50, 100  # new facts taught, one after the other
+KNOWN_VALIDATION, KNOWN_TEST = (0, 400), (400, 1400)  # known facts asked about
+
+# method -> its config and three strengths: a name and what it changes in the config
+METHODS = {
+    "sparse memory": (
+        "configs/learn_sparse_memory.yaml",
+        {f"lr {lr}": [f"learn.learning_rate={lr}"] for lr in (0.5, 1, 2)},
+    ),
+    "sparse memory, as in the paper": (
+        "configs/learn_paper.yaml",
+        {f"lr {lr}": [f"learn.learning_rate={lr}"] for lr in (2, 5, 10)},
+    ),
+    "full finetuning": (
+        "configs/learn_full.yaml",
+        {f"lr {lr}": [f"learn.learning_rate={lr}"] for lr in (1e-4, 3e-4, 1e-3)},
+    ),
+    "LoRA": (
+        "configs/learn_lora.yaml",
+        {f"lr {lr}": [f"learn.learning_rate={lr}"] for lr in (3e-4, 1e-3, 3e-3)},
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--full", action="store_true", help="three seeds instead of one")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/demo"), help="folder to write (%(default)s)"
+    )
+    arguments = parser.parse_args()
+    seeds = (0, 1, 2) if arguments.full else (0,)
+    rows, samples = [], []
+    for seed in seeds:
+        folder = arguments.output / f"seed{seed}"
+        base = pretrained(folder / "base", seed)
+        seed_rows, seed_samples = compare(base, folder, seed)
+        rows, samples = rows + seed_rows, samples + seed_samples
+    title = f"New facts taught to a memory model, {len(seeds)} seed{'s' * (len(seeds) > 1)}"
+    shown = mean_rows(rows) if len(seeds) > 1 else rows
+    report = write_report(arguments.output / "report", title, shown, provenance(seeds, {}), samples)
+    print(
+        f"\n{title}: {NUM_TEST} test facts each, * = strength chosen on {NUM_VALIDATION} validation facts\n"
+    )
+    print(format_table(shown))
+    print(f"\nreport: {report}/report.md, with pareto.png, results.json and samples.jsonl\n")
+    show_revert(arguments.output / "seed0", shown)
+
+
+def pretrained(folder: Path, seed: int) -> RunConfig:
+    """The config of the pretrained model of a seed, pretraining it if it is not there."""
+    config = load_config("configs/pretrain.yaml", [f"output={folder}", f"seed={seed}"])
+    done = folder / "config.yaml"
+    if done.is_file() and done.read_text() == to_yaml(config):
+        print(f"seed {seed}: pretrained model found in {folder}")
+    else:
+        print(f"seed {seed}: pretraining on {len(recipes.facts_of(config).known)} known facts")
+        recipes.pretrain(config)
+    return config
+
+
+def compare(base: RunConfig, folder: Path, seed: int) -> tuple[list[dict], list[dict]]:
+    """Every method at every strength on validation facts and on test facts; rows and samples of the latter."""
+    validation = trials(
+        base, folder / "validation", seed, first_new=0, num_new=NUM_VALIDATION, known=KNOWN_VALIDATION
+    )
+    first_test = NUM_VALIDATION + seed * NUM_TEST  # other facts for every seed
+    test = trials(base, folder / "test", seed, first_new=first_test, num_new=NUM_TEST, known=KNOWN_TEST)
+    with tqdm(total=len(validation + test), desc=f"seed {seed}: teaching and asking", unit="trial") as bar:
+        comparison.run_trials(validation + test, workers=2, progress=lambda trial: bar.update())
+    before = {
+        name: comparison.read_answers(group[0].folder) for name, group in (("v", validation), ("t", test))
+    }
+    chosen = comparison.choose([comparison.row(trial, before["v"]) for trial in validation])
+    rows = [comparison.row(t, before["t"], chosen=chosen[t.method] == t.strength) for t in test]
+    best = next(t for t in test if t.method == "sparse memory" and chosen[t.method] == t.strength)
+    after = comparison.read_answers(best.folder)
+    return rows, [sample(*pair) | {"seed": seed} for pair in zip(before["t"], after, strict=True)]
+
+
+def trials(
+    base: RunConfig, folder: Path, seed: int, first_new: int, num_new: int, known: tuple[int, int]
+) -> list[Trial]:
+    """The control, then every method at every strength."""
+    common = [
+        f"checkpoint={base.output}",
+        f"seed={seed}",
+        f"data.first_new={first_new}",
+        f"data.num_new={num_new}",
+        "trainer.disable_tqdm=true",
+    ]
+    settings = {(CONTROL, ""): ("configs/learn_sparse_memory.yaml", [])}
+    for method, (path, strengths) in METHODS.items():
+        settings |= {(method, strength): (path, overrides) for strength, overrides in strengths.items()}
+    return [
+        Trial(
+            method,
+            strength,
+            load_config(path, [*overrides, *common, f"output={folder}/{method} {strength}".strip()]),
+            known,
+        )
+        for (method, strength), (path, overrides) in settings.items()
+    ]
+
+
+def show_revert(folder: Path, rows: list[dict]) -> None:
+    """Apply the chosen patch to the pretrained model, take it back, and compare every bit."""
+    strength = next(row["strength"] for row in rows if row["method"] == "sparse memory" and row["chosen"])
+    patch = MemoryPatch.load(folder / "test" / f"sparse memory {strength}" / "patch")
+    model, _ = modeling.load(folder / "base")
+    before = state_fingerprint(model)
+    patch.apply(model)
+    learned = state_fingerprint(model)
+    patch.revert(model)
+    after = state_fingerprint(model)
+    print(f"patch of {patch.num_rows} rows: SHA-256 of the whole model")
+    print(f"  before    {before}\n  learned   {learned}\n  reverted  {after}")
+    if learned == before or after != before:
+        raise RuntimeError("the patch did not revert to the last bit")
+    print("  the model is back to the last bit")
+
+
+if __name__ == "__main__":
+    main()

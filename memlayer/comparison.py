@@ -1,0 +1,146 @@
+"""Compare finetuning methods on the same facts and the same questions.
+
+A trial is one setting of one method on one set of new facts: learn, then ask. It is written to a folder
+with its resolved config and read back from there when the config is the same, so an interrupted
+comparison goes on where it stopped. Strengths are chosen on validation facts and reported on test facts.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+from memlayer import modeling
+from memlayer.config import RunConfig, to_yaml
+from memlayer.data.qa import Question, known_questions, new_questions
+from memlayer.evaluation.forgetting import scores
+from memlayer.evaluation.qa import Answered, answer_questions
+from memlayer.evaluation.report import CONTROL, result_row
+from memlayer.recipes import Learned, facts_of, learn, save_learned
+
+ANSWERS = "answers.jsonl"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One setting to try.
+
+    Attributes:
+        method: its name in the table; CONTROL learns nothing.
+        strength: what is varied, in words.
+        config: the run; its ``output`` is the trial's folder.
+        known: first and last of the known facts that are asked about.
+    """
+
+    method: str
+    strength: str
+    config: RunConfig
+    known: tuple[int, int]
+
+    @property
+    def folder(self) -> Path:
+        """Where the trial is written."""
+        return Path(self.config.output)
+
+
+def ask(
+    model, tokenizer, config: RunConfig, known: tuple[int, int], progress: Callable | None = None
+) -> list[Answered]:
+    """Ask about known facts ``known`` (first, last) and the config's new facts."""
+    facts = facts_of(config)
+    questions = known_questions(facts.known[slice(*known)], facts.wordings)
+    questions += new_questions(facts.new, facts.wordings)
+    return answer_questions(model, tokenizer, questions, progress=progress)
+
+
+def run_trials(trials: Sequence[Trial], workers: int, progress: Callable[[Trial], object]) -> None:
+    """Run what is not there yet, ``workers`` processes of one thread at a time.
+
+    A step on one fact is too small for two threads to help, so two trials side by side take half the time.
+
+    Args:
+        progress: called with each trial when its result is there.
+    """
+    missing = [trial for trial in trials if not is_done(trial)]
+    for trial in trials:
+        if trial not in missing:
+            progress(trial)
+    if not missing:
+        return
+    os.environ["OMP_NUM_THREADS"] = "1"  # read by the workers when they start
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        running = {pool.submit(run_trial, trial): trial for trial in missing}
+        for future in as_completed(running):
+            future.result()
+            progress(running[future])
+
+
+def is_done(trial: Trial) -> bool:
+    """Whether the folder holds the answers of exactly this config."""
+    config = trial.folder / "config.yaml"
+    return (
+        (trial.folder / ANSWERS).is_file()
+        and config.is_file()
+        and config.read_text() == to_yaml(trial.config)
+    )
+
+
+def run_trial(trial: Trial) -> None:
+    """Learn, ask, and write the outcome; the answers go last and mark the trial as done."""
+    (trial.folder / ANSWERS).unlink(missing_ok=True)
+    if trial.method == CONTROL:
+        learned = Learned(trial.config, *modeling.load(trial.config.checkpoint), None, 0.0, 0, 0)
+    else:
+        learned = learn(trial.config)
+    save_learned(learned, trial.folder, with_model=False)
+    write_answers(ask(learned.model, learned.tokenizer, trial.config, trial.known), trial.folder)
+
+
+def row(trial: Trial, before: Iterable[Answered], chosen: bool = False) -> dict:
+    """The trial's row of a report."""
+    took = json.loads((trial.folder / "learned.json").read_text())
+    return result_row(
+        trial.method,
+        trial.strength,
+        scores(before),
+        scores(read_answers(trial.folder)),
+        seed=trial.config.seed,
+        seconds=took["seconds"],
+        parameters_changed=took["parameters_changed"],
+        chosen=chosen,
+    )
+
+
+def choose(rows: Sequence[dict]) -> dict[str, str]:
+    """The strength of each method that learned most on validation facts (unseen wording), then forgot least."""
+    best: dict[str, dict] = {}
+    for candidate in rows:
+        method = candidate["method"]
+        if method not in best or _merit(candidate) > _merit(best[method]):
+            best[method] = candidate
+    return {method: candidate["strength"] for method, candidate in best.items()}
+
+
+def _merit(candidate: dict) -> tuple[float, float]:
+    return candidate["learning_unseen"], candidate["known_seen_after"]
+
+
+def write_answers(answered: Iterable[Answered], folder: Path) -> None:
+    """One JSON line an answer, moved into place when complete."""
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = folder / f".{ANSWERS}"
+    beside.write_text("".join(json.dumps(asdict(each), ensure_ascii=False) + "\n" for each in answered))
+    beside.replace(folder / ANSWERS)
+
+
+def read_answers(folder: Path) -> list[Answered]:
+    """What ``write_answers`` wrote."""
+    answered = []
+    for line in (folder / ANSWERS).read_text().splitlines():
+        record = json.loads(line)
+        question = record.pop("question")
+        answered.append(Answered(Question(**question | {"answers": tuple(question["answers"])}), **record))
+    return answered

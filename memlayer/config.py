@@ -1,0 +1,195 @@
+"""What a run is told: one dataclass per section, read from YAML with dotted overrides.
+
+OmegaConf checks names and types (and reads ``1e-4`` as a number, which PyYAML does not); unknown keys
+are refused. The resolved configuration is saved with every run.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+@dataclass
+class MemoryConfig:
+    """The memory layers of a model.
+
+    Attributes:
+        layers: decoder layers that get one, counted from 0.
+        num_keys: half-keys n; a table has n * n slots.
+        num_heads: queries per token.
+        top_k: slots read per head.
+        value_width: width of a value; None is the model width.
+        key_width: width of a query; None is half the value width.
+        mode: "replace" the feed-forward block, or "add" beside it.
+        share: one table for all layers instead of one each.
+    """
+
+    layers: list[int]
+    num_keys: int = 1024
+    num_heads: int = 4
+    top_k: int = 32
+    value_width: int | None = None
+    key_width: int | None = None
+    mode: str = "replace"
+    share: bool = True
+
+    def __post_init__(self):
+        if self.mode not in ("replace", "add"):
+            raise ValueError(f"memory.mode is {self.mode!r}, must be 'replace' or 'add'")
+
+
+@dataclass
+class ModelConfig:
+    """A Llama-architecture decoder built from scratch."""
+
+    num_layers: int = 4
+    width: int = 128
+    num_heads: int = 4
+    ffn_width: int = 512
+    max_length: int = 64
+    vocab_size: int = 2048
+
+
+@dataclass
+class DataConfig:
+    """Facts to train on or to teach.
+
+    Attributes:
+        facts: a JSON Lines file of facts; None is the built-in table.
+        wordings: a JSON file of wordings; None is the built-in ones.
+        num_known: known facts to pretrain on and to be asked about; None is all.
+        num_new: new facts to teach; None is all from ``first_new`` on.
+        first_new: where in the table's new facts to start.
+    """
+
+    facts: str | None = None
+    wordings: str | None = None
+    num_known: int | None = None
+    num_new: int | None = None
+    first_new: int = 0
+
+
+@dataclass
+class PretrainConfig:
+    """Optimisation of pretraining. Tables have a constant learning rate and no weight decay."""
+
+    steps: int = 1600
+    batch_size: int = 128
+    learning_rate: float = 2e-3
+    table_learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    warmup_steps: int = 100
+    loss_on: str = "all"
+
+
+@dataclass
+class CountConfig:
+    """What a background document is: so many consecutive sequences of pretraining text."""
+
+    sequences_per_document: int = 8
+
+
+@dataclass
+class LearnConfig:
+    """How new facts are taught, one fact after the other.
+
+    Attributes:
+        method: a name in ``memlayer.methods.METHODS``.
+        learning_rate: of the method's optimizer.
+        steps_per_fact: optimizer steps on a fact before the next one.
+        wordings_per_batch: wordings of the fact in each step's batch.
+        with_questions: teach seen questions too, after the statements.
+        loss_on: "all" tokens or the "answer".
+        num_rows: sparse memory: slots a step may change.
+        score: sparse memory: how slots are ranked.
+        positions: sparse memory: reads counted at "all" positions or those that predict the "answer".
+        optimizer: sparse memory: "sgd" or "adam".
+        lora_rank: rank of the LoRA matrices; their scale alpha is ``lora_alpha``.
+    """
+
+    method: str = "sparse_memory"
+    learning_rate: float = 1.0
+    steps_per_fact: int = 10
+    wordings_per_batch: int = 5
+    with_questions: bool = False
+    loss_on: str = "all"
+    num_rows: int = 100
+    score: str = "tf_idf"
+    positions: str = "all"
+    optimizer: str = "sgd"
+    lora_rank: int = 32
+    lora_alpha: float = 32.0
+
+
+@dataclass
+class RunConfig:
+    """One run of train.py.
+
+    Attributes:
+        job: "pretrain", "count" or "learn".
+        output: folder to write.
+        checkpoint: folder of a pretrained memory model, for "count" and "learn".
+        trainer: passed on to transformers.TrainingArguments.
+    """
+
+    job: str = MISSING
+    output: str = MISSING
+    checkpoint: str | None = None
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    memory: MemoryConfig = field(default_factory=lambda: MemoryConfig(layers=[2], num_keys=256))
+    data: DataConfig = field(default_factory=DataConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    count: CountConfig = field(default_factory=CountConfig)
+    learn: LearnConfig = field(default_factory=LearnConfig)
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+
+def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
+    """Read a YAML file, apply ``section.key=value`` overrides, check every name and type.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: an unknown key, a value of the wrong type, or a required value left out.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no config at {path}")
+    malformed = [o for o in overrides if "=" not in o]
+    if malformed:
+        raise ValueError(f"override {malformed[0]!r} is not of the form section.key=value")
+    try:
+        merged = OmegaConf.merge(
+            OmegaConf.structured(RunConfig), OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides))
+        )
+        return OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{path}: {str(error).splitlines()[0]}" + _where(error)) from error
+    except Exception as error:  # yaml's own errors have no common base with OmegaConf's
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+
+
+def _where(error: OmegaConfBaseException) -> str:
+    key = getattr(error, "full_key", None)
+    return f" (at {key})" if key else ""
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved configuration as YAML that ``load_config`` reads back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def describe_fields(section: Any = None, prefix: str = "") -> list[str]:
+    """One line ``section.key = default`` per setting of a run, for ``--help``."""
+    section = RunConfig() if section is None else section
+    lines = []
+    for f in dataclasses.fields(section):
+        default = getattr(section, f.name)
+        if dataclasses.is_dataclass(default):
+            lines += describe_fields(default, f"{prefix}{f.name}.")
+        else:
+            lines.append(f"{prefix}{f.name} = {'(required)' if default == MISSING else default}")
+    return lines

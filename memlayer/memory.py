@@ -1,0 +1,109 @@
+"""The memory layer: a table of values and the layer that reads it.
+
+A table belongs to the model, not to a layer, so several layers may read one table; layers hold it in
+a plain list, because a parameter registered twice is re-initialised on loading and refused by FSDP2.
+
+Shapes: T tokens, H heads, N slots, K slots read, V value width, D model width, R rows.
+"""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from memlayer.product_keys import ProductKeys
+from memlayer_kernels.ops import memory_lookup
+
+
+class MemoryTable(nn.Embedding):
+    """The values: ``num_slots`` rows of ``width`` numbers, read as weighted sums.
+
+    It is an ``nn.Embedding(sparse=True)``: its gradient holds only the rows read, and
+    DistributedDataParallel knows how to reduce such gradients. While a sparse memory finetuner is
+    attached, ``rows`` and ``row_of_slot`` say which slots the backward pass may write to.
+
+    Args:
+        num_slots: N.
+        width: value width V.
+    """
+
+    def __init__(self, num_slots: int, width: int):
+        super().__init__(num_slots, width, sparse=True)
+        self.register_parameter("rows", None)
+        self.register_buffer("row_of_slot", None, persistent=False)
+
+    def reset_parameters(self) -> None:
+        """Values of unit expected norm (arXiv:1907.05242)."""
+        nn.init.normal_(self.weight, std=self.embedding_dim**-0.5)
+
+    def forward(self, slots_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """Weighted sums of values, shape (T, V)."""
+        return memory_lookup(
+            self.weight, slots_TK, weights_TK, self.rows, self.row_of_slot, sparse_grad=self.sparse
+        )
+
+
+class MemoryLayer(nn.Module):
+    """Reads a table with product keys and gates what it read (Memory+, arXiv:2412.09764, section 3).
+
+    ``out( read * silu(gate(x)) )``, with ``read`` the sum over heads and slots of softmax weight
+    times value.
+
+    Args:
+        width: model width D.
+        table: the values; n * n slots of width V.
+        num_keys: half-keys n.
+        num_heads: heads H.
+        top_k: slots read per head K.
+        key_width: width of a whole query; half the value width when None.
+
+    Raises:
+        ValueError: the table does not have ``num_keys ** 2`` slots.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        table: MemoryTable,
+        num_keys: int,
+        num_heads: int = 4,
+        top_k: int = 32,
+        key_width: int | None = None,
+    ):
+        super().__init__()
+        if table.num_embeddings != num_keys**2:
+            raise ValueError(
+                f"the table has {table.num_embeddings} slots, num_keys = {num_keys} addresses {num_keys**2}"
+            )
+        value_width = table.embedding_dim
+        self.keys = ProductKeys(width, num_keys, num_heads, top_k, key_width or max(2, value_width // 4 * 2))
+        self.gate = nn.Linear(width, value_width, bias=False)
+        self.out = nn.Linear(value_width, width, bias=False)
+        self._table = [table]
+
+    @property
+    def table(self) -> MemoryTable:
+        """The table this layer reads; owned by the model."""
+        return self._table[0]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Hidden states (..., D) to memory output of the same shape."""
+        hidden_TD = hidden.reshape(-1, hidden.shape[-1])
+        scores_THK, slots_THK = self.keys(hidden_TD)
+        weights_THK = F.softmax(scores_THK, dim=-1).to(hidden.dtype)
+        read_TV = self.table(slots_THK.flatten(1), weights_THK.flatten(1))
+        return self.out(read_TV.to(hidden.dtype) * F.silu(self.gate(hidden_TD))).view(hidden.shape)
+
+
+class FeedForwardWithMemory(nn.Module):
+    """A feed-forward block with a memory layer beside it: ``ffn(x) + memory(x)``.
+
+    The memory's output projection starts at zero, so attaching changes no logit until something is
+    learned.
+    """
+
+    def __init__(self, ffn: nn.Module, memory: MemoryLayer):
+        super().__init__()
+        self.ffn, self.memory = ffn, memory
+        nn.init.zeros_(memory.out.weight)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.ffn(hidden) + self.memory(hidden)

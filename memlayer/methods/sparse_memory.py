@@ -1,0 +1,298 @@
+"""Sparse memory finetuning: a step writes only the slots that its batch reads much and background text little.
+
+The choice comes before the scatter. The finetuner owns one small parameter per table, ``rows``; the forward
+pass reads the frozen table; once the batch's reads are counted, the top slots are chosen, ``rows`` is filled
+from the table, and the backward pass sums only those slots' gradients into ``rows.grad``. No gradient, mask or
+optimizer state of the table's size is ever made, and any torch optimizer, clipping, accumulation or
+DistributedDataParallel sees an ordinary parameter.
+
+Source: arXiv:2510.15103, section 4. Left out: choosing by gradient, choosing per sequence.
+"""
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from memlayer.attach import Reads, memory_tables, record_reads
+from memlayer.counts import SlotCounts
+from memlayer.memory import MemoryTable
+from memlayer.methods.prepared import Prepared
+from memlayer.patch import MemoryPatch, TablePatch
+from memlayer.selection import SCORES, top_slots
+
+
+class SparseMemoryFinetuner:
+    """Makes the top slots of each step trainable, and nothing else.
+
+    In any training loop::
+
+        finetuner = SparseMemoryFinetuner(model, background, num_rows=100)
+        optimizer = finetuner.watch(torch.optim.SGD(finetuner.parameters(), lr=1.0))
+        for batch in batches:
+            finetuner.loss(batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        patch = finetuner.detach()
+
+    With several micro-batches, or ranks, per optimizer step call ``select(micro_batches)`` before the first
+    backward pass; the choice is then made over all of them.
+
+    Args:
+        model: a causal language model with memory; every parameter of it is frozen until ``detach``.
+        background: counts of each table, see ``memlayer.counts``.
+        num_rows: t, how many slots of a table one step may change.
+        score: a name in ``selection.SCORES``.
+        positions: which reads count: "all" that are not padding, as the paper has it, or those of the
+            positions that predict the "answer" (the batch's ``answer_mask``).
+
+    Raises:
+        ValueError: an unknown score or position rule, background counts that lack a table or do not fit it, or a
+            table that has a finetuner already; the model is left as it was.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        background: Mapping[str, SlotCounts],
+        num_rows: int = 500,
+        score: str = "tf_idf",
+        positions: str = "all",
+    ):
+        if score not in SCORES:
+            raise ValueError(f"score is {score!r}, must be one of {sorted(SCORES)}")
+        if positions not in ("all", "answer"):
+            raise ValueError(f"positions is {positions!r}, must be 'all' or 'answer'")
+        self.model = model
+        tables = memory_tables(model)
+        for name, table in tables.items():
+            _check_table(name, table, background, num_rows)
+        self._mask_key = {"all": "attention_mask", "answer": "answer_mask"}[positions]
+        self._score = SCORES[score]
+        self._trainable = [p for p in model.parameters() if p.requires_grad]
+        model.requires_grad_(False)
+        self._tables = {
+            name: _OpenTable(name, table, background[name], num_rows) for name, table in tables.items()
+        }
+        self._selected = False
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The rows of each table, shape (num_rows, value width): what an optimizer steps."""
+        return [t.rows for t in self._tables.values()]
+
+    def watch(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """Let ``optimizer.step()`` write the rows back; its state is kept per slot. Returns the optimizer."""
+        optimizer.register_step_pre_hook(lambda opt, _args, _kwargs: self._before_step(opt))
+        optimizer.register_step_post_hook(lambda opt, _args, _kwargs: self._after_step(opt))
+        return optimizer
+
+    def loss(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Forward pass on one batch; chooses the top slots unless ``select`` has done so for this step.
+
+        Args:
+            batch: ``input_ids``, ``attention_mask``, ``labels`` and, for answer positions, ``answer_mask``.
+        """
+        with self.selecting(batch):
+            return self.model(**_model_inputs(batch)).loss
+
+    @contextmanager
+    def selecting(self, batch: Mapping[str, Tensor]):
+        """A context around somebody else's forward pass on ``batch``; chooses the top slots at its end."""
+        if self._selected:
+            yield
+            return
+        with record_reads(self.model) as reads:
+            yield
+        self._choose([self._slots_read(reads, batch)])
+
+    def select(self, micro_batches: Sequence[Mapping[str, Tensor]]) -> None:
+        """Choose the top slots of one optimizer step over all its micro-batches, by a forward pass on each."""
+        counted = []
+        with torch.no_grad(), record_reads(self.model) as reads:
+            for batch in micro_batches:
+                self.model(**_model_inputs(batch, with_labels=False))
+                counted.append(self._slots_read(reads, batch))
+        self._choose(counted)
+
+    @property
+    def selected(self) -> dict[str, Tensor]:
+        """The slots this step may change, ascending, per table."""
+        return {name: t.slots_R for name, t in self._tables.items()}
+
+    def detach(self) -> MemoryPatch:
+        """Give the model back as an ordinary one and return what was changed."""
+        patch = self.patch()
+        for table in self._tables.values():
+            table.close()
+        for parameter in self._trainable:
+            parameter.requires_grad_(True)
+        return patch
+
+    def patch(self) -> MemoryPatch:
+        """The rows changed so far, with their originals."""
+        return MemoryPatch({name: table.patch() for name, table in self._tables.items()})
+
+    def _slots_read(self, reads: Reads, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Slots read at the positions that count; int32, as tables hold fewer than 2**31 and micro-batches add up."""
+        if self._mask_key not in batch:
+            raise ValueError(f"the batch has no {self._mask_key!r}, only {sorted(batch)}")
+        return {name: slots.flatten().int() for name, slots in reads.slots(batch[self._mask_key]).items()}
+
+    def _choose(self, counted: Iterable[Mapping[str, Tensor]]) -> None:
+        counted = list(counted)
+        for name, table in self._tables.items():
+            table.choose(torch.cat([slots[name] for slots in counted]), self._score)
+        self._selected = True
+
+    def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if not self._selected:
+            raise ValueError(
+                "optimizer.step() before any batch was read: call loss(batch) or select(batches) first"
+            )
+        for table in self._tables.values():
+            table.load_state(optimizer.state.get(table.rows, {}))
+
+    def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        for table in self._tables.values():
+            table.save_state(optimizer.state.get(table.rows, {}))
+            table.write()
+        self._selected = False
+
+
+def _model_inputs(batch: Mapping[str, Tensor], with_labels: bool = True) -> dict[str, Tensor]:
+    left_out = {"answer_mask"} if with_labels else {"answer_mask", "labels"}
+    return {key: value for key, value in batch.items() if key not in left_out}
+
+
+def _check_table(name: str, table: MemoryTable, background: Mapping[str, SlotCounts], num_rows: int) -> None:
+    """Refuse before anything is frozen, so that a refusal leaves the model as it was."""
+    num_slots = table.num_embeddings
+    if table.rows is not None:
+        raise ValueError(f"table {name!r} has a finetuner already; detach it first")
+    if name not in background:
+        raise ValueError(f"no background counts of table {name!r}; there are {sorted(background)}")
+    if background[name].num_slots != num_slots:
+        raise ValueError(
+            f"background counts of table {name!r} have {background[name].num_slots} slots, the table has {num_slots}"
+        )
+    if not 1 <= num_rows <= num_slots:
+        raise ValueError(f"num_rows is {num_rows}, must be between 1 and the table's {num_slots} slots")
+
+
+class _OpenTable:
+    """One table while it is being learned into: the rows of this step and the originals of all steps."""
+
+    def __init__(self, name: str, table: MemoryTable, background: SlotCounts, num_rows: int):
+        self.name, self.table, self.background = name, table, background.to(table.weight.device)
+        weight = table.weight
+        # DistributedDataParallel expects sparse gradients of every parameter of a sparse embedding, rows included.
+        self._was_sparse, table.sparse = table.sparse, False
+        table.rows = nn.Parameter(
+            torch.zeros(num_rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
+        )
+        table.row_of_slot = torch.full((len(weight),), -1, dtype=torch.int32, device=weight.device)
+        self.slots_R = torch.empty(0, dtype=torch.int64, device=weight.device)
+        self._originals: dict[int, Tensor] = {}
+        self._state: dict[str, dict[int, Tensor]] = {}
+        self._warned = False
+
+    @property
+    def rows(self) -> nn.Parameter:
+        return self.table.rows
+
+    @torch.no_grad()
+    def choose(self, slots: Tensor, score) -> None:
+        """Make the top slots of these reads, int32 and sorted here in place, the rows of this step."""
+        slots_U, reads_U = _over_ranks(*_count_reads(slots))
+        self.table.row_of_slot[self.slots_R] = -1
+        self.slots_R = top_slots(slots_U, score(slots_U, reads_U, self.background), len(self.rows))
+        if len(slots_U) <= len(self.rows) and not self._warned:
+            warnings.warn(
+                f"a step may change {len(self.rows)} slots of table {self.name!r} and its batch reads only "
+                f"{len(slots_U)}: every slot read is selected",
+                stacklevel=4,
+            )
+            self._warned = True
+        count = len(self.slots_R)
+        self.rows[:count] = self.table.weight[self.slots_R]
+        self.table.row_of_slot[self.slots_R] = torch.arange(
+            count, dtype=torch.int32, device=self.slots_R.device
+        )
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Copy the stepped rows into the table, keeping the originals of slots never written before."""
+        slots = self.slots_R.tolist()
+        fresh = [i for i, slot in enumerate(slots) if slot not in self._originals]
+        originals = self.table.weight[self.slots_R[fresh]]
+        self._originals.update({slots[i]: row for i, row in zip(fresh, originals, strict=True)})
+        self.table.weight.index_copy_(0, self.slots_R, self.rows[: len(slots)])
+        self.table.row_of_slot[self.slots_R] = -1
+        self.slots_R = self.slots_R[:0]
+
+    def load_state(self, state: dict) -> None:
+        """Give the optimizer the moments of the selected slots; zero for a slot never selected."""
+        for key, tensor in self._row_shaped(state):
+            kept = self._state.get(key, {})
+            tensor.zero_()
+            for row, slot in enumerate(self.slots_R.tolist()):
+                if slot in kept:
+                    tensor[row] = kept[slot]
+
+    def save_state(self, state: dict) -> None:
+        """Keep the moments of the selected slots."""
+        for key, tensor in self._row_shaped(state):
+            kept = tensor[: len(self.slots_R)].clone()
+            self._state.setdefault(key, {}).update(zip(self.slots_R.tolist(), kept, strict=True))
+
+    def _row_shaped(self, state: dict):
+        return [(k, v) for k, v in state.items() if isinstance(v, Tensor) and v.shape == self.rows.shape]
+
+    def patch(self) -> TablePatch:
+        slots = sorted(self._originals)
+        slots_R = torch.tensor(slots, dtype=torch.int64)
+        weight = self.table.weight.detach()
+        originals = torch.stack([self._originals[s] for s in slots]) if slots else weight[:0]
+        return TablePatch(slots_R, weight[slots_R.to(weight.device)].cpu(), originals.cpu())
+
+    def close(self) -> None:
+        self.table.rows, self.table.row_of_slot = None, None
+        self.table.sparse = self._was_sparse
+
+
+def _count_reads(slots: Tensor) -> tuple[Tensor, Tensor]:
+    """Distinct slots, int64 ascending, and how often each was read; sorts ``slots`` on CPUs."""
+    if slots.is_cpu:
+        slots.numpy().sort()  # torch's sort makes indices too, and takes five times the time and memory
+    else:
+        slots = slots.sort().values
+    slots_U, reads_U = torch.unique_consecutive(slots, return_counts=True)
+    return slots_U.long(), reads_U
+
+
+def _over_ranks(slots_U: Tensor, reads_U: Tensor) -> tuple[Tensor, Tensor]:
+    """The reads of all ranks together; a step's choice must be the same on each."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return slots_U, reads_U
+    gathered: list = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, (slots_U.cpu(), reads_U.cpu()))
+    slots = torch.cat([s for s, _ in gathered]).to(slots_U.device)
+    reads = torch.cat([r for _, r in gathered]).to(reads_U.device)
+    distinct_U, position = slots.unique(return_inverse=True)
+    return distinct_U, torch.zeros_like(distinct_U).index_add_(0, position, reads)
+
+
+OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
+
+
+def sparse_memory(model: nn.Module, background: Mapping[str, SlotCounts], settings) -> Prepared:
+    """Train the top slots of each step with a plain optimizer; SGD without momentum is the paper's."""
+    if settings.optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer is {settings.optimizer!r}, must be one of {sorted(OPTIMIZERS)}")
+    finetuner = SparseMemoryFinetuner(
+        model, background, settings.num_rows, settings.score, settings.positions
+    )
+    optimizer = OPTIMIZERS[settings.optimizer](finetuner.parameters(), lr=settings.learning_rate)
+    return Prepared(model, finetuner.watch(optimizer), finetuner.detach, finetuner)

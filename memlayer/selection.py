@@ -1,0 +1,60 @@
+"""Rank memory slots by how much a batch reads them relative to background text.
+
+Scores are pure functions of counts, so a rule can be checked by hand. Choosing which rows may train is all this
+module does; making only those rows move is methods/sparse_memory.py. Only slots that the batch read are ever
+looked at: no pass over the table.
+
+Shapes: N slots, U distinct slots read in the batch.
+"""
+
+import torch
+from torch import Tensor
+
+from memlayer.counts import SlotCounts
+
+
+def tf_idf(slots_U: Tensor, reads_U: Tensor, background: SlotCounts) -> Tensor:
+    """Term frequency in the batch times inverse document frequency in the background.
+
+    Source: arXiv:2510.15103, section 4.
+
+    Args:
+        slots_U: distinct slots the batch read, int64.
+        reads_U: reads of each, int64; padding already excluded.
+        background: counts over background documents of the same table.
+
+    Returns:
+        scores_U: float64, at least zero; zero where every background document reads the slot.
+    """
+    frequency_U = reads_U.double() / reads_U.sum().clamp(min=1)
+    seen_U = background.document_frequency_N[slots_U].double()
+    return frequency_U * torch.log((background.num_documents + 1) / (seen_U + 1))
+
+
+def tf(slots_U: Tensor, reads_U: Tensor, background: SlotCounts) -> Tensor:
+    """Term frequency alone, the ablation of arXiv:2510.15103, figure 6; arguments as ``tf_idf``."""
+    return reads_U.double() / reads_U.sum().clamp(min=1)
+
+
+SCORES = {"tf_idf": tf_idf, "tf": tf}
+
+
+def top_slots(slots_U: Tensor, scores_U: Tensor, num_rows: int) -> Tensor:
+    """The ``num_rows`` slots of highest score, ties to the lower slot; slots of score zero never.
+
+    Returns:
+        slots_R: int64, ascending, R at most ``num_rows``.
+
+    Raises:
+        ValueError: ``num_rows`` is not positive.
+    """
+    if num_rows < 1:
+        raise ValueError(f"num_rows is {num_rows}, must be at least 1")
+    if len(slots_U) > num_rows:
+        # Sorting everything that was read would take longer than the backward pass; ties with the last one stay in.
+        in_reach_U = scores_U >= scores_U.topk(num_rows).values[-1]
+        slots_U, scores_U = slots_U[in_reach_U], scores_U[in_reach_U]
+    order_U = torch.argsort(slots_U)
+    slots_U, scores_U = slots_U[order_U], scores_U[order_U]
+    best = torch.argsort(scores_U, descending=True, stable=True)[:num_rows]
+    return slots_U[best[scores_U[best] > 0]].sort().values

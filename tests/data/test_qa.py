@@ -1,0 +1,149 @@
+"""Examples and questions: which position predicts what, and which wording is met where."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memlayer.data.facts import BUILTIN_WORDINGS, Fact, Wordings, load_wordings
+from memlayer.data.qa import (
+    IGNORED,
+    Example,
+    collate,
+    encode,
+    fill,
+    known_questions,
+    meets_unseen_wordings,
+    new_questions,
+    pretraining_examples,
+    teaching_examples,
+)
+
+WORDINGS = {
+    "P19": Wordings(
+        "birthplace",
+        ("[X] was born in [Y]", "The birthplace of [X] is [Y]", "[X] first saw the light in [Y]"),
+        ("Where was [X] born?", "What is the birthplace of [X]?", "Which place did [X] come from?"),
+    )
+}
+UNSEEN_STATEMENT, UNSEEN_QUESTION = "{} first saw the light in", "Which place did {} come from?"
+
+
+class Letters:
+    """A tokenizer whose ids can be read: one letter, one id from 10 on."""
+
+    bos_token_id, eos_token_id = 1, 2
+
+    def encode(self, text, add_special_tokens):
+        assert not add_special_tokens
+        return [10 + ord(letter) - ord("a") for letter in text]
+
+
+def facts(number, split="known"):
+    return [Fact(f"Person {i}", "P19", (f"Town {i}", f"T{i}"), split) for i in range(number)]
+
+
+def test_an_example_is_begin_prompt_answer_end():
+    (encoded,) = encode(Letters(), [Example("abc", "xy")])
+    assert encoded == {"input_ids": [1, 10, 11, 12, 33, 34, 2], "answer_start": 4, "length": 7}
+
+
+def test_collate_marks_positions_as_worked_out_by_hand():
+    batch = collate(encode(Letters(), [Example("abc", "xy"), Example("a", "z")]), pad_token_id=3)
+    assert {key: tensor.tolist() for key, tensor in batch.items()} == {
+        "input_ids": [[1, 10, 11, 12, 33, 34, 2], [1, 10, 35, 2, 3, 3, 3]],
+        "attention_mask": [[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0]],
+        "labels": [[1, 10, 11, 12, 33, 34, 2], [1, 10, 35, 2, IGNORED, IGNORED, IGNORED]],
+        # c predicts x, x predicts y, y predicts the end
+        "answer_mask": [[0, 0, 0, 1, 1, 1, 0], [0, 1, 1, 0, 0, 0, 0]],
+    }
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+
+
+def test_loss_on_the_answer_ignores_the_prompt():
+    batch = collate(encode(Letters(), [Example("abc", "xy"), Example("a", "z")]), 3, loss_on="answer")
+    assert batch["labels"].tolist() == [
+        [IGNORED] * 4 + [33, 34, 2],
+        [IGNORED] * 2 + [35, 2] + [IGNORED] * 3,
+    ]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.text("abc", max_size=6), st.text("xyz", min_size=1, max_size=4)), min_size=1, max_size=5
+    )
+)
+def test_answer_positions_are_those_whose_next_token_is_a_label_of_the_answer(pairs):
+    batch = collate(encode(Letters(), [Example(*pair) for pair in pairs]), 3, loss_on="answer")
+    predicts = torch.zeros_like(batch["answer_mask"])
+    predicts[:, :-1] = (batch["labels"][:, 1:] != IGNORED).long()
+    assert torch.equal(batch["answer_mask"], predicts)
+    for row, (_, answer) in enumerate(pairs):
+        wanted = batch["labels"][row][batch["labels"][row] != IGNORED].tolist()
+        assert wanted == [*Letters().encode(answer, add_special_tokens=False), 2]
+
+
+def test_a_wording_is_filled_with_the_subject_and_cut_before_the_answer():
+    assert fill("The birthplace of [X] is [Y]", "Ada [Y]") == "The birthplace of Ada [Y] is"
+    assert fill("Where was [X] born?", "Ada") == "Where was Ada born?"
+
+
+def test_half_of_the_known_facts_meet_the_unseen_wordings_in_pretraining():
+    known = facts(200)
+    prompts = {e.prompt for e in pretraining_examples(known, WORDINGS)}
+    met = [UNSEEN_QUESTION.format(f.subject) in prompts for f in known]
+    assert met == [UNSEEN_STATEMENT.format(f.subject) in prompts for f in known]
+    assert met == [meets_unseen_wordings(f) for f in known]
+    assert 70 < sum(met) < 130
+
+
+def test_every_seen_wording_of_every_known_fact_is_pretrained_with_the_first_answer():
+    known = facts(20)
+    pairs = {(e.prompt, e.answer) for e in pretraining_examples(known, WORDINGS)}
+    for fact in known:
+        words = WORDINGS["P19"]
+        for template in words.seen_statements + words.seen_questions:
+            assert (fill(template, fact.subject), fact.answers[0]) in pairs
+
+
+def test_known_facts_are_asked_in_the_unseen_wording_only_where_pretraining_withheld_it():
+    known = facts(200)
+    trained = {e.prompt for e in pretraining_examples(known, WORDINGS)}
+    questions = known_questions(known, WORDINGS)
+    for question in questions:
+        assert (question.prompt in trained) == (question.wording == "seen")
+    withheld = [f.key for f in known if not meets_unseen_wordings(f)]
+    assert [q.fact for q in questions if q.wording == "unseen"] == withheld
+    assert [q.fact for q in questions if q.wording == "seen"] == [f.key for f in known]
+    assert {q.group for q in questions} == {"known"}
+
+
+@pytest.mark.parametrize("with_questions", [False, True])
+def test_new_facts_are_never_taught_in_an_unseen_wording(with_questions):
+    new = facts(30, "new")
+    most = 4 if with_questions else 2
+    taught = {e.prompt for f in new for e in teaching_examples(f, WORDINGS, most, with_questions)}
+    assert len(taught) == 30 * most
+    for fact in new:
+        assert UNSEEN_STATEMENT.format(fact.subject) not in taught
+        assert UNSEEN_QUESTION.format(fact.subject) not in taught
+    for question in new_questions(new, WORDINGS):
+        assert (question.prompt in taught) == (question.wording == "seen")
+        assert question.group == "new"
+        assert len(question.answers) == 2, "every answer counts"
+
+
+def test_the_builtin_wordings_keep_the_unseen_ones_apart():
+    wordings = load_wordings(BUILTIN_WORDINGS)
+    for relation, words in wordings.items():
+        fact = Fact("Nobody", relation, ("Nowhere",))
+        number = len(words.seen_statements + words.seen_questions)
+        taught = {e.prompt for e in teaching_examples(fact, wordings, number, True)}
+        assert fill(words.unseen_statement, "Nobody") not in taught, relation
+        assert fill(words.unseen_question, "Nobody") not in taught, relation
+
+
+def test_more_wordings_than_there_are_to_teach_with_are_refused():
+    with pytest.raises(ValueError, match="3 wordings per batch asked for, relation P19 has 2 to teach with"):
+        teaching_examples(facts(1)[0], WORDINGS, 3, with_questions=False)

@@ -1,0 +1,88 @@
+"""Every method hands back the caller's model as an ordinary one that has learned."""
+
+import pytest
+import tiny
+import torch
+
+from memlayer.config import LearnConfig
+from memlayer.methods import METHODS
+from memlayer.patch import state_fingerprint
+
+
+def settings(method):
+    rate = {"sparse_memory": 1.0, "full": 0.01, "lora": 0.05}[method]
+    return LearnConfig(method=method, learning_rate=rate, num_rows=20, lora_rank=4)
+
+
+def loss_of(model, batch):
+    with torch.no_grad():
+        return float(model(**tiny.inputs(batch)).loss)
+
+
+def learn(model, method, steps=6):
+    prepared = METHODS[method](model, tiny.background(model), settings(method))
+    for _ in range(steps):
+        forward = (
+            prepared.finetuner.loss if prepared.finetuner else lambda b: prepared.model(**tiny.inputs(b)).loss
+        )
+        forward(tiny.batch()).backward()
+        prepared.optimizer.step()
+        prepared.optimizer.zero_grad()
+    return prepared.finish()
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_the_model_handed_in_has_learned_and_is_an_ordinary_one_again(method):
+    model, batch = tiny.memory_model(mode="add"), tiny.batch()
+    model.model.layers[1].mlp.memory.out.weight.data.normal_()
+    before, keys, kinds = loss_of(model, batch), list(model.state_dict()), [type(m) for m in model.modules()]
+    learn(model, method)
+    assert loss_of(model, batch) < before - 0.01
+    assert list(model.state_dict()) == keys
+    assert [type(m) for m in model.modules()] == kinds
+    model(**tiny.inputs(batch)).loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert model.memory[0].weight.grad.is_sparse
+
+
+def changed(before, model):
+    return {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+
+
+def test_sparse_memory_changes_the_table_alone_and_returns_the_patch():
+    model = tiny.memory_model()
+    before, fingerprint = tiny.snapshot(model), state_fingerprint(model)
+    patch = learn(model, "sparse_memory")
+    assert changed(before, model) == {"memory.0.weight"}
+    patch.revert(model)
+    assert state_fingerprint(model) == fingerprint
+
+
+def test_full_finetuning_changes_every_parameter_and_returns_no_patch():
+    model = tiny.memory_model()
+    before = tiny.snapshot(model)
+    assert learn(model, "full") is None
+    assert changed(before, model) == set(before)
+
+
+def test_lora_changes_linear_layers_but_no_table_embedding_or_norm():
+    model = tiny.memory_model()
+    before = tiny.snapshot(model)
+    assert learn(model, "lora") is None
+    moved = changed(before, model)
+    assert "model.layers.0.self_attn.q_proj.weight" in moved
+    assert "model.layers.1.mlp.gate.weight" in moved
+    assert not [
+        name for name in moved if "memory" in name or "embed" in name or "norm" in name or "half_keys" in name
+    ]
+
+
+def test_lora_merges_to_what_it_computed():
+    model, batch = tiny.memory_model(), tiny.batch()
+    prepared = METHODS["lora"](model, {}, settings("lora"))
+    for _ in range(3):
+        prepared.model(**tiny.inputs(batch)).loss.backward()
+        prepared.optimizer.step()
+    wrapped = loss_of(prepared.model, batch)
+    prepared.finish()
+    assert loss_of(model, batch) == pytest.approx(wrapped, abs=1e-5)

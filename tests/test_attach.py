@@ -1,0 +1,261 @@
+"""Attaching memory to a decoder, what its logits may depend on, and listening to its reads."""
+
+import pytest
+import tiny
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from memlayer.attach import add_memory, memory_layers, memory_tables, record_reads
+from memlayer.config import MemoryConfig
+from memlayer.memory import MemoryLayer
+
+
+def names_of(model, parameter):
+    """Every name a parameter is registered under."""
+    return [name for name, p in model.named_parameters(remove_duplicate=False) if p is parameter]
+
+
+@torch.no_grad()
+def logits(model, batch):
+    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+
+
+def test_memory_beside_the_feed_forward_block_changes_no_logit():
+    batch, base = tiny.batch(), tiny.decoder()
+    before = logits(base, batch)
+    settings = {"num_keys": 8, "num_heads": 2, "top_k": 3}
+    assert torch.equal(before, logits(add_memory(base, MemoryConfig([0, 2], mode="add", **settings)), batch))
+
+
+def test_memory_in_place_of_the_feed_forward_block_leaves_none_of_its_parameters():
+    model = tiny.memory_model(layers=[1])
+    in_layer = [name for name, _ in model.named_parameters() if "layers.1.mlp" in name]
+    assert not [name for name in in_layer if "up_proj" in name or "down_proj" in name or "gate_proj" in name]
+    assert isinstance(model.model.layers[1].mlp, MemoryLayer)
+    assert any("layers.0.mlp.up_proj" in name for name, _ in model.named_parameters())
+
+
+def test_memory_changes_the_logits_it_takes_part_in():
+    model, batch = tiny.memory_model(), tiny.batch()
+    before = logits(model, batch)
+    memory_tables(model)[tiny.TABLE].weight.data.mul_(5)
+    assert (before - logits(model, batch)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("mode", ["replace", "add"])
+def test_a_shared_table_is_registered_once(mode):
+    model = tiny.memory_model(layers=[0, 2], mode=mode)
+    (table,) = memory_tables(model).values()
+    assert all(layer.table is table for layer in memory_layers(model).values())
+    assert names_of(model, table.weight) == ["memory.0.weight"]
+
+
+def test_separate_tables_are_registered_once_each():
+    model = tiny.memory_model(layers=[0, 2], share=False)
+    first, second = memory_tables(model).values()
+    assert [layer.table for layer in memory_layers(model).values()] == [first, second]
+    assert names_of(model, first.weight) == ["memory.0.weight"]
+    assert names_of(model, second.weight) == ["memory.1.weight"]
+    assert not torch.equal(first.weight, second.weight)
+
+
+def test_memory_takes_the_dtype_of_the_model():
+    model = add_memory(tiny.decoder().bfloat16(), MemoryConfig([1], num_keys=8, num_heads=2, top_k=3))
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert logits(model, tiny.batch()).isfinite().all()
+
+
+def test_the_config_says_how_to_rebuild_the_memory():
+    model = tiny.memory_model(layers=[0, 2], value_width=10)
+    assert MemoryConfig(**model.config.memory) == MemoryConfig([0, 2], 8, 2, 3, value_width=10)
+
+
+@pytest.mark.parametrize(
+    ("memory", "message"),
+    [
+        ({"layers": [3]}, r"memory layers \[3\] asked for, the model has layers 0 to 2"),
+        ({"layers": [-1]}, r"memory layers \[-1\] asked for, the model has layers 0 to 2"),
+        ({"layers": []}, r"memory layers \[\] asked for"),
+        ({"layers": [1, 1]}, r"memory layers \[1, 1\] asked for, one of them twice"),
+        ({"layers": [1], "num_keys": 2}, "top_k is 3, must be between 1 and num_keys = 2"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused_and_the_model_left_alone(memory, message):
+    model = tiny.decoder()
+    before = tiny.snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        add_memory(model, MemoryConfig(**{"num_keys": 8, "num_heads": 2, "top_k": 3, **memory}))
+    assert model.state_dict().keys() == before.keys()
+    assert not hasattr(model, "memory")
+
+
+def test_an_unknown_family_is_refused_by_name():
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=1))
+    with pytest.raises(ValueError, match=r"no decoder layers known for 'gpt2'; known families: .*llama"):
+        add_memory(gpt2, MemoryConfig([0]))
+
+
+def test_a_module_that_is_no_decoder_is_refused_by_name():
+    with pytest.raises(ValueError, match="no decoder layers known for 'Linear'"):
+        add_memory(nn.Linear(2, 2), MemoryConfig([0]))
+
+
+def test_attaching_twice_is_refused():
+    with pytest.raises(ValueError, match=r"memory is attached already, at layers \[1\]"):
+        add_memory(tiny.memory_model(layers=[1]), MemoryConfig([0], num_keys=8, top_k=3))
+
+
+@pytest.mark.parametrize("ask", [memory_layers, memory_tables])
+def test_a_model_without_memory_is_told_how_to_get_some(ask):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM has no memory \w+; attach one with add_memory"):
+        ask(tiny.decoder())
+
+
+# float32: the same products in another matrix shape may be summed in another order.
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def test_logits_of_a_prefix_do_not_change_with_what_follows():
+    model, batch = tiny.memory_model(layers=[0, 2]), tiny.batch()
+    changed = {**batch, "input_ids": batch["input_ids"].clone()}
+    changed["input_ids"][:, 4:] = tiny.batch(seed=1)["input_ids"][:, 4:]
+    before, after = logits(model, batch), logits(model, changed)
+    assert torch.equal(before[:, :4], after[:, :4])
+    assert not torch.allclose(before[:, 4:], after[:, 4:], **CLOSE)
+    shorter = {key: tensor[:, :4] for key, tensor in batch.items()}
+    torch.testing.assert_close(before[:, :4], logits(model, shorter), **CLOSE)
+
+
+def test_logits_of_a_sequence_do_not_change_with_the_rest_of_the_batch():
+    model, batch = tiny.memory_model(layers=[0, 2]), tiny.batch(lengths=(5, 9, 7, 9))
+    together = logits(model, batch)
+    for row, length in enumerate((5, 9, 7, 9)):
+        alone = {key: tensor[row : row + 1, :length] for key, tensor in batch.items()}
+        torch.testing.assert_close(together[row : row + 1, :length], logits(model, alone), **CLOSE)
+    others = {key: tensor.clone() for key, tensor in batch.items()}
+    others["input_ids"][1:] = tiny.batch(lengths=(9, 9, 9), seed=3)["input_ids"]
+    assert torch.equal(together[:1, :5], logits(model, others)[:1, :5])
+
+
+def test_generation_with_a_cache_equals_generation_without():
+    model, prompt = tiny.memory_model(layers=[0, 2]), tiny.batch(lengths=(5, 5))
+    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    settings |= {"output_logits": True, "return_dict_in_generate": True}
+    cached, full = (
+        model.generate(
+            prompt["input_ids"], attention_mask=prompt["attention_mask"], use_cache=use_cache, **settings
+        )
+        for use_cache in (True, False)
+    )
+    assert cached.sequences.shape == (2, 17)
+    assert torch.equal(cached.sequences, full.sequences)
+    torch.testing.assert_close(torch.stack(cached.logits), torch.stack(full.logits), **CLOSE)
+
+
+def num_hooks(model):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def slots_of(model, batch, mask="attention_mask"):
+    with record_reads(model) as reads:
+        logits(model, batch)
+    return reads.slots(batch[mask])
+
+
+def test_reads_are_the_slots_of_the_product_keys():
+    model, batch = tiny.memory_model(), tiny.batch()
+    seen = []
+    (layer,) = memory_layers(model).values()
+    handle = layer.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    found = slots_of(model, batch)[tiny.TABLE]
+    handle.remove()
+    _, slots_THK = layer.keys(seen[0].flatten(0, 1))
+    assert torch.equal(found, slots_THK.flatten(1))
+
+
+def test_nothing_stays_hooked_after_recording():
+    model = tiny.memory_model()
+    before = num_hooks(model)
+    slots_of(model, tiny.batch())
+    assert num_hooks(model) == before
+
+
+def test_nothing_stays_hooked_after_an_error_while_recording():
+    model = tiny.memory_model()
+    before = num_hooks(model)
+    with pytest.raises(RuntimeError, match="somebody else's"), record_reads(model):
+        raise RuntimeError("somebody else's")
+    assert num_hooks(model) == before
+
+
+def test_reads_exclude_padding():
+    model, batch = tiny.memory_model(), tiny.batch(lengths=(5, 9, 7))
+    padded = slots_of(model, batch)[tiny.TABLE]
+    assert padded.shape == (5 + 9 + 7, 2 * 3)
+    alone = [
+        slots_of(model, {key: tensor[row : row + 1, :length] for key, tensor in batch.items()})[tiny.TABLE]
+        for row, length in enumerate((5, 9, 7))
+    ]
+    assert torch.equal(padded, torch.cat(alone))
+
+
+def test_only_the_positions_of_the_mask_count():
+    model, batch = tiny.memory_model(), tiny.batch(lengths=(7, 7))
+    every = slots_of(model, batch)[tiny.TABLE].view(2, 7, 6)
+    assert torch.equal(slots_of(model, batch, "answer_mask")[tiny.TABLE], every[:, 4:6].flatten(0, 1))
+
+
+def test_two_layers_of_one_table_both_count():
+    shared, batch = tiny.memory_model(layers=[0, 2]), tiny.batch()
+    separate = tiny.memory_model(layers=[0, 2], share=False)
+    separate.load_state_dict(
+        {**shared.state_dict(), "memory.1.weight": shared.state_dict()["memory.0.weight"]}
+    )
+    apart = slots_of(separate, batch)
+    assert torch.equal(slots_of(shared, batch)[tiny.TABLE], torch.cat([apart["memory.0"], apart["memory.1"]]))
+
+
+def test_two_models_in_one_process_do_not_hear_each_other():
+    one, two, batch = tiny.memory_model(seed=0), tiny.memory_model(seed=1), tiny.batch()
+    expected_one, expected_two = slots_of(one, batch)[tiny.TABLE], slots_of(two, batch)[tiny.TABLE]
+    with record_reads(one) as reads_one, record_reads(two) as reads_two:
+        logits(one, batch)
+        logits(two, batch)
+    assert torch.equal(reads_one.slots(batch["attention_mask"])[tiny.TABLE], expected_one)
+    assert torch.equal(reads_two.slots(batch["attention_mask"])[tiny.TABLE], expected_two)
+    assert not torch.equal(expected_one, expected_two)
+
+
+def test_activation_checkpointing_does_not_count_a_read_twice():
+    model, batch = tiny.memory_model(layers=[0, 2]), tiny.batch()
+    expected = slots_of(model, batch)[tiny.TABLE]
+    calls = []
+    for name, layer in memory_layers(model).items():
+        layer.keys.register_forward_hook(lambda *_, name=name: calls.append(name))
+    tiny.checkpoint_activations(model)
+    with record_reads(model) as reads:
+        model(**tiny.inputs(batch)).loss.backward()
+    assert len(calls) == 4, "each of the two layers runs again in the backward pass"
+    assert torch.equal(reads.slots(batch["attention_mask"])[tiny.TABLE], expected)
+
+
+def test_a_later_forward_pass_replaces_the_reads_of_an_earlier_one():
+    model, first, second = tiny.memory_model(), tiny.batch(seed=0), tiny.batch(seed=1)
+    with record_reads(model) as reads:
+        logits(model, first)
+        logits(model, second)
+    assert torch.equal(reads.slots(second["attention_mask"])[tiny.TABLE], slots_of(model, second)[tiny.TABLE])
+
+
+def test_a_mask_of_another_size_is_refused():
+    model, batch = tiny.memory_model(), tiny.batch(lengths=(7, 7))
+    with record_reads(model) as reads:
+        logits(model, batch)
+    with pytest.raises(ValueError, match="mask has 12 positions, the forward pass had 14"):
+        reads.slots(torch.ones(2, 6))
+
+
+def test_asking_for_reads_before_any_forward_pass_is_refused():
+    with record_reads(tiny.memory_model()) as reads, pytest.raises(ValueError, match="no reads recorded"):
+        reads.slots(torch.ones(2, 6))

@@ -1,0 +1,64 @@
+"""The examples run as the README says, on a checkpoint that two steps of pretraining wrote."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import TABLE
+
+from memlayer import modeling, recipes
+from memlayer.config import DataConfig, MemoryConfig, ModelConfig, PretrainConfig, RunConfig
+from memlayer.patch import MemoryPatch, state_fingerprint
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+NUM_SLOTS = 32**2
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A decoder of two small layers, the second with a memory, that knows next to nothing."""
+    config = RunConfig(
+        job="pretrain",
+        output=str(tmp_path_factory.mktemp("pretrain")),
+        model=ModelConfig(num_layers=2, width=32, num_heads=2, ffn_width=64, vocab_size=600),
+        memory=MemoryConfig(layers=[1], num_keys=32, num_heads=2, top_k=4),
+        data=DataConfig(num_known=8),
+        pretrain=PretrainConfig(steps=2, batch_size=16, warmup_steps=1),
+        trainer={"disable_tqdm": True},
+    )
+    return recipes.pretrain(config)
+
+
+def run_example(name, *arguments):
+    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_own_loop_learns_saves_a_patch_and_takes_it_back(checkpoint, tmp_path):
+    done = run_example("learn_in_your_own_loop.py", "--checkpoint", checkpoint, "--output", tmp_path, "--num-facts", 2)
+    assert done.returncode == 0, done.stderr
+    assert "every bit of the model is what it was" in done.stdout
+    losses = re.findall(r"loss (\S+) -> (\S+)", done.stdout)
+    assert len(losses) == 2
+    assert all(float(last) < float(first) for first, last in losses)
+
+    patch = MemoryPatch.load(tmp_path / "patch")
+    assert 0 < patch.num_rows < NUM_SLOTS
+    assert (patch.tables[TABLE].rows != patch.tables[TABLE].originals).any(dim=1).all()
+    model, _ = modeling.load(checkpoint)
+    before = state_fingerprint(model)
+    # Its originals are the checkpoint's rows to the last bit, else it would be refused here.
+    patch.apply(model)
+    assert torch.equal(model.memory[0].weight[patch.tables[TABLE].slots], patch.tables[TABLE].rows)
+    patch.revert(model)
+    assert state_fingerprint(model) == before
+
+
+def test_own_loop_says_which_checkpoint_is_missing(tmp_path):
+    done = run_example("learn_in_your_own_loop.py", "--checkpoint", tmp_path / "nowhere", "--output", tmp_path)
+    assert done.returncode != 0
+    assert "nowhere" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "patch").exists()

@@ -1,0 +1,76 @@
+"""Scores and the choice of top slots, by hand and by brute force."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memlayer.counts import SlotCounts
+from memlayer.selection import SCORES, tf, tf_idf, top_slots
+
+
+def counts(document_frequency, num_documents):
+    seen_N = torch.tensor(document_frequency)
+    return SlotCounts(seen_N, seen_N, num_documents, "by hand")
+
+
+def test_tf_idf_equals_the_formula_worked_out_by_hand():
+    background = counts([0, 3, 9, 1], num_documents=9)
+    scores = tf_idf(torch.tensor([0, 1, 2]), torch.tensor([2, 5, 3]), background)
+    expected = [0.2 * math.log(10 / 1), 0.5 * math.log(10 / 4), 0.3 * math.log(10 / 10)]
+    assert scores.tolist() == pytest.approx(expected, abs=1e-15)
+
+
+def test_term_frequency_alone_ignores_the_background():
+    scores = tf(torch.tensor([0, 2]), torch.tensor([1, 3]), counts([9, 9, 9], 9))
+    assert scores.tolist() == [0.25, 0.75]
+
+
+def test_a_slot_that_every_document_reads_scores_zero_and_is_never_chosen():
+    slots = torch.tensor([0, 1])
+    scores = tf_idf(slots, torch.tensor([100, 1]), counts([7, 0], num_documents=7))
+    assert scores[0] == 0
+    assert top_slots(slots, scores, num_rows=2).tolist() == [1]
+
+
+def test_ties_go_to_the_lower_slot_whatever_the_order_given():
+    slots, scores = torch.tensor([9, 4, 7, 2]), torch.tensor([1.0, 1.0, 2.0, 1.0])
+    assert top_slots(slots, scores, num_rows=3).tolist() == [2, 4, 7]
+
+
+def test_nothing_read_means_nothing_chosen():
+    empty = torch.empty(0, dtype=torch.int64)
+    assert tf_idf(empty, empty, counts([1, 2], 3)).shape == (0,)
+    assert top_slots(empty, torch.empty(0), num_rows=5).tolist() == []
+
+
+@pytest.mark.parametrize("num_rows", [0, -1])
+def test_a_number_of_rows_below_one_is_refused(num_rows):
+    with pytest.raises(ValueError, match=f"num_rows is {num_rows}, must be at least 1"):
+        top_slots(torch.tensor([1]), torch.tensor([1.0]), num_rows)
+
+
+def read_slots():
+    """Distinct slots below 30 with a number of reads each, in any order."""
+    return st.dictionaries(st.integers(0, 29), st.integers(1, 4), max_size=30).map(lambda d: list(d.items()))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    reads=read_slots(),
+    seen=st.lists(st.integers(0, 5), min_size=30, max_size=30),
+    num_rows=st.integers(1, 35),
+    score=st.sampled_from(sorted(SCORES)),
+)
+def test_chosen_slots_are_the_best_by_brute_force(reads, seen, num_rows, score):
+    slots_U = torch.tensor([slot for slot, _ in reads], dtype=torch.int64)
+    reads_U = torch.tensor([number for _, number in reads], dtype=torch.int64)
+    scores_U = SCORES[score](slots_U, reads_U, counts(seen, num_documents=5))
+    ranked = sorted(zip((-scores_U).tolist(), slots_U.tolist(), strict=True))
+    expected = sorted(slot for minus_score, slot in ranked[:num_rows] if minus_score < 0)
+    chosen = top_slots(slots_U, scores_U, num_rows)
+    assert chosen.tolist() == expected
+    assert set(expected) <= {slot for slot, _ in reads}
+    assert chosen.dtype == torch.int64

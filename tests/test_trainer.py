@@ -1,0 +1,263 @@
+"""MemoryTrainer: optimizer groups, resuming, clipping, accumulation and several processes."""
+
+from functools import partial
+
+import pytest
+import tiny
+import torch
+from transformers import TrainerCallback, TrainingArguments
+
+from memlayer.attach import memory_tables
+from memlayer.data.qa import collate
+from memlayer.methods.sparse_memory import SparseMemoryFinetuner
+from memlayer.trainer import MemoryTrainer
+
+
+def examples(number=20, seed=0):
+    """Sequences of 5 to 9 tokens as ``data.qa.encode`` returns them."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(5, 10, (number,), generator=generator).tolist()
+    return [
+        {
+            "input_ids": torch.randint(tiny.PAD + 1, tiny.VOCAB, (length,), generator=generator).tolist(),
+            "answer_start": length - 2,
+            "length": length,
+        }
+        for length in lengths
+    ]
+
+
+def trainer_of(model, folder, data, finetuner=None, optimizer=None, callbacks=(), **arguments):
+    defaults = {"report_to": "none", "save_strategy": "no", "logging_steps": 1, "use_cpu": True, "seed": 0}
+    defaults |= {"remove_unused_columns": False, "disable_tqdm": True, "per_device_train_batch_size": 2}
+    return MemoryTrainer(
+        model,
+        TrainingArguments(str(folder), **{**defaults, **arguments}),
+        table_learning_rate=0.003,
+        finetuner=finetuner,
+        optimizers=(optimizer, None),
+        train_dataset=data,
+        data_collator=partial(collate, pad_token_id=tiny.PAD),
+        callbacks=list(callbacks),
+    )
+
+
+class Rates(TrainerCallback):
+    """The learning rate of every group at every step, by name."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **_):
+        self.seen.append({group["name"]: group["lr"] for group in optimizer.param_groups})
+
+
+def test_tables_keep_their_rate_while_the_rest_follows_the_schedule(tmp_path):
+    rates = Rates()
+    settings = {"learning_rate": 0.01, "warmup_steps": 2, "lr_scheduler_type": "linear", "max_steps": 6}
+    trainer_of(tiny.memory_model(), tmp_path, examples(), callbacks=[rates], **settings).train()
+    expected = [0.0, 0.005, 0.01, 0.0075, 0.005, 0.0025]
+    assert [r["table"] for r in rates.seen] == [0.003] * 6
+    assert [r["decay"] for r in rates.seen] == pytest.approx(expected)
+    assert [r["no_decay"] for r in rates.seen] == pytest.approx(expected)
+
+
+def test_groups_hold_every_parameter_once_and_decay_only_matrices(tmp_path):
+    model = tiny.memory_model(layers=[0, 2], share=False)
+    trainer = trainer_of(model, tmp_path, examples(), weight_decay=0.1)
+    groups = {group["name"]: group for group in trainer.create_optimizer().param_groups}
+    tables = [table.weight for table in memory_tables(model).values()]
+    assert [id(p) for p in groups["table"]["params"]] == [id(p) for p in tables]
+    assert {name: group["weight_decay"] for name, group in groups.items()} == {
+        "table": 0.0,
+        "decay": 0.1,
+        "no_decay": 0.0,
+    }
+    held = [id(p) for group in groups.values() for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in model.parameters())
+    assert all(p.ndim > 1 for p in groups["decay"]["params"])
+    assert all(p.ndim == 1 for p in groups["no_decay"]["params"])
+
+
+def test_rows_that_were_never_read_do_not_move_in_pretraining(tmp_path):
+    model = tiny.memory_model(num_keys=16)
+    before = model.memory[0].weight.detach().clone()
+    trainer = trainer_of(model, tmp_path, examples(4), max_steps=5, weight_decay=0.1)
+    trainer.train()
+    steps_N = trainer.optimizer.optimizer.state[model.memory[0].weight]["step"]
+    moved_N = (model.memory[0].weight != before).any(dim=1)
+    assert not moved_N[steps_N == 0].any()
+    assert 0 < moved_N.sum() <= (steps_N > 0).sum() < len(steps_N)
+
+
+def assert_same(ours, theirs, where=""):
+    """Nested dictionaries and lists of tensors and numbers are equal, tensors to the bit."""
+    assert type(ours) is type(theirs), where
+    if isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs), where
+    elif isinstance(ours, dict):
+        assert ours.keys() == theirs.keys(), where
+        for key in ours:
+            assert_same(ours[key], theirs[key], f"{where}.{key}")
+    elif isinstance(ours, list | tuple):
+        assert len(ours) == len(theirs), where
+        for index, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+            assert_same(one, other, f"{where}[{index}]")
+    else:
+        assert ours == theirs, where
+
+
+@pytest.mark.parametrize("interrupted_at", [3, 5, 7])
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(tmp_path, interrupted_at):
+    """Two epochs of five steps of two micro-batches; step 5 ends an epoch, 3 and 7 lie within one."""
+    settings = {"num_train_epochs": 2, "gradient_accumulation_steps": 2, "learning_rate": 0.01}
+    settings |= {"save_strategy": "steps", "save_steps": interrupted_at, "warmup_steps": 2}
+    whole = trainer_of(tiny.memory_model(layers=[0, 2]), tmp_path, examples(), **settings)
+    whole.train()
+    assert whole.state.global_step == 10
+    resumed = trainer_of(tiny.memory_model(layers=[0, 2], seed=1), tmp_path, examples(), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{interrupted_at}"))
+    assert resumed.state.global_step == 10
+    assert_same(dict(whole.model.state_dict()), dict(resumed.model.state_dict()))
+    assert_same(whole.optimizer.state_dict(), resumed.optimizer.state_dict())
+    assert_same(whole.lr_scheduler.get_last_lr(), resumed.lr_scheduler.get_last_lr())
+
+
+def first_moments(folder, **settings):
+    """(1 - beta1) times the gradient of every parameter in one step, by name."""
+    model = tiny.memory_model()
+    trainer = trainer_of(model, folder, examples(8), max_steps=1, **settings)
+    trainer.train()
+    state = trainer.optimizer.optimizer.state
+    return {name: state[p]["exp_avg"] for name, p in model.named_parameters()}, trainer.state.log_history
+
+
+def norm(tensors):
+    return float(torch.cat([t.flatten() for t in tensors]).norm())
+
+
+def test_clipping_scales_the_dense_gradients_and_leaves_the_table_alone(tmp_path):
+    unclipped, _ = first_moments(tmp_path, max_grad_norm=0.0)
+    clipped, history = first_moments(tmp_path, max_grad_norm=0.01)
+    assert torch.equal(clipped.pop("memory.0.weight"), unclipped.pop("memory.0.weight"))
+    assert norm(unclipped.values()) > 0.1 * 0.02
+    assert norm(clipped.values()) == pytest.approx(0.1 * 0.01, rel=1e-3)
+    assert history[0]["grad_norm"] == pytest.approx(norm(unclipped.values()) / 0.1, rel=1e-4)
+
+
+def test_one_batch_and_accumulated_micro_batches_have_the_same_loss_and_gradient(tmp_path):
+    settings = {"max_grad_norm": 0.0, "train_sampling_strategy": "sequential"}
+    whole, whole_history = first_moments(tmp_path, per_device_train_batch_size=8, **settings)
+    for micro_batches in (4, 8):
+        parts, history = first_moments(
+            tmp_path,
+            per_device_train_batch_size=8 // micro_batches,
+            gradient_accumulation_steps=micro_batches,
+            **settings,
+        )
+        assert history[0]["loss"] == pytest.approx(whole_history[0]["loss"], abs=1e-4)
+        for name in whole:
+            torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-6)
+
+
+def taught(folder, positions="all", **settings):
+    """Two steps of sparse memory finetuning through the trainer; the patch and the table."""
+    model = tiny.memory_model()
+    finetuner = SparseMemoryFinetuner(model, tiny.background(model), 9, positions=positions)
+    optimizer = finetuner.watch(torch.optim.SGD(finetuner.parameters(), lr=1.0))
+    settings = {"num_train_epochs": 1, "max_grad_norm": 0.0, "lr_scheduler_type": "constant", **settings}
+    data = examples(16)
+    trainer = trainer_of(
+        model, folder, data, finetuner, optimizer, train_sampling_strategy="sequential", **settings
+    )
+    trainer.train()
+    assert trainer.state.global_step == 2
+    return finetuner.detach().tables[tiny.TABLE].slots, model.state_dict()["memory.0.weight"]
+
+
+@pytest.mark.parametrize("positions", ["all", "answer"])
+def test_a_finetuner_selects_over_all_micro_batches_of_a_step(tmp_path, positions):
+    slots, table = taught(tmp_path, positions, per_device_train_batch_size=8)
+    for micro_batches in (2, 4):
+        settings = {
+            "per_device_train_batch_size": 8 // micro_batches,
+            "gradient_accumulation_steps": micro_batches,
+        }
+        parts_slots, parts_table = taught(tmp_path, positions, **settings)
+        assert torch.equal(parts_slots, slots)
+        torch.testing.assert_close(parts_table, table, rtol=1e-4, atol=1e-6)
+
+
+def test_a_finetuner_in_the_trainer_takes_the_steps_it_takes_in_a_plain_loop(tmp_path):
+    slots, table = taught(tmp_path, per_device_train_batch_size=8)
+    model = tiny.memory_model()
+    finetuner = SparseMemoryFinetuner(model, tiny.background(model), 9)
+    optimizer = finetuner.watch(torch.optim.SGD(finetuner.parameters(), lr=1.0))
+    data = examples(16)
+    for first in (0, 8):
+        finetuner.loss(collate(data[first : first + 8], tiny.PAD)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.equal(finetuner.detach().tables[tiny.TABLE].slots, slots)
+    torch.testing.assert_close(model.state_dict()["memory.0.weight"], table, rtol=1e-5, atol=1e-6)
+
+
+def test_a_finetuner_survives_clipping_and_activation_checkpointing(tmp_path):
+    slots, table = taught(tmp_path, per_device_train_batch_size=8, max_grad_norm=0.001)
+    again, checkpointed = taught(
+        tmp_path, per_device_train_batch_size=8, max_grad_norm=0.001, gradient_checkpointing=True
+    )
+    assert torch.equal(slots, again)
+    assert torch.equal(table, checkpointed)
+    before = tiny.memory_model().state_dict()["memory.0.weight"]
+    assert float((table - before).norm()) <= 2 * 0.001 * 1.01, "two steps of SGD at rate 1, each clipped"
+
+
+def test_a_finetuner_for_answer_positions_refuses_batches_without_them(tmp_path):
+    model = tiny.memory_model()
+    finetuner = SparseMemoryFinetuner(model, tiny.background(model), 9, positions="answer")
+    optimizer = finetuner.watch(torch.optim.SGD(finetuner.parameters(), lr=1.0))
+    trainer = trainer_of(model, tmp_path, examples(4), finetuner, optimizer, max_steps=1)
+    collator = trainer.data_collator
+    trainer.data_collator = lambda rows: {k: v for k, v in collator(rows).items() if k != "answer_mask"}
+    with pytest.raises(ValueError, match="the batch has no 'answer_mask'"):
+        trainer.train()
+
+
+TWO_PROCESSES = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+import test_trainer as t, tiny
+folder = sys.argv[1]
+slots, table = t.taught(folder, per_device_train_batch_size=4)
+pretrained = t.pretrained(folder, per_device_train_batch_size=4)
+rank = torch.distributed.get_rank()
+assert torch.distributed.get_world_size() == 2
+torch.save({{"slots": slots, "table": table, "pretrained": pretrained}}, f"{{folder}}/rank{{rank}}.pt")
+"""
+
+
+def pretrained(folder, **settings):
+    """The parameters after two steps of pretraining, by name."""
+    model = tiny.memory_model()
+    settings = {"max_grad_norm": 0.0, "train_sampling_strategy": "sequential", "max_steps": 2, **settings}
+    trainer_of(model, folder, examples(16), **settings).train()
+    return dict(model.state_dict())
+
+
+def test_two_processes_select_the_same_slots_and_end_with_the_table_of_one(tmp_path):
+    script = tmp_path / "two_processes.py"
+    script.write_text(TWO_PROCESSES.format(tests=str(tiny.__file__).rpartition("/")[0]))
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    tiny.run_python(script, tmp_path, modules=launch)
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+    assert_same(first, second)
+    slots, table = taught(tmp_path / "alone", per_device_train_batch_size=8)
+    assert torch.equal(first["slots"], slots)
+    torch.testing.assert_close(first["table"], table, rtol=1e-4, atol=1e-6)
+    alone = pretrained(tmp_path / "alone", per_device_train_batch_size=8)
+    # Adam divides by the gradient's size, so a gradient that is zero but for rounding moves by a whole step.
+    close = [
+        torch.isclose(first["pretrained"][name], alone[name], atol=1e-5).float().mean() for name in alone
+    ]
+    assert min(close) > 0.99

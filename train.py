@@ -1,0 +1,52 @@
+"""Pretrain a memory model, or teach one new facts.
+
+    python train.py configs/pretrain.yaml
+    python train.py configs/learn_sparse_memory.yaml learn.learning_rate=0.5 output=runs/mine
+    accelerate launch train.py configs/pretrain.yaml
+
+The config is YAML; every setting can be overridden as section.key=value. --print-config shows the resolved
+configuration and stops.
+"""
+
+import argparse
+import sys
+
+from memlayer import recipes
+from memlayer.config import RunConfig, describe_fields, load_config, to_yaml
+
+
+def learn(config: RunConfig) -> None:
+    """Teach new facts and write what changed."""
+    recipes.save_learned(recipes.learn(config), config.output)
+
+
+JOBS = {"pretrain": recipes.pretrain, "learn": learn}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0],
+        epilog="settings and their defaults:\n  " + "\n  ".join(describe_fields()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", help="YAML file, see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings to change")
+    parser.add_argument(
+        "--print-config", action="store_true", help="show the resolved configuration and stop"
+    )
+    arguments = parser.parse_args()
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        if arguments.print_config:
+            print(to_yaml(config), end="")
+            return
+        if config.job not in JOBS:
+            raise ValueError(f"job is {config.job!r}, must be one of {sorted(JOBS)}")
+        JOBS[config.job](config)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"train.py: {error}")
+    print(f"wrote {config.output}")
+
+
+if __name__ == "__main__":
+    main()
