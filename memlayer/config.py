@@ -101,12 +101,13 @@ class LearnConfig:
         method: a name in ``memlayer.methods.METHODS``.
         learning_rate: of the method's optimizer.
         steps_per_fact: optimizer steps on a fact before the next one.
-        wordings_per_batch: wordings of the fact in each step's batch.
-        with_questions: teach seen questions too, after the statements.
+        statements, questions: seen wordings of the fact in each step's batch.
         loss_on: "all" tokens or the "answer".
         num_rows: sparse memory: slots a step may change.
         score: sparse memory: how slots are ranked.
         positions: sparse memory: reads counted at "all" positions or those that predict the "answer".
+        protect: sparse memory: how many background documents a fact counts as once it is taught; its rows are
+            then chosen less by later facts. 0 is the paper's rule.
         optimizer: sparse memory: "sgd" or "adam".
         lora_rank: rank of the LoRA matrices; their scale alpha is ``lora_alpha``.
     """
@@ -114,12 +115,13 @@ class LearnConfig:
     method: str = "sparse_memory"
     learning_rate: float = 1.0
     steps_per_fact: int = 10
-    wordings_per_batch: int = 5
-    with_questions: bool = False
-    loss_on: str = "all"
+    statements: int = 3
+    questions: int = 3
+    loss_on: str = "answer"
     num_rows: int = 100
     score: str = "tf_idf"
     positions: str = "all"
+    protect: int = 0
     optimizer: str = "sgd"
     lora_rank: int = 32
     lora_alpha: float = 32.0

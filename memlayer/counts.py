@@ -46,6 +46,16 @@ class SlotCounts:
             self.reads_N.to(device), self.document_frequency_N.to(device), self.num_documents, self.document
         )
 
+    def with_documents(self, slots_W: Tensor, documents: int) -> "SlotCounts":
+        """Counts as if ``documents`` of the background's documents, more than before, had read these slots too.
+
+        The number of documents stays, so no slot's document frequency exceeds it.
+        """
+        document_frequency_N = self.document_frequency_N.clone()
+        more_W = document_frequency_N[slots_W] + documents
+        document_frequency_N[slots_W] = more_W.clamp(max=self.num_documents)
+        return SlotCounts(self.reads_N, document_frequency_N, self.num_documents, self.document)
+
     def update(self, slots_TK: Tensor, document_T: Tensor) -> None:
         """Add whole documents: the slots each position read and the document it belongs to.
 

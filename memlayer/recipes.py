@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
 from memlayer import modeling
 from memlayer.attach import memory_tables, record_reads
@@ -128,6 +128,17 @@ def count(
     return counts
 
 
+class _ProtectTaught(TrainerCallback):
+    """Count each fact as background once its last step is done."""
+
+    def __init__(self, finetuner, settings):
+        self.finetuner, self.settings = finetuner, settings
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.settings.protect and state.global_step % self.settings.steps_per_fact == 0:
+            self.finetuner.protect(self.settings.protect)
+
+
 @dataclass
 class Learned:
     """The outcome of one learning run.
@@ -164,9 +175,7 @@ def learn(config: RunConfig) -> Learned:
     lessons = [
         example
         for fact in facts.new
-        for example in teaching_examples(
-            fact, facts.wordings, settings.wordings_per_batch, settings.with_questions
-        )
+        for example in teaching_examples(fact, facts.wordings, settings.statements, settings.questions)
         * settings.steps_per_fact
     ]
     model, tokenizer = modeling.load(config.checkpoint)
@@ -179,12 +188,13 @@ def learn(config: RunConfig) -> Learned:
         _training_arguments(
             config,
             num_train_epochs=1,
-            per_device_train_batch_size=settings.wordings_per_batch,
+            per_device_train_batch_size=settings.statements + settings.questions,
             lr_scheduler_type="constant",
             train_sampling_strategy="sequential",
             max_grad_norm=0.0,
         ),
         finetuner=prepared.finetuner,
+        callbacks=[_ProtectTaught(prepared.finetuner, settings)] if prepared.finetuner else None,
         optimizers=(prepared.optimizer, None),
         train_dataset=Dataset.from_list(encode(tokenizer, lessons)),
         data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id, loss_on=settings.loss_on),

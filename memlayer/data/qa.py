@@ -69,21 +69,23 @@ def pretraining_examples(facts: Sequence[Fact], wordings: dict[str, Wordings]) -
     return examples
 
 
-def teaching_examples(
-    fact: Fact, wordings: dict[str, Wordings], num_wordings: int, with_questions: bool
-) -> list[Example]:
-    """The seen wordings that teach one new fact: statements first, then questions if asked for.
+def teaching_examples(fact: Fact, wordings: dict[str, Wordings], statements: int, questions: int) -> list[Example]:
+    """The first seen statements and the first seen questions of a new fact's relation: one batch.
 
     Raises:
-        ValueError: the relation has fewer seen wordings than ``num_wordings``.
+        ValueError: no wording asked for, or more than the relation has to teach with.
     """
     words = wordings[fact.relation]
-    templates = words.seen_statements + (words.seen_questions if with_questions else ())
-    if num_wordings > len(templates):
-        raise ValueError(
-            f"{num_wordings} wordings per batch asked for, relation {fact.relation} has {len(templates)} to teach with"
-        )
-    return [Example(fill(template, fact.subject), fact.answers[0]) for template in templates[:num_wordings]]
+    for kind, asked, there in (
+        ("statements", statements, words.seen_statements),
+        ("questions", questions, words.seen_questions),
+    ):
+        if not 0 <= asked <= len(there):
+            raise ValueError(f"{asked} {kind} per batch asked for, relation {fact.relation} has {len(there)} to teach with")
+    templates = words.seen_statements[:statements] + words.seen_questions[:questions]
+    if not templates:
+        raise ValueError("0 statements and 0 questions per batch asked for: nothing to teach with")
+    return [Example(fill(template, fact.subject), fact.answers[0]) for template in templates]
 
 
 def known_questions(facts: Sequence[Fact], wordings: dict[str, Wordings]) -> list[Question]:

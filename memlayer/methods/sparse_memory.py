@@ -121,6 +121,20 @@ class SparseMemoryFinetuner:
         """The slots this step may change, ascending, per table."""
         return {name: t.slots_R for name, t in self._tables.items()}
 
+    def protect(self, documents: int) -> None:
+        """Count the slots written since the last call as read by so many more background documents.
+
+        Called when a fact is learned, it keeps later facts from overwriting it, and spreads what is written
+        over more rows. The caller's background counts are not changed.
+
+        Raises:
+            ValueError: ``documents`` is negative.
+        """
+        if documents < 0:
+            raise ValueError(f"protect is {documents}, must not be negative")
+        for table in self._tables.values():
+            table.protect(documents)
+
     def detach(self) -> MemoryPatch:
         """Give the model back as an ordinary one and return what was changed."""
         patch = self.patch()
@@ -194,6 +208,7 @@ class _OpenTable:
         )
         table.row_of_slot = torch.full((len(weight),), -1, dtype=torch.int32, device=weight.device)
         self.slots_R = torch.empty(0, dtype=torch.int64, device=weight.device)
+        self._unprotected: set[int] = set()
         self._originals: dict[int, Tensor] = {}
         self._state: dict[str, dict[int, Tensor]] = {}
         self._warned = False
@@ -225,12 +240,18 @@ class _OpenTable:
     def write(self) -> None:
         """Copy the stepped rows into the table, keeping the originals of slots never written before."""
         slots = self.slots_R.tolist()
+        self._unprotected.update(slots)
         fresh = [i for i, slot in enumerate(slots) if slot not in self._originals]
         originals = self.table.weight[self.slots_R[fresh]]
         self._originals.update({slots[i]: row for i, row in zip(fresh, originals, strict=True)})
         self.table.weight.index_copy_(0, self.slots_R, self.rows[: len(slots)])
         self.table.row_of_slot[self.slots_R] = -1
         self.slots_R = self.slots_R[:0]
+
+    def protect(self, documents: int) -> None:
+        slots_W = torch.tensor(sorted(self._unprotected), dtype=torch.int64, device=self.table.weight.device)
+        self.background = self.background.with_documents(slots_W, documents)
+        self._unprotected.clear()
 
     def load_state(self, state: dict) -> None:
         """Give the optimizer the moments of the selected slots; zero for a slot never selected."""

@@ -119,12 +119,11 @@ def test_known_facts_are_asked_in_the_unseen_wording_only_where_pretraining_with
     assert {q.group for q in questions} == {"known"}
 
 
-@pytest.mark.parametrize("with_questions", [False, True])
-def test_new_facts_are_never_taught_in_an_unseen_wording(with_questions):
+@pytest.mark.parametrize("questions", [0, 2])
+def test_new_facts_are_never_taught_in_an_unseen_wording(questions):
     new = facts(30, "new")
-    most = 4 if with_questions else 2
-    taught = {e.prompt for f in new for e in teaching_examples(f, WORDINGS, most, with_questions)}
-    assert len(taught) == 30 * most
+    taught = {e.prompt for f in new for e in teaching_examples(f, WORDINGS, 2, questions)}
+    assert len(taught) == 30 * (2 + questions)
     for fact in new:
         assert UNSEEN_STATEMENT.format(fact.subject) not in taught
         assert UNSEEN_QUESTION.format(fact.subject) not in taught
@@ -138,12 +137,21 @@ def test_the_builtin_wordings_keep_the_unseen_ones_apart():
     wordings = load_wordings(BUILTIN_WORDINGS)
     for relation, words in wordings.items():
         fact = Fact("Nobody", relation, ("Nowhere",))
-        number = len(words.seen_statements + words.seen_questions)
-        taught = {e.prompt for e in teaching_examples(fact, wordings, number, True)}
+        most = len(words.seen_statements), len(words.seen_questions)
+        taught = {e.prompt for e in teaching_examples(fact, wordings, *most)}
         assert fill(words.unseen_statement, "Nobody") not in taught, relation
         assert fill(words.unseen_question, "Nobody") not in taught, relation
 
 
-def test_more_wordings_than_there_are_to_teach_with_are_refused():
-    with pytest.raises(ValueError, match="3 wordings per batch asked for, relation P19 has 2 to teach with"):
-        teaching_examples(facts(1)[0], WORDINGS, 3, with_questions=False)
+@pytest.mark.parametrize(
+    ("statements", "questions", "message"),
+    [
+        (3, 0, "3 statements per batch asked for, relation P19 has 2 to teach with"),
+        (0, 3, "3 questions per batch asked for, relation P19 has 2 to teach with"),
+        (-1, 1, "-1 statements per batch asked for"),
+        (0, 0, "nothing to teach with"),
+    ],
+)
+def test_wordings_that_are_not_there_are_refused(statements, questions, message):
+    with pytest.raises(ValueError, match=message):
+        teaching_examples(facts(1)[0], WORDINGS, statements, questions)
