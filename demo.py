@@ -7,6 +7,7 @@ Everything goes to runs/demo; what is there already is not done again.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from tqdm import tqdm
@@ -19,13 +20,14 @@ from memlayer.evaluation.report import CONTROL, format_table, mean_rows, sample,
 from memlayer.patch import MemoryPatch, state_fingerprint
 
 NUM_VALIDATION, NUM_TEST = 50, 100  # new facts taught, one after the other
+FIRST_TEST = 400  # the facts before it were used to find the recipes in configs/
 KNOWN_VALIDATION, KNOWN_TEST = (0, 400), (400, 1400)  # known facts asked about
 
 # method -> its config and three strengths: a name and what it changes in the config
 METHODS = {
     "sparse memory": (
         "configs/learn_sparse_memory.yaml",
-        {f"lr {lr}": [f"learn.learning_rate={lr}"] for lr in (0.5, 1, 2)},
+        {f"lr {lr}": [f"learn.learning_rate={lr}"] for lr in (5, 10, 15)},
     ),
     "sparse memory, as in the paper": (
         "configs/learn_paper.yaml",
@@ -33,11 +35,11 @@ METHODS = {
     ),
     "full finetuning": (
         "configs/learn_full.yaml",
-        {f"lr {lr}": [f"learn.learning_rate={lr}"] for lr in (1e-4, 3e-4, 1e-3)},
+        {f"lr {lr}": [f"learn.learning_rate={lr}"] for lr in (1e-5, 3e-5, 1e-4)},
     ),
     "LoRA": (
         "configs/learn_lora.yaml",
-        {f"lr {lr}": [f"learn.learning_rate={lr}"] for lr in (3e-4, 1e-3, 3e-3)},
+        {f"lr {lr}": [f"learn.learning_rate={lr}"] for lr in (1e-4, 3e-4, 1e-3)},
     ),
 }
 
@@ -86,7 +88,7 @@ def compare(base: RunConfig, folder: Path, seed: int) -> tuple[list[dict], list[
     validation = trials(
         base, folder / "validation", seed, first_new=0, num_new=NUM_VALIDATION, known=KNOWN_VALIDATION
     )
-    first_test = NUM_VALIDATION + seed * NUM_TEST  # other facts for every seed
+    first_test = FIRST_TEST + seed * NUM_TEST  # other facts for every seed
     test = trials(base, folder / "test", seed, first_new=first_test, num_new=NUM_TEST, known=KNOWN_TEST)
     with tqdm(total=len(validation + test), desc=f"seed {seed}: teaching and asking", unit="trial") as bar:
         comparison.run_trials(validation + test, workers=2, progress=lambda trial: bar.update())
@@ -143,4 +145,7 @@ def show_revert(folder: Path, rows: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"demo.py: {error}")

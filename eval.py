@@ -3,25 +3,28 @@
     python eval.py runs/pretrain --num-new 100
     python eval.py runs/pretrain runs/learn_sparse_memory runs/learn_lora --output runs/report
 
-The first folder is the pretrained model; the others are what train.py wrote when it taught that model. The new
-facts asked about are those the first of them was taught, unless --first-new and --num-new say otherwise. Writes
-results.json, report.md, pareto.png and samples.jsonl.
+The first folder is the pretrained model; the others are what train.py wrote when it taught that model the same
+facts. Known facts are those the model was pretrained on; new facts are those it was taught, unless --facts,
+--first-new and --num-new say otherwise. Writes results.json, report.md, pareto.png and samples.jsonl.
 """
 
 import argparse
 import json
 import sys
+from copy import deepcopy
+from dataclasses import asdict
 from pathlib import Path
 
 from tqdm import tqdm
 
 from memlayer import modeling, recipes
 from memlayer.config import RunConfig, load_config
-from memlayer.data.qa import known_questions, new_questions
+from memlayer.data.qa import Question, known_questions, new_questions
 from memlayer.evaluation.forgetting import scores
 from memlayer.evaluation.provenance import provenance
 from memlayer.evaluation.qa import Answered, answer_questions
 from memlayer.evaluation.report import CONTROL, format_table, result_row, sample, write_report
+from memlayer.preflight import check_output
 
 
 def main() -> None:
@@ -30,8 +33,8 @@ def main() -> None:
     )
     parser.add_argument("checkpoint", type=Path, help="folder of a pretrained memory model")
     parser.add_argument("learned", type=Path, nargs="*", help="folders that train.py wrote with job: learn")
-    parser.add_argument("--facts", help="JSON Lines file of facts (default: the built-in table)")
-    parser.add_argument("--wordings", help="JSON file of wordings (default: the built-in ones)")
+    parser.add_argument("--facts", help="JSON Lines file with the new facts")
+    parser.add_argument("--wordings", help="JSON file of their wordings")
     parser.add_argument("--num-known", type=int, help="known facts asked about (default: all)")
     parser.add_argument("--first-new", type=int, help="where in the new facts to start")
     parser.add_argument("--num-new", type=int, help="new facts asked about")
@@ -42,19 +45,27 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         evaluate(arguments)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"eval.py: {error}")
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Ask before and after, print the table, write the report."""
     taught = [load_config(folder / "config.yaml") for folder in arguments.learned]
-    asked = taught[0] if taught else RunConfig(job="learn", output=str(arguments.output))
-    for name in ("facts", "wordings", "num_known", "first_new", "num_new"):
-        if (value := getattr(arguments, name)) is not None:
-            setattr(asked.data, name, value)
-    facts = recipes.facts_of(asked)
-    questions = known_questions(facts.known, facts.wordings) + new_questions(facts.new, facts.wordings)
+    costs = [json.loads((folder / "learned.json").read_text()) for folder in arguments.learned]
+    base = load_config(arguments.checkpoint / "config.yaml")
+    asked = deepcopy(taught[0] if taught else base)
+    for config, folder in zip(taught, arguments.learned, strict=True):
+        if config.data != asked.data:
+            raise ValueError(f"{folder} was taught other facts than {arguments.learned[0]}: evaluate it apart")
+    for data, names in ((base.data, ["num_known"]), (asked.data, ["facts", "wordings", "first_new", "num_new"])):
+        for name in names:
+            if (value := getattr(arguments, name)) is not None:
+                setattr(data, name, value)
+    questions = questions_of(base, asked)
+    check_output(arguments.output)
+    for folder in arguments.learned:  # one that does not fit is refused before the first question
+        recipes.load_learned(arguments.checkpoint, folder)
 
     def ask(model, tokenizer, name: str) -> list[Answered]:
         with tqdm(total=len(questions), desc=f"asking {name}", unit="question") as bar:
@@ -66,9 +77,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     nothing = scores(before)
     rows = [result_row(CONTROL, "", nothing, nothing, seed=asked.seed, seconds=0.0, parameters_changed=0)]
     samples = []
-    for config, folder in zip(taught, arguments.learned, strict=True):
+    for config, folder, cost in zip(taught, arguments.learned, costs, strict=True):
         after = ask(*recipes.load_learned(arguments.checkpoint, folder), str(folder))
-        took = json.loads((folder / "learned.json").read_text())
         rows.append(
             result_row(
                 config.learn.method,
@@ -76,8 +86,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
                 nothing,
                 scores(after),
                 seed=config.seed,
-                seconds=took["seconds"],
-                parameters_changed=took["parameters_changed"],
+                seconds=cost["seconds"],
+                parameters_changed=cost["parameters_changed"],
             )
         )
         samples += [sample(*pair) | {"run": str(folder)} for pair in zip(before, after, strict=True)]
@@ -86,10 +96,27 @@ def evaluate(arguments: argparse.Namespace) -> None:
         arguments.output,
         f"Learning and forgetting of {arguments.checkpoint}",
         rows,
-        provenance([config.seed for config in taught], vars(asked.data)),
+        provenance(
+            [config.seed for config in taught], {"known": asdict(base.data), "new": asdict(asked.data)}
+        ),
         samples or [sample(each, each) for each in before],
     )
     print(f"wrote {report}")
+
+
+def questions_of(known: RunConfig, new: RunConfig) -> list[Question]:
+    """The known facts of one config and the new facts of another as questions.
+
+    Raises:
+        ValueError: there are too few facts for a score of each kind.
+    """
+    knows, learns = recipes.facts_of(known), recipes.facts_of(new)
+    questions = known_questions(knows.known, knows.wordings) + new_questions(learns.new, learns.wordings)
+    for group in ("known", "new"):
+        for wording in ("seen", "unseen"):
+            if not any((q.group, q.wording) == (group, wording) for q in questions):
+                raise ValueError(f"no {group} fact to ask about in {wording} wording: ask about more {group} facts")
+    return questions
 
 
 if __name__ == "__main__":

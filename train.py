@@ -11,6 +11,8 @@ configuration and stops.
 import argparse
 import sys
 
+from accelerate import PartialState
+
 from memlayer import recipes
 from memlayer.config import RunConfig, describe_fields, load_config, to_yaml
 
@@ -43,9 +45,10 @@ def main() -> None:
         if config.job not in JOBS:
             raise ValueError(f"job is {config.job!r}, must be one of {sorted(JOBS)}")
         JOBS[config.job](config)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
-    print(f"wrote {config.output}")
+    if PartialState().is_main_process:
+        print(f"wrote {config.output}")
 
 
 if __name__ == "__main__":

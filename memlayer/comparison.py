@@ -1,7 +1,7 @@
 """Compare finetuning methods on the same facts and the same questions.
 
 A trial is one setting of one method on one set of new facts: learn, then ask. It is written to a folder
-with its resolved config and read back from there when the config is the same, so an interrupted
+with all that it depends on and read back from there when that is the same, so an interrupted
 comparison goes on where it stopped. Strengths are chosen on validation facts and reported on test facts.
 """
 
@@ -21,7 +21,7 @@ from memlayer.evaluation.qa import Answered, answer_questions
 from memlayer.evaluation.report import CONTROL, result_row
 from memlayer.recipes import Learned, facts_of, learn, save_learned
 
-ANSWERS = "answers.jsonl"
+ANSWERS, TOLD = "answers.jsonl", "trial.yaml"
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,16 @@ def run_trials(trials: Sequence[Trial], workers: int, progress: Callable[[Trial]
 
 
 def is_done(trial: Trial) -> bool:
-    """Whether the folder holds the answers of exactly this config."""
-    config = trial.folder / "config.yaml"
-    return (
-        (trial.folder / ANSWERS).is_file()
-        and config.is_file()
-        and config.read_text() == to_yaml(trial.config)
-    )
+    """Whether the folder holds the answers of exactly this trial."""
+    told = trial.folder / TOLD
+    return (trial.folder / ANSWERS).is_file() and told.is_file() and told.read_text() == _told(trial)
+
+
+def _told(trial: Trial) -> str:
+    """All that a trial's answers depend on: its config, the questions, and how its checkpoint was made."""
+    base = Path(trial.config.checkpoint) / "config.yaml"
+    made = base.read_text() if base.is_file() else ""
+    return f"{to_yaml(trial.config)}---\nknown: {list(trial.known)}\n---\n{made}"
 
 
 def run_trial(trial: Trial) -> None:
@@ -96,6 +99,7 @@ def run_trial(trial: Trial) -> None:
     else:
         learned = learn(trial.config)
     save_learned(learned, trial.folder, with_model=False)
+    (trial.folder / TOLD).write_text(_told(trial))
     write_answers(ask(learned.model, learned.tokenizer, trial.config, trial.known), trial.folder)
 
 
@@ -110,7 +114,7 @@ def row(trial: Trial, before: Iterable[Answered], chosen: bool = False) -> dict:
         seed=trial.config.seed,
         seconds=took["seconds"],
         parameters_changed=took["parameters_changed"],
-        chosen=chosen,
+        chosen=chosen and trial.method != CONTROL,  # the control has no strength to choose
     )
 
 

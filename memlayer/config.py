@@ -12,6 +12,8 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+LOSS_ON = ("all", "answer")
+
 
 @dataclass
 class MemoryConfig:
@@ -38,8 +40,8 @@ class MemoryConfig:
     share: bool = True
 
     def __post_init__(self):
-        if self.mode not in ("replace", "add"):
-            raise ValueError(f"memory.mode is {self.mode!r}, must be 'replace' or 'add'")
+        _check_choice("memory.mode", self.mode, ("replace", "add"))
+        _check_at_least(1, "memory", self, "num_keys", "num_heads", "value_width")
 
 
 @dataclass
@@ -52,6 +54,14 @@ class ModelConfig:
     ffn_width: int = 512
     max_length: int = 64
     vocab_size: int = 2048
+
+    def __post_init__(self):
+        _check_at_least(1, "model", self, "num_layers", "width", "num_heads", "ffn_width", "max_length")
+        if self.width % (2 * self.num_heads):
+            raise ValueError(
+                f"model.width is {self.width}, must be a multiple of twice model.num_heads = {self.num_heads}: "
+                "rotary positions turn pairs of a head's numbers"
+            )
 
 
 @dataclass
@@ -85,12 +95,20 @@ class PretrainConfig:
     warmup_steps: int = 100
     loss_on: str = "all"
 
+    def __post_init__(self):
+        _check_at_least(1, "pretrain", self, "steps", "batch_size")
+        _check_at_least(0, "pretrain", self, "learning_rate", "table_learning_rate", "weight_decay")
+        _check_choice("pretrain.loss_on", self.loss_on, LOSS_ON)
+
 
 @dataclass
 class CountConfig:
     """What a background document is: so many consecutive sequences of pretraining text."""
 
     sequences_per_document: int = 8
+
+    def __post_init__(self):
+        _check_at_least(1, "count", self, "sequences_per_document")
 
 
 @dataclass
@@ -104,7 +122,7 @@ class LearnConfig:
         statements, questions: seen wordings of the fact in each step's batch.
         loss_on: "all" tokens or the "answer".
         num_rows: sparse memory: slots a step may change.
-        score: sparse memory: how slots are ranked.
+        idf_power: sparse memory: 1 ranks slots as the paper does; more avoids those that background text reads.
         positions: sparse memory: reads counted at "all" positions or those that predict the "answer".
         protect: sparse memory: how many background documents a fact counts as once it is taught; its rows are
             then chosen less by later facts. 0 is the paper's rule.
@@ -113,18 +131,23 @@ class LearnConfig:
     """
 
     method: str = "sparse_memory"
-    learning_rate: float = 1.0
-    steps_per_fact: int = 10
+    learning_rate: float = 10.0
+    steps_per_fact: int = 5
     statements: int = 3
     questions: int = 3
     loss_on: str = "answer"
-    num_rows: int = 100
-    score: str = "tf_idf"
+    num_rows: int = 400
+    idf_power: float = 8.0
     positions: str = "all"
-    protect: int = 0
+    protect: int = 10
     optimizer: str = "sgd"
     lora_rank: int = 32
     lora_alpha: float = 32.0
+
+    def __post_init__(self):
+        _check_at_least(1, "learn", self, "steps_per_fact")
+        _check_at_least(0, "learn", self, "protect")
+        _check_choice("learn.loss_on", self.loss_on, LOSS_ON)
 
 
 @dataclass
@@ -132,9 +155,9 @@ class RunConfig:
     """One run of train.py.
 
     Attributes:
-        job: "pretrain", "count" or "learn".
+        job: "pretrain" or "learn".
         output: folder to write.
-        checkpoint: folder of a pretrained memory model, for "count" and "learn".
+        checkpoint: folder of a pretrained memory model, for "learn".
         trainer: passed on to transformers.TrainingArguments.
     """
 
@@ -149,6 +172,17 @@ class RunConfig:
     count: CountConfig = field(default_factory=CountConfig)
     learn: LearnConfig = field(default_factory=LearnConfig)
     trainer: dict[str, Any] = field(default_factory=dict)
+
+
+def _check_at_least(minimum: float, section: str, settings: Any, *names: str) -> None:
+    for name in names:
+        if (number := getattr(settings, name)) is not None and number < minimum:
+            raise ValueError(f"{section}.{name} is {number}, must be at least {minimum}")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}, must be {' or '.join(map(repr, choices))}")
 
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:

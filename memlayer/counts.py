@@ -116,7 +116,7 @@ def load_counts(path: str | Path, num_slots: dict[str, int]) -> dict[str, SlotCo
         FileNotFoundError: there is no such file.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no background counts at {path}; make them with a config of job: count")
+        raise FileNotFoundError(f"no background counts at {path}; pretraining writes them")
     counts = {}
     with safe_open(str(path), framework="pt") as file:
         metadata = file.metadata()

@@ -4,13 +4,16 @@ Each takes a resolved RunConfig, writes a folder, and can be called from a noteb
 """
 
 import json
+import shutil
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
+from safetensors.torch import load_model
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
@@ -28,10 +31,17 @@ from memlayer.data.facts import (
     load_facts,
     load_wordings,
 )
-from memlayer.data.qa import collate, encode, pretraining_examples, teaching_examples
-from memlayer.data.tokenizer import train_tokenizer
+from memlayer.data.qa import Example, collate, encode, pretraining_examples, teaching_examples
+from memlayer.data.tokenizer import load_tokenizer, train_tokenizer
 from memlayer.methods import METHODS
 from memlayer.patch import MemoryPatch
+from memlayer.preflight import (
+    check_lengths,
+    check_output,
+    checkpoint_to_resume,
+    refuse_unused,
+    training_arguments,
+)
 from memlayer.trainer import MemoryTrainer
 
 COUNTS = "background_counts.safetensors"
@@ -72,16 +82,17 @@ def _slice(facts: list[Fact], first: int, number: int | None, kind: str) -> list
 
 
 def pretrain(config: RunConfig) -> Path:
-    """Train tokenizer and model on the known facts, then count background reads; returns the folder."""
+    """Train tokenizer and model on the known facts, then count background reads; returns the folder.
+
+    Nothing is written beside an earlier result in the folder before the training is done.
+    """
+    refuse_unused(config, "checkpoint", "learn")
     set_seed(config.seed)
     facts, settings, output = facts_of(config), config.pretrain, Path(config.output)
     examples = pretraining_examples(facts.known, facts.wordings)
-    output.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer((f"{e.prompt} {e.answer}" for e in examples), config.model.vocab_size, output)
-    model = modeling.build(config.model, config.memory, tokenizer)
-    encoded = encode(tokenizer, examples)
-    _check_lengths(encoded, config.model.max_length)
-    arguments = _training_arguments(
+    if not examples:
+        raise ValueError("data.num_known is 0: there are no known facts to pretrain on")
+    arguments = training_arguments(
         config,
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
@@ -91,6 +102,12 @@ def pretrain(config: RunConfig) -> Path:
         lr_scheduler_type="cosine",
         train_sampling_strategy="group_by_length",  # a third fewer padding positions
     )
+    check_output(arguments.output_dir)
+    checkpoint = checkpoint_to_resume(arguments, config)
+    tokenizer = _train_tokenizer_once(arguments, examples, config.model.vocab_size)
+    model = modeling.build(config.model, config.memory, tokenizer)
+    encoded = encode(tokenizer, examples)
+    check_lengths(encoded, config.model.max_length)
     trainer = MemoryTrainer(
         model,
         arguments,
@@ -98,11 +115,26 @@ def pretrain(config: RunConfig) -> Path:
         train_dataset=Dataset.from_list(encoded),
         data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id, loss_on=settings.loss_on),
     )
-    trainer.train(resume_from_checkpoint=_may_resume(arguments, config))
-    modeling.save(model, tokenizer, output)
-    count(config, model, tokenizer, encoded)
-    (output / "config.yaml").write_text(to_yaml(config))
+    if checkpoint is not None and checkpoint.name == f"checkpoint-{settings.steps}":
+        load_model(model, checkpoint / modeling.WEIGHTS)  # trained to the end; the Trainer would take a step more
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    if PartialState().is_main_process:
+        modeling.save(model, tokenizer, output)
+        count(config, model, tokenizer, encoded)
+        (output / "config.yaml").write_text(to_yaml(config))
+    PartialState().wait_for_everyone()
     return output
+
+
+def _train_tokenizer_once(
+    arguments: TrainingArguments, examples: list[Example], vocab_size: int
+) -> PreTrainedTokenizerBase:
+    """Trained by the main process, read by the others."""
+    with arguments.main_process_first(local=False):
+        if arguments.process_index:
+            return load_tokenizer(arguments.output_dir)
+        return train_tokenizer((f"{e.prompt} {e.answer}" for e in examples), vocab_size, arguments.output_dir)
 
 
 def count(
@@ -113,17 +145,24 @@ def count(
     words = f"{per_document} consecutive sequences of pretraining text, one wording of a fact each"
     counts = {name: SlotCounts.empty(t.num_embeddings, words) for name, t in memory_tables(model).items()}
     model.eval()
-    per_batch = per_document * max(1, config.pretrain.batch_size // per_document)
-    with torch.no_grad(), record_reads(model) as reads:
-        for first in tqdm(range(0, len(encoded), per_batch), desc="counting background reads", unit="batch"):
-            batch = collate(encoded[first : first + per_batch], tokenizer.pad_token_id)
-            mask = batch["attention_mask"]
-            model(input_ids=batch["input_ids"], attention_mask=mask)
-            document_of_position = (
-                torch.arange(len(mask))[:, None].expand_as(mask)[mask.bool()] // per_document
-            )
+    documents = [encoded[i : i + per_document] for i in range(0, len(encoded), per_document)]
+    documents.sort(key=lambda document: max(e["length"] for e in document))  # little padding in a batch
+    per_batch = max(1, config.pretrain.batch_size // per_document)
+    with (
+        torch.no_grad(),
+        record_reads(model) as reads,
+        tqdm(total=len(documents), desc="counting background reads", unit="document") as bar,
+    ):
+        for first in range(0, len(documents), per_batch):
+            some = documents[first : first + per_batch]
+            batch = collate([sequence for document in some for sequence in document], tokenizer.pad_token_id)
+            mask = batch["attention_mask"].to(model.device)
+            model.base_model(input_ids=batch["input_ids"].to(model.device), attention_mask=mask)
+            document_of_sequence = torch.repeat_interleave(torch.tensor([len(d) for d in some]))
+            document_of_position = document_of_sequence[mask.cpu().nonzero()[:, 0]]
             for name, slots in reads.slots(mask).items():
                 counts[name].update(slots, document_of_position)
+            bar.update(len(some))
     save_counts(counts, Path(config.output) / COUNTS)
     return counts
 
@@ -165,38 +204,40 @@ def learn(config: RunConfig) -> Learned:
     Raises:
         FileNotFoundError, ValueError: the checkpoint, its background counts, the facts or a setting do not fit.
     """
+    refuse_unused(config, "model", "memory", "pretrain", "count")
     set_seed(config.seed)
     settings = config.learn
     if settings.method not in METHODS:
         raise ValueError(f"learn.method is {settings.method!r}, must be one of {sorted(METHODS)}")
     if config.checkpoint is None:
         raise ValueError("checkpoint is not set: name the folder of a pretrained memory model")
-    facts = facts_of(config)
-    lessons = [
-        example
-        for fact in facts.new
-        for example in teaching_examples(fact, facts.wordings, settings.statements, settings.questions)
-        * settings.steps_per_fact
-    ]
+    if Path(config.output).resolve() == Path(config.checkpoint).resolve():
+        raise ValueError(f"output and checkpoint are both {config.output}: a run would overwrite what it starts from")
+    lessons = _lessons(config)
+    arguments = training_arguments(
+        config,
+        num_train_epochs=1,
+        per_device_train_batch_size=settings.statements + settings.questions,
+        lr_scheduler_type="constant",
+        train_sampling_strategy="sequential",
+        max_grad_norm=0.0,
+    )
+    check_output(config.output)
     model, tokenizer = modeling.load(config.checkpoint)
+    encoded = encode(tokenizer, lessons)
+    check_lengths(encoded, model.config.max_position_embeddings)
+    model.to(arguments.device)
     tables = {name: table.num_embeddings for name, table in memory_tables(model).items()}
     background = load_counts(Path(config.checkpoint) / COUNTS, tables)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     prepared = METHODS[settings.method](model, background, settings)
     trainer = MemoryTrainer(
         prepared.model,
-        _training_arguments(
-            config,
-            num_train_epochs=1,
-            per_device_train_batch_size=settings.statements + settings.questions,
-            lr_scheduler_type="constant",
-            train_sampling_strategy="sequential",
-            max_grad_norm=0.0,
-        ),
+        arguments,
         finetuner=prepared.finetuner,
         callbacks=[_ProtectTaught(prepared.finetuner, settings)] if prepared.finetuner else None,
         optimizers=(prepared.optimizer, None),
-        train_dataset=Dataset.from_list(encode(tokenizer, lessons)),
+        train_dataset=Dataset.from_list(encoded),
         data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id, loss_on=settings.loss_on),
     )
     start = time.perf_counter()
@@ -209,6 +250,17 @@ def learn(config: RunConfig) -> Learned:
     return Learned(config, model.eval(), tokenizer, patch, seconds, trainer.state.global_step, changed)
 
 
+def _lessons(config: RunConfig) -> list[Example]:
+    """What is taught in order: the batch of each fact, as often as it has steps."""
+    facts, settings = facts_of(config), config.learn
+    if not facts.new:
+        raise ValueError("data.num_new is 0: there are no new facts to teach")
+    batches = [
+        teaching_examples(fact, facts.wordings, settings.statements, settings.questions) for fact in facts.new
+    ]
+    return [example for batch in batches for example in batch * settings.steps_per_fact]
+
+
 def save_learned(learned: Learned, folder: str | Path, with_model: bool = True) -> None:
     """Write the patch, or the whole model where there is none, with the resolved config and what it took.
 
@@ -216,7 +268,15 @@ def save_learned(learned: Learned, folder: str | Path, with_model: bool = True) 
         with_model: False leaves a whole model out, for comparisons that only ask it questions.
     """
     folder = Path(folder)
+    if PartialState().is_main_process:
+        _write_learned(learned, folder, with_model)
+    PartialState().wait_for_everyone()
+
+
+def _write_learned(learned: Learned, folder: Path, with_model: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    for earlier in ("patch", "model"):  # or load_learned would not know which of two is meant
+        shutil.rmtree(folder / earlier, ignore_errors=True)
     if learned.patch is not None:
         learned.patch.save(folder / "patch")
     elif with_model:
@@ -240,39 +300,3 @@ def load_learned(checkpoint: str | Path, folder: str | Path) -> tuple[nn.Module,
     model, tokenizer = modeling.load(checkpoint)
     patch.apply(model)
     return model, tokenizer
-
-
-def _training_arguments(config: RunConfig, **ours) -> TrainingArguments:
-    on_cpu = not torch.accelerator.is_available()
-    defaults = {
-        "save_strategy": "no",
-        "logging_steps": 100,
-        "report_to": "none",
-        "seed": config.seed,
-        "use_cpu": on_cpu,
-        "dataloader_pin_memory": not on_cpu,
-    }
-    fixed = {"output_dir": str(Path(config.output) / "trainer"), "remove_unused_columns": False}
-    try:
-        return TrainingArguments(**{**defaults, **ours, **config.trainer, **fixed})
-    except TypeError as error:
-        raise ValueError(f"trainer: {error}") from error
-
-
-def _may_resume(arguments: TrainingArguments, config: RunConfig) -> bool:
-    """Whether an interrupted run of this very config left a checkpoint to go on from."""
-    folder = Path(arguments.output_dir)
-    started = folder / "config.yaml"
-    if not any(folder.glob("checkpoint-*")):
-        folder.mkdir(parents=True, exist_ok=True)
-        started.write_text(to_yaml(config))
-        return False
-    if not started.is_file() or started.read_text() != to_yaml(config):
-        raise ValueError(f"{folder} holds checkpoints of another config: name another output, or delete it")
-    return True
-
-
-def _check_lengths(encoded: list[dict], max_length: int) -> None:
-    longest = max(e["length"] for e in encoded)
-    if longest > max_length:
-        raise ValueError(f"the longest example has {longest} tokens, model.max_length is {max_length}")

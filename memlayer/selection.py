@@ -13,30 +13,30 @@ from torch import Tensor
 from memlayer.counts import SlotCounts
 
 
-def tf_idf(slots_U: Tensor, reads_U: Tensor, background: SlotCounts) -> Tensor:
-    """Term frequency in the batch times inverse document frequency in the background.
+def tf_idf(slots_U: Tensor, reads_U: Tensor, background: SlotCounts, idf_power: float = 1.0) -> Tensor:
+    """Term frequency in the batch times a power of the inverse document frequency in the background.
 
-    Source: arXiv:2510.15103, section 4.
+    Source: arXiv:2510.15103, section 4, whose rule is ``idf_power=1``; 0 is its ablation, term frequency alone. A
+    higher power keeps away from slots that background text reads at all: addresses do not depend on values, so
+    text that reads no written slot keeps its logits to the last bit.
 
     Args:
         slots_U: distinct slots the batch read, int64.
         reads_U: reads of each, int64; padding already excluded.
         background: counts over background documents of the same table.
+        idf_power: at least 0.
 
     Returns:
-        scores_U: float64, at least zero; zero where every background document reads the slot.
+        scores_U: float64, at least zero; with a positive power, zero where every background document reads the slot.
+
+    Raises:
+        ValueError: ``idf_power`` is negative.
     """
+    if not idf_power >= 0:
+        raise ValueError(f"idf_power is {idf_power}, must be at least 0")
     frequency_U = reads_U.double() / reads_U.sum().clamp(min=1)
     seen_U = background.document_frequency_N[slots_U].double()
-    return frequency_U * torch.log((background.num_documents + 1) / (seen_U + 1))
-
-
-def tf(slots_U: Tensor, reads_U: Tensor, background: SlotCounts) -> Tensor:
-    """Term frequency alone, the ablation of arXiv:2510.15103, figure 6; arguments as ``tf_idf``."""
-    return reads_U.double() / reads_U.sum().clamp(min=1)
-
-
-SCORES = {"tf_idf": tf_idf, "tf": tf}
+    return frequency_U * torch.log((background.num_documents + 1) / (seen_U + 1)) ** idf_power
 
 
 def top_slots(slots_U: Tensor, scores_U: Tensor, num_rows: int) -> Tensor:

@@ -23,6 +23,7 @@ FLOORS = {
     "memlayer.attach": 2,
     "memlayer.modeling": 2,
     "memlayer.patch": 2,
+    "memlayer.preflight": 2,
     "memlayer.data": 2,
     "memlayer.evaluation": 2,
     "memlayer.methods": 3,

@@ -21,7 +21,7 @@ from memlayer.counts import SlotCounts
 from memlayer.memory import MemoryTable
 from memlayer.methods.prepared import Prepared
 from memlayer.patch import MemoryPatch, TablePatch
-from memlayer.selection import SCORES, top_slots
+from memlayer.selection import tf_idf, top_slots
 
 
 class SparseMemoryFinetuner:
@@ -44,12 +44,12 @@ class SparseMemoryFinetuner:
         model: a causal language model with memory; every parameter of it is frozen until ``detach``.
         background: counts of each table, see ``memlayer.counts``.
         num_rows: t, how many slots of a table one step may change.
-        score: a name in ``selection.SCORES``.
+        idf_power: how strongly slots that the background reads are avoided, see ``selection.tf_idf``.
         positions: which reads count: "all" that are not padding, as the paper has it, or those of the
             positions that predict the "answer" (the batch's ``answer_mask``).
 
     Raises:
-        ValueError: an unknown score or position rule, background counts that lack a table or do not fit it, or a
+        ValueError: an unknown position rule, a negative ``idf_power``, background counts that lack a table or do not fit it, or a
             table that has a finetuner already; the model is left as it was.
     """
 
@@ -58,11 +58,11 @@ class SparseMemoryFinetuner:
         model: nn.Module,
         background: Mapping[str, SlotCounts],
         num_rows: int = 500,
-        score: str = "tf_idf",
+        idf_power: float = 1.0,
         positions: str = "all",
     ):
-        if score not in SCORES:
-            raise ValueError(f"score is {score!r}, must be one of {sorted(SCORES)}")
+        if not idf_power >= 0:
+            raise ValueError(f"idf_power is {idf_power}, must be at least 0")
         if positions not in ("all", "answer"):
             raise ValueError(f"positions is {positions!r}, must be 'all' or 'answer'")
         self.model = model
@@ -70,7 +70,7 @@ class SparseMemoryFinetuner:
         for name, table in tables.items():
             _check_table(name, table, background, num_rows)
         self._mask_key = {"all": "attention_mask", "answer": "answer_mask"}[positions]
-        self._score = SCORES[score]
+        self._idf_power = idf_power
         self._trainable = [p for p in model.parameters() if p.requires_grad]
         model.requires_grad_(False)
         self._tables = {
@@ -157,7 +157,7 @@ class SparseMemoryFinetuner:
     def _choose(self, counted: Iterable[Mapping[str, Tensor]]) -> None:
         counted = list(counted)
         for name, table in self._tables.items():
-            table.choose(torch.cat([slots[name] for slots in counted]), self._score)
+            table.choose(torch.cat([slots[name] for slots in counted]), self._idf_power)
         self._selected = True
 
     def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -218,11 +218,11 @@ class _OpenTable:
         return self.table.rows
 
     @torch.no_grad()
-    def choose(self, slots: Tensor, score) -> None:
+    def choose(self, slots: Tensor, idf_power: float) -> None:
         """Make the top slots of these reads, int32 and sorted here in place, the rows of this step."""
         slots_U, reads_U = _over_ranks(*_count_reads(slots))
         self.table.row_of_slot[self.slots_R] = -1
-        self.slots_R = top_slots(slots_U, score(slots_U, reads_U, self.background), len(self.rows))
+        self.slots_R = top_slots(slots_U, tf_idf(slots_U, reads_U, self.background, idf_power), len(self.rows))
         if len(slots_U) <= len(self.rows) and not self._warned:
             warnings.warn(
                 f"a step may change {len(self.rows)} slots of table {self.name!r} and its batch reads only "
@@ -313,7 +313,7 @@ def sparse_memory(model: nn.Module, background: Mapping[str, SlotCounts], settin
     if settings.optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer is {settings.optimizer!r}, must be one of {sorted(OPTIMIZERS)}")
     finetuner = SparseMemoryFinetuner(
-        model, background, settings.num_rows, settings.score, settings.positions
+        model, background, settings.num_rows, settings.idf_power, settings.positions
     )
     optimizer = OPTIMIZERS[settings.optimizer](finetuner.parameters(), lr=settings.learning_rate)
     return Prepared(model, finetuner.watch(optimizer), finetuner.detach, finetuner)

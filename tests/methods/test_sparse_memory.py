@@ -304,7 +304,7 @@ def test_an_answer_mask_that_is_missing_is_asked_for():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"score": "luck"}, r"score is 'luck', must be one of \['tf', 'tf_idf'\]"),
+        ({"idf_power": -1.0}, "idf_power is -1.0, must be at least 0"),
         ({"positions": "odd"}, "positions is 'odd', must be 'all' or 'answer'"),
         ({"num_rows": 0}, "num_rows is 0, must be between 1 and the table's 64 slots"),
         ({"num_rows": 65}, "num_rows is 65, must be between 1 and the table's 64 slots"),

@@ -1,0 +1,126 @@
+"""What is settled and checked before a run trains: arguments, output folder, lengths, where to go on from.
+
+A mistake found after an hour of training costs the hour, and one found while writing costs the result.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from transformers import TrainingArguments
+
+from memlayer.config import RunConfig, to_yaml
+
+# Settings of transformers.TrainingArguments that would be overruled, and what they follow from.
+SET_ELSEWHERE = {
+    "output_dir": "output",
+    "seed": "seed",
+    "learning_rate": "pretrain.learning_rate or learn.learning_rate",
+    "max_steps": "pretrain.steps or learn.steps_per_fact",
+    "per_device_train_batch_size": "pretrain.batch_size, or learn.statements and learn.questions",
+    "remove_unused_columns": "the columns that batches are made of",
+}
+
+
+def training_arguments(config: RunConfig, **ours) -> TrainingArguments:
+    """The Trainer's arguments: defaults of ours, those of the job, and the config's ``trainer`` section.
+
+    Args:
+        ours: of the job; ``per_device_train_batch_size`` is the batch of one optimizer step and is shared out
+            among all processes and micro-batches, so that their number does not change what is learned.
+
+    Raises:
+        ValueError: an argument the Trainer does not have or that follows from another setting, or a batch that
+            cannot be shared out.
+    """
+    on_cpu = not torch.accelerator.is_available()
+    defaults = {
+        "save_strategy": "no",
+        "logging_steps": 100,
+        "report_to": "none",
+        "use_cpu": on_cpu,
+        "dataloader_pin_memory": not on_cpu,
+    }
+    fixed = {
+        "output_dir": str(Path(config.output) / "trainer"),
+        "remove_unused_columns": False,
+        "seed": config.seed,
+    }
+    for name in config.trainer:
+        if name in SET_ELSEWHERE:
+            raise ValueError(f"trainer.{name} cannot be set, it follows from {SET_ELSEWHERE[name]}")
+    try:
+        arguments = TrainingArguments(**{**defaults, **ours, **config.trainer, **fixed})
+    except TypeError as error:
+        raise ValueError(f"trainer: {error}") from error
+    _share_batch(arguments)
+    return arguments
+
+
+def _share_batch(arguments: TrainingArguments) -> None:
+    batch = arguments.per_device_train_batch_size
+    processes, micro_batches = arguments.world_size, arguments.gradient_accumulation_steps
+    if batch % (processes * micro_batches):
+        raise ValueError(
+            f"a batch of {batch} examples cannot be shared by {processes} processes "
+            f"with {micro_batches} micro-batches each"
+        )
+    arguments.per_device_train_batch_size = batch // (processes * micro_batches)
+
+
+def refuse_unused(config: RunConfig, *names: str) -> None:
+    """Refuse settings that a job does not look at, rather than skip them.
+
+    Raises:
+        ValueError: one of the sections or settings named differs from its default.
+    """
+    for name in names:
+        if getattr(config, name) != getattr(RunConfig(), name):
+            raise ValueError(f"{name} is set, but job {config.job!r} does not use it")
+
+
+def check_output(folder: str | Path) -> None:
+    """Make the folder and see that it can be written to, before there is a result to lose.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write to output {folder}: {error.strerror}") from error
+
+
+def check_lengths(encoded: Sequence[dict], max_length: int) -> None:
+    """Refuse examples that the model's positions do not cover.
+
+    Raises:
+        ValueError: an example is longer than ``max_length`` tokens.
+    """
+    longest = max(example["length"] for example in encoded)
+    if longest > max_length:
+        raise ValueError(f"the longest example has {longest} tokens, model.max_length is {max_length}")
+
+
+def checkpoint_to_resume(arguments: TrainingArguments, config: RunConfig) -> Path | None:
+    """The newest complete checkpoint that an interrupted run of this very config left.
+
+    Raises:
+        ValueError: the checkpoints there are another config's.
+    """
+    folder = Path(arguments.output_dir)
+    started = folder / "config.yaml"
+    # The Trainer writes its state last: a checkpoint without it was cut short.
+    states = folder.glob("checkpoint-*/trainer_state.json")
+    complete = {int(state.parent.name.split("-")[1]): state.parent for state in states}
+    if not complete:
+        if PartialState().is_main_process:
+            started.write_text(to_yaml(config))
+        return None
+    if not started.is_file() or started.read_text() != to_yaml(config):
+        raise ValueError(f"{folder} holds checkpoints of another config: name another output, or delete it")
+    return complete[max(complete)]
