@@ -87,7 +87,7 @@ class DataConfig:
 class PretrainConfig:
     """Optimisation of pretraining. Tables have a constant learning rate and no weight decay."""
 
-    steps: int = 1600
+    steps: int = 1200
     batch_size: int = 128
     learning_rate: float = 2e-3
     table_learning_rate: float = 1e-3
