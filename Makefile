@@ -3,8 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-# Idle OpenMP threads sleep instead of spinning: two processes on two cores would slow each other several times.
-export OMP_WAIT_POLICY := passive
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-full test test-all lint bench clean

@@ -67,7 +67,7 @@ class MemoryPatch:
                 len(patch.slots) and int(patch.slots[-1]) >= len(weight)
             ):
                 raise ValueError(
-                    f"the patch has rows of width {patch.rows.shape[1]} for slots {patch.slots[-1:].tolist()} and below, "
+                    f"the patch has rows of width {patch.rows.shape[1]} up to slot {patch.slots[-1:].tolist()}, "
                     f"table {name!r} is {tuple(weight.shape)}"
                 )
             found, wanted = weight[patch.slots], getattr(patch, expected).to(weight.device)

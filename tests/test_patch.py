@@ -152,7 +152,7 @@ def second_table_unfit(_model, patch):
         (other_dtype, r"the patch is in torch\.float32, table 'memory\.0' in torch\.bfloat16"),
         (other_table, r"the patch changes table 'memory\.1', the model has \['memory\.0'\]"),
         (other_width, r"the patch has rows of width 5 .* table 'memory\.0' is \(64, 16\)"),
-        (too_many_slots, r"for slots \[64\] and below, table 'memory\.0' is \(64, 16\)"),
+        (too_many_slots, r"up to slot \[64\], table 'memory\.0' is \(64, 16\)"),
         (second_table_unfit, r"the patch changes table 'memory\.1'"),
     ],
 )

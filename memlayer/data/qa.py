@@ -81,7 +81,9 @@ def teaching_examples(fact: Fact, wordings: dict[str, Wordings], statements: int
         ("questions", questions, words.seen_questions),
     ):
         if not 0 <= asked <= len(there):
-            raise ValueError(f"{asked} {kind} per batch asked for, relation {fact.relation} has {len(there)} to teach with")
+            raise ValueError(
+                f"{asked} {kind} per batch asked for, relation {fact.relation} has {len(there)} to teach with"
+            )
     templates = words.seen_statements[:statements] + words.seen_questions[:questions]
     if not templates:
         raise ValueError("0 statements and 0 questions per batch asked for: nothing to teach with")

@@ -13,7 +13,6 @@ their counterparts with ``_f1`` are mean token F1.
     forgetting_seen, forgetting_unseen                     relative drop of the known facts, nan from 0
     seconds                time of the learning alone
     parameters_changed     numbers in the model that differ afterwards
-    peak                   peak memory in bytes, or None
 
 A mean over seeds carries each deviation under ``KEY_std``. Other keys are kept in results.json and shown
 nowhere.
@@ -40,7 +39,6 @@ NUMBERS = (
     *(f"known_{wording}_f1_{when}" for wording in WORDINGS for when in WHEN),
     "seconds",
     "parameters_changed",
-    "peak",
 )
 REQUIRED = ("method", "strength", "chosen", *NUMBERS)
 
@@ -53,7 +51,6 @@ HEADER = (
     "known facts, unseen wording",
     "seconds",
     "numbers changed",
-    "peak memory",
 )
 NOTES = f"""\
 Scores are shares of questions answered exactly. Learning is measured on new facts, after; forgetting on facts
@@ -70,7 +67,6 @@ def result_row(
     seed: int,
     seconds: float,
     parameters_changed: int,
-    peak: int | None = None,
     chosen: bool = False,
 ) -> dict:
     """A row from the ``forgetting.scores`` of known and new questions before and after learning."""
@@ -81,7 +77,7 @@ def result_row(
             row[f"known_{wording}{suffix}_before"] = before[f"known_{wording}"][measure]
             row[f"known_{wording}{suffix}_after"] = after[f"known_{wording}"][measure]
         row[f"forgetting_{wording}"] = relative_drop(*(row[f"known_{wording}_{when}"] for when in WHEN))
-    return row | {"seconds": seconds, "parameters_changed": parameters_changed, "peak": peak}
+    return row | {"seconds": seconds, "parameters_changed": parameters_changed}
 
 
 def mean_rows(rows: Iterable[Mapping]) -> list[dict]:
@@ -152,7 +148,7 @@ def format_table(rows: Sequence[Mapping]) -> str:
 
 
 def _markdown(title: str, rows: Sequence[Mapping], provenance: Mapping) -> str:
-    table = [HEADER, ["---"] * len(HEADER), *([*_cells(row, short=False), _peak(row)] for row in rows)]
+    table = [HEADER, ["---"] * len(HEADER), *(_cells(row, short=False) for row in rows)]
     lines = ["| " + " | ".join(cells) + " |" for cells in table]
     origin = [f"- {key}: `{json.dumps(_without_nan(provenance[key]))}`" for key in provenance]
     picture = "![learning against forgetting](pareto.png)"
@@ -194,10 +190,6 @@ def _deviation(row: Mapping, key: str, form: str) -> str:
     """The deviation over seeds behind a number, or nothing where there is none."""
     deviation = row.get(f"{key}_std")
     return "" if deviation is None or math.isnan(deviation) else f" ± {deviation:{form}}"
-
-
-def _peak(row: Mapping) -> str:
-    return "not measured" if row["peak"] is None else f"{row['peak'] / 1e6:,.0f} MB"
 
 
 def _check(rows: Sequence[Mapping]) -> None:

@@ -49,8 +49,8 @@ class SparseMemoryFinetuner:
             positions that predict the "answer" (the batch's ``answer_mask``).
 
     Raises:
-        ValueError: an unknown position rule, a negative ``idf_power``, background counts that lack a table or do not fit it, or a
-            table that has a finetuner already; the model is left as it was.
+        ValueError: an unknown position rule, a negative ``idf_power``, background counts that lack a table or
+            do not fit it, or a table that has a finetuner already; the model is left as it was.
     """
 
     def __init__(

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memlayer_kernels import ops, reference
-from memlayer_kernels.product_key import candidate_pairs, pair_sums
+from memlayer_kernels.product_key import _topk, candidate_pairs, pair_sums
 
 # float32 sums over at most a few hundred terms, in two orders
 GRADIENT = {torch.float32: {"rtol": 1e-4, "atol": 1e-5}, torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2}}
@@ -108,3 +108,16 @@ def test_only_inputs_that_need_a_gradient_get_one():
     ops.product_key_topk(queries.detach(), half_keys, 3)[0].sum().backward()
     assert queries.grad is None
     assert half_keys.grad.any()
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data(), groups=st.integers(8, 24), k=st.integers(1, 12), whole=st.booleans())
+def test_looking_into_the_best_groups_finds_the_scores_of_torch_topk(data, groups, k, whole):
+    seed = data.draw(st.integers(0, 2**16))
+    scores_XC = torch.randn(5, 8 * groups, generator=torch.Generator().manual_seed(seed))
+    if whole:
+        scores_XC = scores_XC.round()  # many ties
+    best_XK, position_XK = _topk(scores_XC, k)
+    assert torch.equal(best_XK, scores_XC.topk(k).values)
+    assert torch.equal(scores_XC.gather(-1, position_XK), best_XK)
+    assert all(len(set(row)) == k for row in position_XK.tolist())

@@ -1,0 +1,111 @@
+"""Run train.py and eval.py as a user does, each command in a process of its own, and a checkpoint to run them on.
+
+Importing torch and transformers takes seconds, so the processes are forked from a server that has imported
+them and done nothing else.
+"""
+
+import os
+import runpy
+import sys
+import tempfile
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import yaml
+
+from memlayer import recipes
+from memlayer.config import RunConfig, load_config
+
+REPO = Path(__file__).parents[1]
+SERVER = get_context("forkserver")
+SERVER.set_forkserver_preload(["memlayer.comparison"])
+
+# As small as a decoder with memory gets: 64 slots, of which a token reads 4.
+TINY = {
+    "job": "pretrain",
+    "model": {"num_layers": 2, "width": 16, "num_heads": 2, "ffn_width": 32, "max_length": 96, "vocab_size": 400},
+    "memory": {"layers": [1], "num_keys": 8, "num_heads": 2, "top_k": 2},
+    "data": {"num_known": 24},
+    "pretrain": {"steps": 4, "batch_size": 16, "warmup_steps": 1},
+    "count": {"sequences_per_document": 6},
+    "trainer": {"disable_tqdm": True},
+}
+TAUGHT_WELL = {"steps": 200, "learning_rate": 0.03, "table_learning_rate": 0.03, "loss_on": "answer"}
+LEARN = {
+    "job": "learn",
+    "data": {"num_known": 24, "num_new": 2},
+    "learn": {"steps_per_fact": 2, "statements": 2, "questions": 1, "num_rows": 4},
+    "trainer": {"disable_tqdm": True},
+}
+
+
+@dataclass
+class Done:
+    """A command that has ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def start(script: str, *arguments: object, folder: Path):
+    """Start ``python SCRIPT ARGUMENTS`` in the repository root; its output goes to files in ``folder``."""
+    process = SERVER.Process(target=_main, args=(script, [str(each) for each in arguments], folder))
+    process.start()
+    return process
+
+
+def run(script: str, *arguments: object) -> Done:
+    """Run a command to its end."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        process = start(script, *arguments, folder=folder)
+        process.join(timeout=100)
+        assert process.exitcode is not None, f"{script} {arguments} is still running"
+        return Done(process.exitcode, (folder / "stdout").read_text(), (folder / "stderr").read_text())
+
+
+def _main(script: str, arguments: list[str], folder: Path) -> None:
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        with open(folder / name, "wb") as file:
+            os.dup2(file.fileno(), descriptor)
+    os.chdir(REPO)
+    sys.path.insert(0, str(REPO))
+    sys.argv = [script, *arguments]
+    runpy.run_path(str(REPO / script), run_name="__main__")
+
+
+def refusal(script: str, *arguments: object) -> str:
+    """The one sentence with which a command refuses its input, without the command's name."""
+    done = run(script, *arguments)
+    assert done.returncode != 0, done.stdout
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith(f"{script}: "), done.stderr
+    assert not done.stdout
+    return lines[0].removeprefix(f"{script}: ")
+
+
+def write_config(path: Path, base: dict, **changes: object) -> Path:
+    """Write ``base``, with ``changes`` to sections merged into them, as a YAML config; returns the path."""
+    merged = dict(base)
+    for key, value in changes.items():
+        merged[key] = base.get(key, {}) | value if isinstance(value, dict) else value
+    path.write_text(yaml.safe_dump(merged))
+    return path
+
+
+def config_of(base: dict, folder: Path, **changes: object) -> RunConfig:
+    """The resolved config of ``base`` and ``changes`` for a run whose output is ``folder``."""
+    return load_config(write_config(folder.with_suffix(".yaml"), base, output=str(folder), **changes))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    """A tiny model that knows some facts, with its counts; made once for all test files that import this."""
+    folder = tmp_path_factory.getbasetemp() / "checkpoint"
+    if not (folder / "config.yaml").is_file():
+        recipes.pretrain(config_of(TINY, folder, pretrain=TAUGHT_WELL))
+    return folder

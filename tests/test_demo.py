@@ -1,0 +1,63 @@
+"""The demo end to end, with a model and facts of the smallest size."""
+
+import json
+import re
+import sys
+
+import pytest
+import yaml
+from commands import LEARN, REPO, TAUGHT_WELL, TINY
+
+METHODS = {"sparse_memory": "sparse_memory", "paper": "sparse_memory", "full": "full", "lora": "lora"}
+
+
+@pytest.fixture
+def demo(tmp_path, monkeypatch):
+    """demo.py with tiny configs, one strength a method, and few facts."""
+    (tmp_path / "configs").mkdir()
+    pretrain = TINY | {"output": "runs/pretrain", "pretrain": TINY["pretrain"] | TAUGHT_WELL}
+    (tmp_path / "configs" / "pretrain.yaml").write_text(yaml.safe_dump(pretrain))
+    for name, method in METHODS.items():
+        learn = LEARN | {"output": f"runs/{name}", "learn": LEARN["learn"] | {"method": method}}
+        (tmp_path / "configs" / f"learn_{name}.yaml").write_text(yaml.safe_dump(learn))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(REPO))
+    monkeypatch.delitem(sys.modules, "demo", raising=False)
+    import demo
+
+    few = {method: (path, dict([*strengths.items()][:1])) for method, (path, strengths) in demo.METHODS.items()}
+    monkeypatch.setattr(demo, "METHODS", few)
+    for name, value in (("NUM_VALIDATION", 2), ("NUM_TEST", 2), ("KNOWN_VALIDATION", (0, 8)), ("KNOWN_TEST", (8, 24))):
+        assert hasattr(demo, name)
+        monkeypatch.setattr(demo, name, value)
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--output", "out"])
+    return demo
+
+
+def written(folder):
+    """When each file was written, those of the report left out."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.parent.name != "report"]
+    return {str(path): path.stat().st_mtime_ns for path in files}
+
+
+def test_the_demo_compares_reports_and_reverts_and_does_nothing_twice(tmp_path, demo, capsys):
+    demo.main()
+    shown = capsys.readouterr().out
+    assert "seed 0: pretraining on 24 known facts" in shown
+    results = json.loads((tmp_path / "out" / "report" / "results.json").read_text())
+    assert [row["method"] for row in results["rows"]] == [demo.CONTROL, *demo.METHODS]
+    for row in results["rows"]:
+        assert row["chosen"] == (row["method"] != demo.CONTROL), "each has one strength only"
+        assert re.search(rf"^{row['method']}  .*", shown, re.MULTILINE), shown
+        assert row["known_seen_before"] > 0
+    for name in ("report.md", "pareto.png", "samples.jsonl"):
+        assert (tmp_path / "out" / "report" / name).stat().st_size > 0
+    assert len((tmp_path / "out" / "report" / "samples.jsonl").read_text().splitlines()) > 4
+    prints = dict(re.findall(r"^  (before|learned|reverted) +([0-9a-f]{64})$", shown, re.MULTILINE))
+    assert prints["before"] == prints["reverted"] != prints["learned"]
+    first = written(tmp_path / "out")
+    demo.main()
+    again = capsys.readouterr().out
+    assert "seed 0: pretrained model found in" in again
+    assert written(tmp_path / "out") == first
+    assert again.partition("do nothing")[2] == shown.partition("do nothing")[2]

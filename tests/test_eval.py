@@ -1,0 +1,174 @@
+"""eval.py as a user runs it: what it writes is what the functions say, and what does not fit is refused at once."""
+
+import json
+import shutil
+
+import pytest
+from commands import LEARN, TINY, checkpoint, config_of, refusal, run, write_config
+
+from memlayer import modeling, recipes
+from memlayer.data.qa import known_questions, new_questions
+from memlayer.evaluation.forgetting import scores
+from memlayer.evaluation.qa import answer_questions
+from memlayer.evaluation.report import CONTROL, result_row
+
+__all__ = ["checkpoint"]  # a fixture
+WRITTEN = ["pareto.png", "report.md", "results.json", "samples.jsonl"]
+
+
+@pytest.fixture(scope="module")
+def learned(checkpoint, tmp_path_factory):
+    """One run that wrote a patch and one that wrote a model, of the same checkpoint and facts."""
+    folders = {}
+    for method, rate in (("sparse_memory", 3.0), ("full", 0.03)):
+        folders[method] = tmp_path_factory.mktemp("learned") / method
+        settings = {"method": method, "learning_rate": rate, "steps_per_fact": 8}
+        config = config_of(LEARN, folders[method], checkpoint=str(checkpoint), learn=settings)
+        recipes.save_learned(recipes.learn(config), folders[method])
+    return folders
+
+
+def ask(model, tokenizer, config):
+    """The scores that eval.py should report, one question at a time."""
+    facts = recipes.facts_of(config)
+    questions = known_questions(facts.known, facts.wordings) + new_questions(facts.new, facts.wordings)
+    return scores(answer_questions(model, tokenizer, questions, batch_size=1))
+
+
+def rows_of(folder):
+    return json.loads((folder / "results.json").read_text())["rows"]
+
+
+def assert_row(row, before, after, **rest):
+    """The measured numbers of a row are those of these scores."""
+    expected = result_row(row["method"], row["strength"], before, after, seed=row["seed"], **rest)
+    for key, value in expected.items():
+        assert row[key] == (pytest.approx(value) if isinstance(value, float) else value), key
+
+
+def test_a_checkpoint_alone_is_asked_what_it_was_pretrained_on(tmp_path, checkpoint):
+    done = run("eval.py", checkpoint, "--num-new", 3, "--first-new", 5, "--output", tmp_path / "report")
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == WRITTEN
+    (row,) = rows_of(tmp_path / "report")
+    config = config_of(LEARN, tmp_path / "asked", data={"num_new": 3, "first_new": 5})
+    expected = ask(*modeling.load(checkpoint), config)
+    assert expected["known_seen"]["exact_match"] > 0.5, "the checkpoint knows what it was pretrained on"
+    assert_row(row, expected, expected, seconds=0.0, parameters_changed=0)
+    assert row["method"] == CONTROL
+    assert CONTROL in done.stdout
+    samples = [json.loads(line) for line in (tmp_path / "report" / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == sum(group["n"] for group in expected.values())
+
+
+def test_runs_are_compared_with_their_checkpoint_on_what_they_were_taught(tmp_path, checkpoint, learned):
+    done = run("eval.py", checkpoint, *learned.values(), "--output", tmp_path / "report")
+    assert done.returncode == 0, done.stderr
+    control, *rows = rows_of(tmp_path / "report")
+    config = config_of(LEARN, tmp_path / "asked")
+    before = ask(*modeling.load(checkpoint), config)
+    assert_row(control, before, before, seconds=0.0, parameters_changed=0)
+    assert [row["method"] for row in rows] == list(learned)
+    for row, folder in zip(rows, learned.values(), strict=True):
+        after = ask(*recipes.load_learned(checkpoint, folder), config)
+        assert after != before
+        assert_row(row, before, after, **took(folder))
+        assert row["method"] in done.stdout
+    runs = [json.loads(line)["run"] for line in (tmp_path / "report" / "samples.jsonl").read_text().splitlines()]
+    assert sorted(set(runs)) == sorted(map(str, learned.values()))
+
+
+def took(folder):
+    record = json.loads((folder / "learned.json").read_text())
+    return {key: record[key] for key in ("seconds", "parameters_changed")}
+
+
+def test_facts_and_wordings_of_ones_own_are_taught_and_asked(tmp_path, checkpoint):
+    wordings = {
+        "capital": {
+            "name": "capital of a country",
+            "statements": ["The capital of [X] is [Y]", "[X] is governed from [Y]", "[X] has as its capital [Y]"],
+            "questions": ["What is the capital of [X]?", "From where is [X] governed?"],
+        }
+    }
+    (tmp_path / "wordings.json").write_text(json.dumps(wordings))
+    facts = [("Norway", ["Oslo"]), ("Peru", ["Lima"])]
+    lines = [json.dumps({"subject": s, "relation": "capital", "answers": a}) for s, a in facts]
+    (tmp_path / "facts.jsonl").write_text("\n".join(lines))
+    data = {"facts": str(tmp_path / "facts.jsonl"), "wordings": str(tmp_path / "wordings.json"), "num_known": None}
+    path = write_config(
+        tmp_path / "learn.yaml",
+        LEARN,
+        output=str(tmp_path / "out"),
+        checkpoint=str(checkpoint),
+        data=data,
+        learn={"method": "full", "learning_rate": 0.02, "steps_per_fact": 25},
+    )
+    assert run("train.py", path).returncode == 0
+    done = run("eval.py", checkpoint, tmp_path / "out", "--output", tmp_path / "report")
+    assert done.returncode == 0, done.stderr
+    samples = [json.loads(line) for line in (tmp_path / "report" / "samples.jsonl").read_text().splitlines()]
+    asked = {sample["question"]: sample for sample in samples if sample["group"] == "new"}
+    assert set(asked) == {
+        "The capital of Norway is",
+        "The capital of Peru is",
+        "From where is Norway governed?",
+        "From where is Peru governed?",
+    }
+    assert asked["The capital of Peru is"]["prediction_before"] != "Lima"
+    assert asked["The capital of Peru is"]["prediction_after"] == "Lima", "the fact taught last"
+    assert len(samples) > len(asked), "known facts are still those of the checkpoint"
+
+
+def test_a_patch_of_another_checkpoint_is_refused_before_any_question(tmp_path, checkpoint, learned):
+    other = recipes.pretrain(config_of(TINY, tmp_path / "other", seed=1))
+    message = refusal("eval.py", other, learned["sparse_memory"], "--output", tmp_path / "report")
+    assert "the patch belongs to another model or state" in message
+    assert not (tmp_path / "report" / "results.json").exists()
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_any_question(tmp_path, checkpoint):
+    (tmp_path / "file").write_text("in the way")
+    message = refusal("eval.py", checkpoint, "--num-new", 2, "--output", tmp_path / "file")
+    assert message == f"cannot write to output {tmp_path / 'file'}: File exists"
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_an_incomplete_run_is_refused(tmp_path, checkpoint, learned):
+    for missing in ("config.yaml", "learned.json", "patch"):
+        folder = tmp_path / missing
+        shutil.copytree(learned["sparse_memory"], folder)
+        shutil.rmtree(folder / missing) if missing == "patch" else (folder / missing).unlink()
+        assert str(folder) in refusal("eval.py", checkpoint, folder, "--output", tmp_path / "report")
+
+
+def test_runs_that_were_taught_different_facts_are_not_compared(tmp_path, checkpoint, learned):
+    other = tmp_path / "other"
+    config = config_of(LEARN, other, checkpoint=str(checkpoint), data={"first_new": 7})
+    recipes.save_learned(recipes.learn(config), other)
+    message = refusal("eval.py", checkpoint, learned["full"], other, "--output", tmp_path / "report")
+    assert message == f"{other} was taught other facts than {learned['full']}: evaluate it apart"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num-new", 0], "no new fact to ask about in seen wording: ask about more new facts"),
+        (["--num-new", 99999], "new facts 0 to 99999 asked for, the file has"),
+        (["--num-new", 2, "--num-known", 0], "no known fact to ask about in seen wording"),
+        (["--facts", "absent.jsonl"], "absent.jsonl: the file cannot be read"),
+    ],
+)
+def test_bad_arguments_are_refused_in_one_sentence(tmp_path, checkpoint, arguments, message):
+    assert message in refusal("eval.py", checkpoint, *arguments, "--output", tmp_path / "report")
+    assert not (tmp_path / "report" / "results.json").exists()
+
+
+def test_a_batch_of_no_questions_is_refused(tmp_path, checkpoint):
+    done = run("eval.py", checkpoint, "--num-new", 2, "--batch-size", 0, "--output", tmp_path / "report")
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1] == "eval.py: batch_size must be at least 1, got 0"
+
+
+def test_a_missing_checkpoint_is_refused(tmp_path):
+    assert str(tmp_path / "absent") in refusal("eval.py", tmp_path / "absent", "--output", tmp_path / "report")

@@ -1,0 +1,283 @@
+"""train.py as a user runs it: what it writes, that it goes on where it was stopped, and what it refuses."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from commands import LEARN, REPO, TINY, checkpoint, refusal, run, start, write_config
+
+from memlayer import modeling, recipes
+from memlayer.config import describe_fields, load_config
+from memlayer.counts import load_counts
+from memlayer.methods import METHODS
+from memlayer.patch import state_fingerprint
+
+__all__ = ["checkpoint"]  # a fixture
+COUNTED = {"memory.0": 64}
+
+
+def outcome(folder):
+    """Everything that a finished pretraining leaves to later runs: weights, tokenizer and counts."""
+    counts = load_counts(folder / recipes.COUNTS, COUNTED)["memory.0"]
+    tokenizer = (folder / "tokenizer.model").read_bytes()
+    reads = counts.reads_N.tolist(), counts.document_frequency_N.tolist(), counts.num_documents
+    return state_fingerprint(modeling.load(folder)[0]), tokenizer, *reads
+
+
+def result_files(folder):
+    """Content of the files of a finished run, those of the Trainer left out."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_help_lists_every_setting_with_its_default():
+    done = run("train.py", "--help")
+    assert done.returncode == 0
+    assert [line for line in describe_fields() if line not in done.stdout] == []
+
+
+def test_printed_config_is_read_back_as_it_was_and_nothing_is_trained(tmp_path):
+    path = write_config(tmp_path / "pretrain.yaml", TINY, output=str(tmp_path / "out"))
+    overrides = ["pretrain.learning_rate=3e-4", "data.facts=mine.jsonl", "trainer.save_steps=7"]
+    done = run("train.py", path, *overrides, "--print-config")
+    assert done.returncode == 0
+    (tmp_path / "printed.yaml").write_text(done.stdout)
+    assert load_config(tmp_path / "printed.yaml") == load_config(path, overrides)
+    assert not (tmp_path / "out").exists()
+
+
+def test_pretraining_writes_model_tokenizer_counts_and_config(tmp_path):
+    path = write_config(tmp_path / "pretrain.yaml", TINY, output=str(tmp_path / "out"))
+    done = run("train.py", path, "seed=3")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(f"wrote {tmp_path / 'out'}\n")
+    config = load_config(tmp_path / "out" / "config.yaml")
+    assert config == load_config(path, ["seed=3"])
+    model, tokenizer = modeling.load(tmp_path / "out")
+    assert len(tokenizer) == model.config.vocab_size == config.model.vocab_size
+    counts = load_counts(tmp_path / "out" / recipes.COUNTS, COUNTED)["memory.0"]
+    assert counts.num_documents > 1
+    assert counts.reads_N.sum() > 0
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_learning_writes_what_changed_with_its_config(tmp_path, checkpoint, method):
+    before = result_files(checkpoint)
+    path = write_config(tmp_path / "learn.yaml", LEARN, output=str(tmp_path / "out"), checkpoint=str(checkpoint))
+    done = run("train.py", path, f"learn.method={method}", "learn.learning_rate=0.01")
+    assert done.returncode == 0, done.stderr
+    written = "patch" if method == "sparse_memory" else "model"
+    assert [name for name in ("model", "patch") if (tmp_path / "out" / name).exists()] == [written]
+    assert load_config(tmp_path / "out" / "config.yaml").learn.method == method
+    took = json.loads((tmp_path / "out" / "learned.json").read_text())
+    base = modeling.load(checkpoint)[0].state_dict()
+    learned = recipes.load_learned(checkpoint, tmp_path / "out")[0].state_dict()
+    changed = sum(int((learned[name] != base[name]).sum()) for name in base)
+    assert took["parameters_changed"] == changed > 0
+    assert took["steps"] == 4, "two facts, two steps each"
+    assert took["seconds"] > 0
+    assert result_files(checkpoint) == before, "a run does not touch the checkpoint that it starts from"
+
+
+LONG = {"pretrain": {"steps": 120}, "trainer": {"save_strategy": "steps", "save_steps": 10}}
+
+
+def test_a_killed_run_goes_on_by_itself_and_ends_with_the_same_bits(tmp_path):
+    whole = write_config(tmp_path / "whole.yaml", TINY, output=str(tmp_path / "whole"), **LONG)
+    assert run("train.py", whole).returncode == 0
+    path = write_config(tmp_path / "stopped.yaml", TINY, output=str(tmp_path / "stopped"), **LONG)
+    first = tmp_path / "stopped" / "trainer" / "checkpoint-10"
+    process = start("train.py", path, folder=tmp_path)
+    while process.is_alive() and not (first / "trainer_state.json").exists():
+        time.sleep(0.005)
+    process.kill()
+    process.join()
+    assert not (tmp_path / "stopped" / "config.yaml").exists(), "the run ended before it was killed"
+    (first.parent / "checkpoint-99999").mkdir()  # killed while it wrote its next checkpoint
+    written = (first / "model.safetensors").stat().st_mtime_ns
+    done = run("train.py", path)
+    assert done.returncode == 0, done.stderr
+    assert (first / "model.safetensors").stat().st_mtime_ns == written, "it started again from nothing"
+    assert outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")
+
+
+def test_a_finished_run_is_left_alone_by_another_config_and_kept_by_the_same(tmp_path):
+    settings = {"trainer": {"save_strategy": "steps", "save_steps": 2}}
+    path = write_config(tmp_path / "pretrain.yaml", TINY, output=str(tmp_path / "out"), **settings)
+    assert run("train.py", path).returncode == 0
+    finished, trained = result_files(tmp_path / "out"), outcome(tmp_path / "out")
+    message = refusal("train.py", path, "model.vocab_size=350")
+    assert "holds checkpoints of another config: name another output, or delete it" in message
+    assert result_files(tmp_path / "out") == finished
+    assert run("train.py", path).returncode == 0
+    assert outcome(tmp_path / "out") == trained
+
+
+def test_a_refused_config_leaves_an_earlier_result_in_the_same_folder_as_it_was(tmp_path):
+    path = write_config(tmp_path / "pretrain.yaml", TINY, output=str(tmp_path / "out"))
+    assert run("train.py", path).returncode == 0
+    finished = result_files(tmp_path / "out")
+    assert "memory layers [7]" in refusal("train.py", path, "memory.layers=[7]", "model.vocab_size=350")
+    assert result_files(tmp_path / "out") == finished
+
+
+PRETRAIN_REFUSALS = [
+    ("colour=red", "Key 'colour' not in 'RunConfig'"),
+    ("pretrain.step=3", "Key 'step' not in 'PretrainConfig'"),
+    ("pretrain.steps=many", "Value 'many' of type 'str' could not be converted to Integer (at pretrain.steps)"),
+    ("pretrain.steps=0", "pretrain.steps is 0, must be at least 1"),
+    ("pretrain.batch_size=0", "pretrain.batch_size is 0, must be at least 1"),
+    ("pretrain.learning_rate=-1", "pretrain.learning_rate is -1.0, must be at least 0"),
+    ("pretrain.table_learning_rate=-1", "pretrain.table_learning_rate is -1.0, must be at least 0"),
+    ("pretrain.loss_on=some", "pretrain.loss_on is 'some', must be 'all' or 'answer'"),
+    ("pretrain.warmup_steps=-1", "warmup_steps = -1"),
+    ("count.sequences_per_document=0", "count.sequences_per_document is 0, must be at least 1"),
+    ("pretrain.steps", "override 'pretrain.steps' is not of the form section.key=value"),
+    ("job=dance", "job is 'dance', must be one of ['learn', 'pretrain']"),
+    ("checkpoint=runs/x", "checkpoint is set, but job 'pretrain' does not use it"),
+    ("learn.num_rows=7", "learn is set, but job 'pretrain' does not use it"),
+    ("seed=-1", "Seed must be between 0 and"),
+    ("trainer.colour=red", "trainer: TrainingArguments.__init__() got an unexpected keyword argument 'colour'"),
+    ("trainer.save_strategy=sometimes", "sometimes is not a valid SaveStrategy"),
+    ("trainer.output_dir=elsewhere", "trainer.output_dir cannot be set, it follows from output"),
+    ("trainer.gradient_accumulation_steps=3", "a batch of 16 examples cannot be shared by 1 processes with 3"),
+    ("memory.top_k=9", "top_k is 9, must be between 1 and num_keys = 8"),
+    ("memory.layers=[2]", "memory layers [2] asked for, the model has layers 0 to 1"),
+    ("memory.key_width=3", "key_width is 3, must be even"),
+    ("memory.value_width=0", "memory.value_width is 0, must be at least 1"),
+    ("memory.mode=both", "memory.mode is 'both', must be 'replace' or 'add'"),
+    ("model.num_heads=3", "model.width is 16, must be a multiple of twice model.num_heads = 3"),
+    ("model.max_length=10", "tokens, model.max_length is 10"),
+    ("model.vocab_size=40000", "no tokenizer with vocab_size = 40000 from this text"),
+    ("data.num_known=0", "data.num_known is 0: there are no known facts to pretrain on"),
+    ("data.num_known=99999", "known facts 0 to 99999 asked for, the file has"),
+    ("data.facts=absent.jsonl", "absent.jsonl: the file cannot be read"),
+    ("data.wordings=absent.json", "absent.json: the file cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), PRETRAIN_REFUSALS)
+def test_pretraining_refuses_in_one_sentence_and_trains_nothing(tmp_path, override, message):
+    path = write_config(tmp_path / "pretrain.yaml", TINY, output=str(tmp_path / "out"))
+    assert message in refusal("train.py", path, override)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+LEARN_REFUSALS = [
+    ("learn.method=magic", "learn.method is 'magic', must be one of ['full', 'lora', 'sparse_memory']"),
+    ("checkpoint=null", "checkpoint is not set"),
+    ("checkpoint=absent", "no checkpoint in absent: config.json is missing"),
+    ("learn.learning_rate=-1", "Invalid learning rate: -1.0"),
+    ("learn.num_rows=65", "num_rows is 65, must be between 1 and the table's 64 slots"),
+    ("learn.num_rows=0", "num_rows is 0, must be between 1 and the table's 64 slots"),
+    ("learn.steps_per_fact=0", "learn.steps_per_fact is 0, must be at least 1"),
+    ("learn.statements=8", "8 statements per batch asked for, relation P740 has 7 to teach with"),
+    ("learn.statements=-1", "-1 statements per batch asked for"),
+    ("learn.questions=5", "5 questions per batch asked for, relation P740 has 4 to teach with"),
+    ("learn.idf_power=-1", "idf_power is -1.0, must be at least 0"),
+    ("learn.positions=some", "positions is 'some', must be 'all' or 'answer'"),
+    ("learn.loss_on=some", "learn.loss_on is 'some', must be 'all' or 'answer'"),
+    ("learn.protect=-1", "learn.protect is -1, must be at least 0"),
+    ("learn.optimizer=adamw", "optimizer is 'adamw', must be one of ['adam', 'sgd']"),
+    ("model.width=32", "model is set, but job 'learn' does not use it"),
+    ("trainer.learning_rate=1", "trainer.learning_rate cannot be set, it follows from"),
+    ("data.num_new=0", "data.num_new is 0: there are no new facts to teach"),
+    ("data.num_new=5000", "new facts 0 to 5000 asked for, the file has"),
+    ("data.first_new=-1", "new facts -1 to 1 asked for"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), LEARN_REFUSALS)
+def test_learning_refuses_in_one_sentence_and_teaches_nothing(tmp_path, checkpoint, override, message):
+    path = write_config(tmp_path / "learn.yaml", LEARN, output=str(tmp_path / "out"), checkpoint=str(checkpoint))
+    assert message in refusal("train.py", path, override)
+    assert not list(tmp_path.rglob("learned.json"))
+
+
+def test_a_missing_config_is_refused(tmp_path):
+    assert refusal("train.py", tmp_path / "absent.yaml") == f"no config at {tmp_path / 'absent.yaml'}"
+
+
+def test_a_checkpoint_without_its_counts_is_refused(tmp_path, checkpoint):
+    shutil.copytree(checkpoint, tmp_path / "base")
+    (tmp_path / "base" / recipes.COUNTS).unlink()
+    path = write_config(tmp_path / "learn.yaml", LEARN, output=str(tmp_path / "out"), checkpoint=str(tmp_path / "base"))
+    assert refusal("train.py", path).startswith(f"no background counts at {tmp_path / 'base' / recipes.COUNTS}")
+
+
+def test_a_run_refuses_to_overwrite_the_checkpoint_it_starts_from(tmp_path, checkpoint):
+    path = write_config(tmp_path / "learn.yaml", LEARN, output=str(checkpoint), checkpoint=str(checkpoint))
+    before = result_files(checkpoint)
+    assert refusal("train.py", path).startswith(f"output and checkpoint are both {checkpoint}")
+    assert result_files(checkpoint) == before
+
+
+@pytest.mark.parametrize("base", [TINY, LEARN], ids=["pretrain", "learn"])
+def test_an_output_that_cannot_be_written_is_refused_before_training(tmp_path, checkpoint, base):
+    (tmp_path / "file").write_text("in the way")
+    path = write_config(tmp_path / "config.yaml", base, output=str(tmp_path / "file"))
+    override = [] if base is TINY else [f"checkpoint={checkpoint}"]
+    assert refusal("train.py", path, *override).startswith(f"cannot write to output {tmp_path / 'file'}")
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+FACT = {"subject": "Łódź", "relation": "P17", "answers": ["Poland"]}
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([FACT, {"subject": "Oslo", "relation": "P17"}], "facts.jsonl:2: required key 'answers' is missing"),
+        ([FACT, "{"], "facts.jsonl:2: not JSON: "),
+        ([FACT, FACT], "facts.jsonl:2: fact 'P17|Łódź' is already given on line 1"),
+        ([FACT | {"relation": "P0"}], "facts.jsonl:1: relation 'P0' has no wordings"),
+        ([FACT, FACT | {"relation": "P131", "split": "known"}], "Łódź"),
+        ([FACT | {"answers": ["Po" * 200]}], "tokens, model.max_length is"),
+    ],
+    ids=["no answers", "no JSON", "twice", "unknown relation", "known subject", "too long"],
+)
+def test_a_bad_facts_file_is_refused_by_line_and_nothing_is_taught(tmp_path, checkpoint, lines, message):
+    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    (tmp_path / "facts.jsonl").write_text("\n".join(texts))
+    path = write_config(tmp_path / "learn.yaml", LEARN, output=str(tmp_path / "out"), checkpoint=str(checkpoint))
+    overrides = [f"data.facts={tmp_path / 'facts.jsonl'}", "data.num_known=null", "data.num_new=null"]
+    assert message in refusal("train.py", path, *overrides)
+    assert not list(tmp_path.rglob("learned.json"))
+
+
+def test_accelerate_launches_pretraining(tmp_path):
+    path = write_config(tmp_path / "pretrain.yaml", TINY, output=str(tmp_path / "out"))
+    launch = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1", "--cpu"]
+    quiet = ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    done = subprocess.run(
+        [sys.executable, *launch, *quiet, "train.py", str(path)],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert load_config(tmp_path / "out" / "config.yaml").job == "pretrain"
+
+
+@pytest.mark.slow
+def test_two_processes_write_once_and_learn_what_one_learns(tmp_path, checkpoint):
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
+    settings = {"learn": {"questions": 2}, "output": str(tmp_path / "two"), "checkpoint": str(checkpoint)}
+    pretrain = write_config(tmp_path / "pretrain.yaml", TINY, output=str(tmp_path / "base"))
+    learn = write_config(tmp_path / "learn.yaml", LEARN, **settings)
+    for path in (pretrain, learn):
+        command = [sys.executable, *launch, str(path)]
+        done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("wrote ") == 1
+    assert load_counts(tmp_path / "base" / recipes.COUNTS, COUNTED)["memory.0"].num_documents > 1
+    assert run("train.py", learn, f"output={tmp_path / 'one'}").returncode == 0
+    one, two = (recipes.load_learned(checkpoint, tmp_path / name)[0].state_dict() for name in ("one", "two"))
+    took = json.loads((tmp_path / "two" / "learned.json").read_text())
+    assert took["steps"] == 4
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-6)
