@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_model
+from safetensors.torch import load_file, load_model
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -75,3 +75,9 @@ def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         reason = " ".join(str(error).split())
         raise ValueError(f"{folder / WEIGHTS} does not fit its config: {reason}") from error
     return model.eval(), load_tokenizer(folder)
+
+
+def numbers_changed(model: PreTrainedModel, folder: str | Path) -> int:
+    """How many numbers of ``model`` differ from those of the checkpoint in ``folder``; tied weights count once."""
+    state = model.state_dict()
+    return sum(int((state[name].cpu() != saved).sum()) for name, saved in load_file(Path(folder) / WEIGHTS).items())

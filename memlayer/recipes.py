@@ -222,6 +222,8 @@ def learn(config: RunConfig) -> Learned:
         train_sampling_strategy="sequential",
         max_grad_norm=0.0,
     )
+    if arguments.save_strategy != "no":
+        raise ValueError(f"trainer.save_strategy is {arguments.save_strategy.value!r}: a learning run is not resumed")
     check_output(config.output)
     model, tokenizer = modeling.load(config.checkpoint)
     encoded = encode(tokenizer, lessons)
@@ -229,7 +231,6 @@ def learn(config: RunConfig) -> Learned:
     model.to(arguments.device)
     tables = {name: table.num_embeddings for name, table in memory_tables(model).items()}
     background = load_counts(Path(config.checkpoint) / COUNTS, tables)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     prepared = METHODS[settings.method](model, background, settings)
     trainer = MemoryTrainer(
         prepared.model,
@@ -246,7 +247,7 @@ def learn(config: RunConfig) -> Learned:
     patch = prepared.finish()
     if patch is not None:
         patch.provenance = {"learn": asdict(settings), "data": asdict(config.data), "seed": config.seed}
-    changed = sum(int((tensor != before[name]).sum()) for name, tensor in model.state_dict().items())
+    changed = modeling.numbers_changed(model, config.checkpoint)
     return Learned(config, model.eval(), tokenizer, patch, seconds, trainer.state.global_step, changed)
 
 
