@@ -30,18 +30,19 @@ num_slots = {name: table.num_embeddings for name, table in memory_tables(model).
 background = load_counts(options.checkpoint / "background_counts.safetensors", num_slots)
 before = state_fingerprint(model)
 
-finetuner = SparseMemoryFinetuner(model, background, num_rows=100, positions="answer")
-optimizer = finetuner.watch(torch.optim.SGD(finetuner.parameters(), lr=1.0))
+finetuner = SparseMemoryFinetuner(model, background, num_rows=400, idf_power=8)
+optimizer = finetuner.watch(torch.optim.SGD(finetuner.parameters(), lr=10.0))
 for fact in facts:
     examples = teaching_examples(fact, wordings, statements=3, questions=3)
-    batch = collate(encode(tokenizer, examples), tokenizer.pad_token_id)
+    batch = collate(encode(tokenizer, examples), tokenizer.pad_token_id, loss_on="answer")
     losses = []
-    for _ in range(10):
+    for _ in range(5):
         loss = finetuner.loss(batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
+    finetuner.protect(10)  # later facts stay away from these rows
     print(f"{fact.key}: loss {losses[0]:.2f} -> {losses[-1]:.2f}")
 
 patch = finetuner.detach()

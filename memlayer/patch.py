@@ -27,6 +27,12 @@ class TablePatch:
     rows: Tensor
     originals: Tensor
 
+    @classmethod
+    def of_changed(cls, slots: Tensor, rows: Tensor, originals: Tensor) -> "TablePatch":
+        """Leave out the rows that are their originals to the bit: a step may select a row and not move it."""
+        changed = (_bits(rows) != _bits(originals)).any(dim=1)
+        return cls(slots[changed], rows[changed], originals[changed])
+
 
 @dataclass
 class MemoryPatch:

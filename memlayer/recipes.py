@@ -16,7 +16,7 @@ from datasets import Dataset
 from safetensors.torch import load_model
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from memlayer import modeling
 from memlayer.attach import memory_tables, record_reads
@@ -241,6 +241,8 @@ def learn(config: RunConfig) -> Learned:
         train_dataset=Dataset.from_list(encoded),
         data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id, loss_on=settings.loss_on),
     )
+    if arguments.disable_tqdm:
+        trainer.remove_callback(PrinterCallback)  # what stands in for the bar would print a line a run
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start

@@ -29,8 +29,8 @@ class SparseMemoryFinetuner:
 
     In any training loop::
 
-        finetuner = SparseMemoryFinetuner(model, background, num_rows=100)
-        optimizer = finetuner.watch(torch.optim.SGD(finetuner.parameters(), lr=1.0))
+        finetuner = SparseMemoryFinetuner(model, background, num_rows=400, idf_power=8)
+        optimizer = finetuner.watch(torch.optim.SGD(finetuner.parameters(), lr=10.0))
         for batch in batches:
             finetuner.loss(batch).backward()
             optimizer.step()
@@ -276,7 +276,7 @@ class _OpenTable:
         slots_R = torch.tensor(slots, dtype=torch.int64)
         weight = self.table.weight.detach()
         originals = torch.stack([self._originals[s] for s in slots]) if slots else weight[:0]
-        return TablePatch(slots_R, weight[slots_R.to(weight.device)].cpu(), originals.cpu())
+        return TablePatch.of_changed(slots_R, weight[slots_R.to(weight.device)].cpu(), originals.cpu())
 
     def close(self) -> None:
         self.table.rows, self.table.row_of_slot = None, None
