@@ -1,5 +1,7 @@
 """LoRA on every linear layer (peft), AdamW; merged into the weights when done."""
 
+import warnings
+
 import peft
 import torch
 from torch import nn
@@ -15,7 +17,9 @@ def lora(model: nn.Module, background, settings) -> Prepared:
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
-    wrapped = peft.get_peft_model(model, config)
+    with warnings.catch_warnings():  # peft 0.21 calls what transformers 5.23 has renamed
+        warnings.simplefilter("ignore", FutureWarning)
+        wrapped = peft.get_peft_model(model, config)
     trainable = [p for p in wrapped.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=settings.learning_rate, weight_decay=0.01)
 
