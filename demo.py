@@ -7,6 +7,7 @@ Everything goes to runs/demo; what is there already is not done again.
 """
 
 import argparse
+import dataclasses
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -53,15 +54,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder to write (%(default)s)")
     arguments = parser.parse_args()
     seeds = (0, 1, 2) if arguments.full else (0,)
-    rows, samples = [], []
+    rows, samples, configs = [], [], {"methods": METHODS}
     for seed in seeds:
         folder = arguments.output / f"seed{seed}"
         base = pretrained(folder / "base", seed)
+        configs["pretrain"] = dataclasses.asdict(base)
         seed_rows, seed_samples = compare(base, folder, seed)
         rows, samples = rows + seed_rows, samples + seed_samples
     title = f"New facts taught to a memory model, {len(seeds)} seed{'s' * (len(seeds) > 1)}"
     shown = mean_rows(rows) if len(seeds) > 1 else rows
-    report = write_report(arguments.output / "report", title, shown, provenance(seeds, {}), samples)
+    report = write_report(arguments.output / "report", title, shown, provenance(seeds, configs), samples)
     print(f"\n{title}: {NUM_TEST} test facts each, * = strength chosen on {NUM_VALIDATION} validation facts\n")
     print(format_table(shown))
     print("\n" + in_words(rows))

@@ -4,19 +4,17 @@ Forward and backward of the memory lookup on a CPU against F.embedding_bag with 
 
 Both take the gradients of the weights and of the values: ours row-sparse with one row per distinct
 slot, embedding_bag's dense (its sparse=True makes one row per read, and takes half as long again).
-Repeats of the two alternate in one process, so that a slow moment of the machine meets both. The floor
-is the bytes that must move at the speed of a copy of the table in the same run: a value row read for
-each read forward and for each distinct slot backward, and each row of the gradient written once.
+Repeats of the two alternate in one process, so that a slow moment of the machine meets both. Leave
+the cores idle, or set OMP_WAIT_POLICY=passive: threads that spin while another program wants their core
+decide the result. The floor is the bytes that must move at the speed of a copy of the table in the same
+run: a value row read for each read forward and for each distinct slot backward, and each row of the
+gradient written once.
 """
 
 import argparse
-import os
 import statistics
 import time
 from collections.abc import Callable
-
-# Threads that wait sleep rather than spin: else another program on the same cores decides the result.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 import torch.nn.functional as F

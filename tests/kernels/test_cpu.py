@@ -24,6 +24,30 @@ def test_blocks_change_no_bit(monkeypatch, dtype):
     assert all(torch.equal(a, b) for a, b in zip(whole, run()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("sparse_grad", [False, True])
+@pytest.mark.parametrize("num_slots", [3, 50, 400])
+def test_large_sums_written_in_place_equal_the_reference(monkeypatch, dtype, sparse_grad, num_slots):
+    """Slots never read, repeated in a read and read by every token; what is there before is not looked at."""
+    monkeypatch.setattr(cpu, "LARGE_BYTES", -1)
+    poisoned = lambda rows, width, dtype: torch.full((rows, width), torch.nan, dtype=dtype)  # noqa: E731
+    monkeypatch.setattr(cpu, "empty_rows", poisoned)
+    random = torch.Generator().manual_seed(num_slots)
+    values = torch.randn(num_slots, 33, generator=random, dtype=dtype).requires_grad_()
+    slots = torch.randint(num_slots, (40, 6), generator=random)
+    slots[:, 1] = 2
+    slots[:, 5] = slots[:, 4]
+    weights = torch.randn(40, 6, generator=random, dtype=dtype)
+    upstream = torch.randn(40, 33, generator=random, dtype=dtype)
+    (expected,) = torch.autograd.grad(reference.memory_lookup(values, slots, weights), values, upstream)
+    runs = [
+        torch.autograd.grad(ops.memory_lookup(values, slots, weights, sparse_grad=sparse_grad), values, upstream)[0]
+        for _ in range(2)
+    ]
+    torch.testing.assert_close(runs[0].to_dense(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(runs[0].to_dense(), runs[1].to_dense())
+
+
 def test_large_results_are_ordinary_memory(monkeypatch):
     monkeypatch.setattr(cpu, "LARGE_BYTES", 0)
     rows = cpu.empty_rows(1000, 33, torch.float32)

@@ -279,7 +279,9 @@ def test_a_second_finetuner_on_the_same_table_is_refused_and_the_first_works_on(
 def test_after_detaching_another_finetuner_may_be_attached():
     model = tiny.memory_model()
     finetuner_of(model).detach()
+    before = tiny.snapshot(model)
     learn(model, [tiny.batch()])
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in tiny.snapshot(model).items())
 
 
 def test_a_step_before_any_batch_was_read_is_refused():
