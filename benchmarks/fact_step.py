@@ -11,12 +11,12 @@ Repeats alternate, each from the same table with nothing learned yet; all three 
 timed in four parts: forward, selection, backward, update. given_reads.py says what is read and by what model; the
 product-key search, which is in none of the three, is timed by itself.
 
-Peak memory is what the operating system saw: resident memory is read at the end of the forward pass, when weights and
-activations exist, and its high-water mark over the whole step at the end. The difference, plus all that the finetuner
-keeps between steps (rows, row_of_slot, background counts), is "beyond weights and activations"; the gradient of an
-activation is in it. After the timing glibc is told to give every large allocation pages of its own, so that the mark
-is of memory in use and not of free memory kept in case; without that it depends on what ran before, and was up to
-20 MB higher here. On Linux with glibc only.
+Peak memory is what the operating system saw, in a process of its own: resident memory is read at the end of the forward
+pass, when weights and activations exist, and its high-water mark over selection, backward and update at the end of the
+second step. The difference, plus all that the finetuner keeps between steps (rows, row_of_slot, background counts), is
+"beyond weights and activations"; the gradient of an activation is in it. glibc is told there to give every large
+allocation pages of its own, so that the mark is of memory in use and not of free memory kept in case. On Linux with
+glibc only.
 
 The floor is the bytes a step must move at the speed of a large copy measured in the same run: each distinct row read
 once, reads written once, slots and scores read once, the gradient of the reads written and read once, each chosen row
@@ -25,12 +25,13 @@ read, written and kept as it was.
 
 import argparse
 import ctypes
-import gc
 import math
 import platform
 import statistics
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -52,10 +53,12 @@ M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 
 def main() -> None:
     options = parse_options()
-    torch.manual_seed(0)
     print(f"making a table of {options.num_slots * options.width * 4 / 1e9:.1f} GB and its reads", file=sys.stderr)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        memory = pool.submit(peak_memory, options).result()
+    torch.manual_seed(0)
     model, background = make_model(options.num_slots, options.width, options.tokens, options.reads)
-    batch = dict.fromkeys(("input_ids", "attention_mask", "labels"), torch.ones(1, options.tokens, dtype=torch.int64))
+    batch = make_batch(options)
     spans = {"dense": [], "own_dense": [], "sparse": []}
     bandwidths = []
     for repeat in range(options.repeats + 1):
@@ -70,7 +73,7 @@ def main() -> None:
     figures = {**{name: getattr(options, name) for name in SIZES}, "repeats": options.repeats}
     figures["distinct_slots"] = model.layer.keys.slots_THK.unique().numel()
     figures.update(step_figures(spans))
-    figures.update(peak_memory(model, background, batch, options.rows))
+    figures.update(memory)
     figures.update(floor_figures(options, figures, statistics.median(bandwidths)))
     figures["search_s"] = search_seconds(options)
     show(figures)
@@ -165,33 +168,37 @@ def copy_bandwidth(weight: Tensor) -> float:
     return 2 * source.nbytes / (time.perf_counter() - start)
 
 
-def peak_memory(model: Reader, background: dict, batch: dict, num_rows: int) -> dict[str, int]:
-    """Bytes a step of ours needs beyond weights and activations; nothing where the system does not tell."""
+def peak_memory(options: argparse.Namespace) -> dict[str, int]:
+    """Bytes a step of ours needs beyond weights and activations; nothing where the system does not tell.
+
+    Run in a process of its own, where nothing was freed before that could be used again unseen.
+    """
     high_water_reset = Path("/proc/self/clear_refs")
     if not high_water_reset.exists() or platform.libc_ver()[0] != "glibc":
         return {}
-    keep_no_free_memory()
-    finetuner = SparseMemoryFinetuner(model, background, num_rows)
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 128 * 1024)  # what is larger goes back to the system when freed
+    torch.manual_seed(0)
+    model, background = make_model(options.num_slots, options.width, options.tokens, options.reads)
+    batch = make_batch(options)
+    finetuner = SparseMemoryFinetuner(model, background, options.rows)
     optimizer = finetuner.watch(torch.optim.SGD(finetuner.parameters(), lr=LEARNING_RATE))
-    high_water_reset.write_text("5")
-    with finetuner.selecting(batch):
-        loss = model(**batch).loss
-        before = resident("VmRSS")
-    loss.backward()
-    optimizer.step()
-    transient = resident("VmHWM") - before
+    transient = 0
+    for _ in range(2):  # the first step also loads code
+        with finetuner.selecting(batch):
+            loss = model(**batch).loss
+            before = resident("VmRSS")
+            high_water_reset.write_text("5")  # what forward holds by now, and held on the way, are activations
+        loss.backward()
+        optimizer.step()
+        transient = resident("VmHWM") - before
+        optimizer.zero_grad()
     table, counts = model.memory[0], background[TABLE]
     held = sum(t.nbytes for t in (table.rows, table.row_of_slot, counts.reads_N, counts.document_frequency_N))
-    finetuner.detach().revert(model)
     return {"transient_bytes": transient, "held_bytes": held, "peak_beyond_bytes": transient + held}
 
 
-def keep_no_free_memory() -> None:
-    """Return freed memory to the system, and from here on whatever is freed of 128 KB or more, at once."""
-    gc.collect()
-    libc = ctypes.CDLL(None)
-    libc.mallopt(M_MMAP_THRESHOLD, 128 * 1024)
-    libc.malloc_trim(0)
+def make_batch(options: argparse.Namespace) -> dict[str, Tensor]:
+    return dict.fromkeys(("input_ids", "attention_mask", "labels"), torch.ones(1, options.tokens, dtype=torch.int64))
 
 
 def resident(field: str) -> int:

@@ -3,11 +3,9 @@
 A method takes a model and plain settings and returns what a training loop needs (``Prepared``).
 """
 
-from memlayer.methods.full import full
-from memlayer.methods.lora import lora
+from memlayer.methods import full, lora, sparse_memory
 from memlayer.methods.prepared import Prepared
-from memlayer.methods.sparse_memory import sparse_memory
 
-METHODS = {"sparse_memory": sparse_memory, "full": full, "lora": lora}
+METHODS = {"sparse_memory": sparse_memory.prepare, "full": full.prepare, "lora": lora.prepare}
 
 __all__ = ["METHODS", "Prepared"]

@@ -11,7 +11,7 @@ from memlayer.methods.prepared import Prepared
 from memlayer.optimizer import RowAdamW
 
 
-def full(model: nn.Module, background, settings) -> Prepared:
+def prepare(model: nn.Module, background, settings) -> Prepared:
     """Train everything. ``background`` is not used."""
     tables = [table.weight for table in memory_tables(model).values()]
     rest = [p for p in model.parameters() if all(p is not table for table in tables)]

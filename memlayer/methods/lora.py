@@ -9,7 +9,7 @@ from torch import nn
 from memlayer.methods.prepared import Prepared
 
 
-def lora(model: nn.Module, background, settings) -> Prepared:
+def prepare(model: nn.Module, background, settings) -> Prepared:
     """Train low-rank updates of all linear layers. ``background`` is not used."""
     config = peft.LoraConfig(
         r=settings.lora_rank,

@@ -308,7 +308,7 @@ def _over_ranks(slots_U: Tensor, reads_U: Tensor) -> tuple[Tensor, Tensor]:
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
 
 
-def sparse_memory(model: nn.Module, background: Mapping[str, SlotCounts], settings) -> Prepared:
+def prepare(model: nn.Module, background: Mapping[str, SlotCounts], settings) -> Prepared:
     """Train the top slots of each step with a plain optimizer; SGD without momentum is the paper's."""
     if settings.optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer is {settings.optimizer!r}, must be one of {sorted(OPTIMIZERS)}")
