@@ -6,12 +6,13 @@ comparison goes on where it stopped. Strengths are chosen on validation facts an
 """
 
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
+
+import torch
 
 from memlayer import modeling
 from memlayer.config import RunConfig, to_yaml
@@ -70,8 +71,8 @@ def run_trials(trials: Sequence[Trial], workers: int, progress: Callable[[Trial]
             progress(trial)
     if not missing:
         return
-    os.environ["OMP_NUM_THREADS"] = "1"  # read by the workers when they start
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    one_thread = {"initializer": torch.set_num_threads, "initargs": (1,)}
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), **one_thread) as pool:
         running = {pool.submit(run_trial, trial): trial for trial in missing}
         for future in as_completed(running):
             future.result()
