@@ -2,16 +2,20 @@
 
 from importlib import import_module
 
+from memlayer.decoders import register
+
 __version__ = "0.1.0"
 
-# Public name -> its module; imported when first used, so that what needs no torch does not wait for it.
+# Public name -> its module, imported when first used.
 _PUBLIC = {
-    "MemoryConfig": "memlayer.config",
+    "MemoryConfig": "memlayer.memory_config",
     "MemoryPatch": "memlayer.patch",
     "SlotCounts": "memlayer.counts",
     "SparseMemoryFinetuner": "memlayer.methods.sparse_memory",
     "add_memory": "memlayer.attach",
+    "patches": "memlayer.patch",
     "record_reads": "memlayer.attach",
+    "remove_memory": "memlayer.attach",
 }
 __all__ = sorted(_PUBLIC)
 
@@ -20,3 +24,6 @@ def __getattr__(name: str):
     if name not in _PUBLIC:
         raise AttributeError(f"module 'memlayer' has no attribute {name!r}")
     return getattr(import_module(_PUBLIC[name]), name)
+
+
+register()  # AutoModelForCausalLM.from_pretrained then loads decoders with memory

@@ -1,71 +1,74 @@
-"""Put memory layers into a Hugging Face decoder, take them out, and listen to what they read.
-
-The only file that knows decoder families: where the layers are and what their feed-forward block is
-called. Everything else works on the modules found here.
-"""
+"""Put memory layers into a Hugging Face decoder, take them out, and listen to what they read."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from memlayer.config import MemoryConfig
-from memlayer.memory import FeedForwardWithMemory, MemoryLayer, MemoryTable
+from memlayer.decoders import MemoryDecoder, classes_with_memory, with_memory_section, without_memory_section
+from memlayer.memory import MemoryLayer, MemoryTable
+from memlayer.memory_config import MemoryConfig
 from memlayer.product_keys import ProductKeys
-
-# model_type of the Hugging Face config -> (where the decoder layers are, name of the feed-forward block)
-FAMILIES = {"llama": ("model.layers", "mlp")}
+from memlayer.structure import decoder_layers, extract_memory, insert_memory
 
 
-def add_memory(model: nn.Module, config: MemoryConfig) -> nn.Module:
+def add_memory(model: PreTrainedModel, config: MemoryConfig) -> PreTrainedModel:
     """Attach memory layers to ``model`` in place and return it.
 
-    The tables are registered once, as ``model.memory``; the configuration is kept in
-    ``model.config.memory`` so that a saved model says how to rebuild itself.
+    The tables are registered once, as ``model.memory``. The model becomes one of the class with memory of its family
+    (``memlayer.decoders``) with a config that has a memory section, so that what ``save_pretrained`` writes says how
+    to rebuild itself. With mode "add" no logit changes until something is learned.
 
     Args:
-        model: a causal language model of a family in ``FAMILIES``.
+        model: a causal language model that AutoModelForCausalLM can make; where its layers are is found by looking.
         config: which layers, how many slots, and how they are read.
 
     Raises:
-        ValueError: the family is unknown, a layer does not exist or is named twice, or memory is attached already.
+        ValueError: the model is no such decoder, a layer does not exist or is named twice, or memory is attached
+            already.
     """
-    if getattr(model, "memory", None) is not None:
+    if isinstance(model, MemoryDecoder):
         raise ValueError(f"memory is attached already, at layers {model.config.memory['layers']}")
-    layers, ffn_name = _decoder_layers(model)
-    missing = [i for i in config.layers if not 0 <= i < len(layers)]
-    if missing or not config.layers:
+    decoder_layers(model)  # first, since it says best what is wrong
+    _, class_with_memory = classes_with_memory(type(model.config))
+    if type(model) is not class_with_memory.decoder_class:
         raise ValueError(
-            f"memory layers {list(config.layers)} asked for, the model has layers 0 to {len(layers) - 1}"
+            f"AutoModelForCausalLM makes {class_with_memory.decoder_class.__name__} of {type(model.config).__name__}, "
+            f"the model is a {type(model).__name__}: with memory it could be saved, but not loaded"
         )
-    if len(set(config.layers)) < len(config.layers):
-        raise ValueError(f"memory layers {list(config.layers)} asked for, one of them twice")
-    width = model.config.hidden_size
-    num_tables = 1 if config.share else len(config.layers)
-    tables = [MemoryTable(config.num_keys**2, config.value_width or width) for _ in range(num_tables)]
-    for position, index in enumerate(config.layers):
-        table = tables[0 if config.share else position]
-        memory = MemoryLayer(width, table, config.num_keys, config.num_heads, config.top_k, config.key_width)
-        ffn = getattr(layers[index], ffn_name)
-        block = memory if config.mode == "replace" else FeedForwardWithMemory(ffn, memory)
-        reference = next(ffn.parameters())
-        setattr(layers[index], ffn_name, block.to(reference.device, reference.dtype))
-    model.memory = nn.ModuleList(tables).to(reference.device, reference.dtype)
-    model.config.memory = asdict(config)
+    model.replaced_ffns = insert_memory(model, config)
+    _give_config(model, with_memory_section(model.config, asdict(config)))
+    model.__class__ = class_with_memory
     return model
 
 
-def _decoder_layers(model: nn.Module) -> tuple[nn.ModuleList, str]:
-    model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    if model_type not in FAMILIES:
-        raise ValueError(
-            f"no decoder layers known for {model_type!r}; known families: {', '.join(sorted(FAMILIES))}"
-        )
-    path, ffn_name = FAMILIES[model_type]
-    return attrgetter(path)(model), ffn_name
+def remove_memory(model: PreTrainedModel) -> PreTrainedModel:
+    """Undo ``add_memory`` in place and return the model: its class, its config and its blocks, bit for bit.
+
+    Raises:
+        ValueError: the model has no memory, a finetuner is attached to it, or it was loaded with feed-forward blocks
+            replaced, which are then not at hand.
+    """
+    if not isinstance(model, MemoryDecoder):
+        raise ValueError(f"{type(model).__name__} has no memory to remove")
+    if any(table.rows is not None for table in memory_tables(model).values()):
+        raise ValueError("a finetuner is attached to the memory: detach it before removing the memory")
+    extract_memory(model, MemoryConfig.from_dict(model.config.memory), model.replaced_ffns)
+    del model.replaced_ffns
+    model.__class__ = model.decoder_class
+    _give_config(model, without_memory_section(model.config, model.config_class))
+    return model
+
+
+def _give_config(model: nn.Module, config: PreTrainedConfig) -> None:
+    """Replace the config of a model, not in it: others may have been built from the same object."""
+    replaced = model.config
+    for module in model.modules():
+        if getattr(module, "config", None) is replaced:
+            module.config = config
 
 
 def memory_layers(model: nn.Module) -> dict[str, MemoryLayer]:
@@ -90,6 +93,12 @@ def memory_tables(model: nn.Module) -> dict[str, MemoryTable]:
             f"{type(model).__name__} has no memory table; attach one with add_memory(model, MemoryConfig(...))"
         )
     return tables
+
+
+def memory_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter that memory brought: tables, product keys, gates and outputs, by name in the state dict."""
+    modules = {**memory_layers(model), **memory_tables(model)}
+    return {f"{name}.{inner}": p for name, m in modules.items() for inner, p in m.named_parameters()}
 
 
 class Reads:

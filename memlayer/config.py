@@ -12,36 +12,10 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from memlayer.checks import check_at_least, check_choice
+from memlayer.memory_config import MemoryConfig
+
 LOSS_ON = ("all", "answer")
-
-
-@dataclass
-class MemoryConfig:
-    """The memory layers of a model.
-
-    Attributes:
-        layers: decoder layers that get one, counted from 0.
-        num_keys: half-keys n; a table has n * n slots.
-        num_heads: queries per token.
-        top_k: slots read per head.
-        value_width: width of a value; None is the model width.
-        key_width: width of a query; None is half the value width.
-        mode: "replace" the feed-forward block, or "add" beside it.
-        share: one table for all layers instead of one each.
-    """
-
-    layers: list[int]
-    num_keys: int = 1024
-    num_heads: int = 4
-    top_k: int = 32
-    value_width: int | None = None
-    key_width: int | None = None
-    mode: str = "replace"
-    share: bool = True
-
-    def __post_init__(self):
-        _check_choice("memory.mode", self.mode, ("replace", "add"))
-        _check_at_least(1, "memory", self, "num_keys", "num_heads", "value_width")
 
 
 @dataclass
@@ -56,7 +30,7 @@ class ModelConfig:
     vocab_size: int = 2048
 
     def __post_init__(self):
-        _check_at_least(1, "model", self, "num_layers", "width", "num_heads", "ffn_width", "max_length")
+        check_at_least(1, "model", self, "num_layers", "width", "num_heads", "ffn_width", "max_length")
         if self.width % (2 * self.num_heads):
             raise ValueError(
                 f"model.width is {self.width}, must be a multiple of twice model.num_heads = {self.num_heads}: "
@@ -96,9 +70,9 @@ class PretrainConfig:
     loss_on: str = "all"
 
     def __post_init__(self):
-        _check_at_least(1, "pretrain", self, "steps", "batch_size")
-        _check_at_least(0, "pretrain", self, "learning_rate", "table_learning_rate", "weight_decay")
-        _check_choice("pretrain.loss_on", self.loss_on, LOSS_ON)
+        check_at_least(1, "pretrain", self, "steps", "batch_size")
+        check_at_least(0, "pretrain", self, "learning_rate", "table_learning_rate", "weight_decay")
+        check_choice("pretrain.loss_on", self.loss_on, LOSS_ON)
 
 
 @dataclass
@@ -108,7 +82,7 @@ class CountConfig:
     sequences_per_document: int = 8
 
     def __post_init__(self):
-        _check_at_least(1, "count", self, "sequences_per_document")
+        check_at_least(1, "count", self, "sequences_per_document")
 
 
 @dataclass
@@ -145,9 +119,9 @@ class LearnConfig:
     lora_alpha: float = 32.0
 
     def __post_init__(self):
-        _check_at_least(1, "learn", self, "steps_per_fact")
-        _check_at_least(0, "learn", self, "protect")
-        _check_choice("learn.loss_on", self.loss_on, LOSS_ON)
+        check_at_least(1, "learn", self, "steps_per_fact")
+        check_at_least(0, "learn", self, "protect")
+        check_choice("learn.loss_on", self.loss_on, LOSS_ON)
 
 
 @dataclass
@@ -172,17 +146,6 @@ class RunConfig:
     count: CountConfig = field(default_factory=CountConfig)
     learn: LearnConfig = field(default_factory=LearnConfig)
     trainer: dict[str, Any] = field(default_factory=dict)
-
-
-def _check_at_least(minimum: float, section: str, settings: Any, *names: str) -> None:
-    for name in names:
-        if (number := getattr(settings, name)) is not None and number < minimum:
-            raise ValueError(f"{section}.{name} is {number}, must be at least {minimum}")
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}, must be {' or '.join(map(repr, choices))}")
 
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:

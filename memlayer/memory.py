@@ -36,6 +36,7 @@ class MemoryTable(nn.Embedding):
 
     def forward(self, slots_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Weighted sums of values, shape (T, V)."""
+        slots_TK, weights_TK = slots_TK.to(self.weight.device), weights_TK.to(self.weight.device)
         return memory_lookup(
             self.weight, slots_TK, weights_TK, self.rows, self.row_of_slot, sparse_grad=self.sparse
         )
@@ -90,7 +91,8 @@ class MemoryLayer(nn.Module):
         scores_THK, slots_THK = self.keys(hidden_TD)
         weights_THK = F.softmax(scores_THK, dim=-1).to(hidden.dtype)
         read_TV = self.table(slots_THK.flatten(1), weights_THK.flatten(1))
-        return self.out(read_TV.to(hidden.dtype) * F.silu(self.gate(hidden_TD))).view(hidden.shape)
+        # The table may live on another device than the layer: accelerate's device maps place them apart.
+        return self.out(read_TV.to(hidden) * F.silu(self.gate(hidden_TD))).view(hidden.shape)
 
 
 class FeedForwardWithMemory(nn.Module):
@@ -103,7 +105,11 @@ class FeedForwardWithMemory(nn.Module):
     def __init__(self, ffn: nn.Module, memory: MemoryLayer):
         super().__init__()
         self.ffn, self.memory = ffn, memory
-        nn.init.zeros_(memory.out.weight)
+        self.close()
+
+    def close(self) -> None:
+        """Set the memory's output projection to zero: nothing of what it reads comes out."""
+        nn.init.zeros_(self.memory.out.weight)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.ffn(hidden) + self.memory(hidden)

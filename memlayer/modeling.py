@@ -1,14 +1,15 @@
 """Build, save and load memory models as ordinary Hugging Face folders.
 
-``config.json`` carries the memory section, so a folder says how to rebuild itself; loading refuses
-weights that do not fit.
+The classes are those of ``memlayer.decoders``; here are the decoder built from scratch and the tokenizer beside it.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, load_model
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -16,10 +17,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from memlayer.attach import add_memory
-from memlayer.config import MemoryConfig, ModelConfig
+from memlayer.config import ModelConfig
 from memlayer.data.tokenizer import load_tokenizer, save_tokenizer
+from memlayer.decoders import MODEL_TYPE
+from memlayer.memory_config import MemoryConfig
 
 WEIGHTS = "model.safetensors"
 # Torch's fused backward is slow in bfloat16 on CPUs at 20 tokens a sequence. Loading has to use the same, or the
@@ -60,24 +64,56 @@ def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         ValueError: the checkpoint has no memory, or its weights do not fit its config.
     """
     folder = Path(folder)
-    for name in ("config.json", WEIGHTS):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"no checkpoint in {folder}: {name} is missing")
-    config = AutoConfig.from_pretrained(folder)
-    if not getattr(config, "memory", None):
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"no checkpoint in {folder}: config.json is missing")
+    for file in weight_files(folder):
+        _check_whole(file)
+    if AutoConfig.from_pretrained(folder).model_type != MODEL_TYPE:
         raise ValueError(f"the checkpoint in {folder} has no memory layer")
-    dtype = config.dtype or torch.float32
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
-    try:
-        add_memory(model, MemoryConfig(**config.memory))
-        load_model(model, folder / WEIGHTS, strict=True)
-    except (RuntimeError, TypeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{folder / WEIGHTS} does not fit its config: {reason}") from error
+    with _quietly():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", attn_implementation=ATTENTION)
     return model.eval(), load_tokenizer(folder)
+
+
+def _check_whole(file: Path) -> None:
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Weights that do not fit are refused in one sentence: no table of them, and no bar before it."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """The safetensors files of a checkpoint, one or its shards.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    files = sorted(Path(folder).glob("model*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"no checkpoint in {folder}: {WEIGHTS} is missing")
+    return files
 
 
 def numbers_changed(model: PreTrainedModel, folder: str | Path) -> int:
     """How many numbers of ``model`` differ from those of the checkpoint in ``folder``; tied weights count once."""
     state = model.state_dict()
-    return sum(int((state[name].cpu() != saved).sum()) for name, saved in load_file(Path(folder) / WEIGHTS).items())
+    return sum(
+        int((state[name].cpu() != saved).sum())
+        for file in weight_files(folder)
+        for name, saved in load_file(file).items()
+    )

@@ -13,13 +13,17 @@ REPO = Path(__file__).parents[1]
 # A name stands for the module and everything inside it; the longest match counts.
 FLOORS = {
     "memlayer_kernels": 0,
-    "memlayer": 1,
+    "memlayer": 2,
     "memlayer.product_keys": 1,
     "memlayer.memory": 1,
     "memlayer.counts": 1,
     "memlayer.selection": 1,
     "memlayer.config": 1,
     "memlayer.optimizer": 1,
+    "memlayer.checks": 1,
+    "memlayer.memory_config": 1,
+    "memlayer.structure": 2,
+    "memlayer.decoders": 2,
     "memlayer.attach": 2,
     "memlayer.modeling": 2,
     "memlayer.patch": 2,

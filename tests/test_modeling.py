@@ -131,8 +131,8 @@ def set_memory(folder, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_keys": 9}, r"memory\.0\.weight.*(\[64, 16\].*\[81, 16\]|\[81, 16\].*\[64, 16\])"),
-        ({"layers": [2]}, r"model\.layers\.2\.mlp\.keys\.half_keys"),
+        ({"num_keys": 9}, r"memory\.0\.weight is \(64, 16\), expected \(81, 16\)"),
+        ({"layers": [2]}, r"9 missing \(.*model\.layers\.1\.mlp\.down_proj.*9 not in the model \(.*model\.layers\.1\.mlp\.gate"),
         ({"share": False, "layers": [1, 2]}, r"memory\.1\.weight"),
         ({"num_slots": 64}, "num_slots"),
     ],
@@ -152,7 +152,16 @@ def test_truncated_weights_are_refused_by_name(tokenizer, tmp_path):
         modeling.load(tmp_path)
 
 
-def test_transformers_alone_says_that_it_does_not_use_the_memory(tokenizer, tmp_path):
+def test_transformers_without_memlayer_refuses_the_folder_rather_than_leave_the_memory_out(tokenizer, tmp_path):
     modeling.save(built(tokenizer), tokenizer, tmp_path)
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert plain.config.memory["layers"] == [1], "the config still says what is missing"
+    program = "import sys; from transformers import AutoConfig; AutoConfig.from_pretrained(sys.argv[1])"
+    with pytest.raises(AssertionError, match="model type `memlayer` but Transformers does not recognize"):
+        tiny.run_python(program, tmp_path)
+
+
+def test_transformers_with_memlayer_imported_loads_the_folder(tokenizer, tmp_path):
+    model = built(tokenizer)
+    modeling.save(model, tokenizer, tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is type(model)
+    assert state_fingerprint(loaded) == state_fingerprint(model)

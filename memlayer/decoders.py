@@ -1,0 +1,167 @@
+"""Hugging Face classes of decoders with memory, made from the class of any decoder when it is asked for.
+
+``LlamaForCausalLM`` gives ``MemoryLlamaForCausalLM``: the same class with memory layers put in by its constructor,
+and a config that says ``model_type: memlayer``, so that no program can load such a folder and leave the memory
+out. One entry in transformers' Auto classes, made by ``import memlayer``, serves every family: the config.json names
+the family as ``base_model_type``.
+"""
+
+import copy
+from functools import cache
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from memlayer.memory import FeedForwardWithMemory, MemoryLayer, MemoryTable
+from memlayer.memory_config import MemoryConfig
+from memlayer.product_keys import ProductKeys
+from memlayer.structure import insert_memory
+
+MODEL_TYPE = "memlayer"
+
+
+class MemoryDecoderConfig(PreTrainedConfig):
+    """What AutoConfig makes a config with ``model_type: memlayer`` from; the result is of its family's class."""
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """The config of a decoder with memory.
+
+        Raises:
+            ValueError: transformers has no causal language model of that ``base_model_type``, or the memory section
+                has a key or value that does not fit.
+        """
+        base = config_dict.get("base_model_type")
+        if base not in CONFIG_MAPPING:
+            raise ValueError(f"base_model_type is {base!r}, which this version of transformers does not know")
+        config_class, _ = classes_with_memory(CONFIG_MAPPING[base])
+        return config_class.from_dict(config_dict, **kwargs)
+
+
+class MemoryDecoder:
+    """What a decoder with memory adds to the Hugging Face class it is derived from."""
+
+    def __init__(self, config: PreTrainedConfig, *args, **kwargs):
+        if not config.memory:
+            raise ValueError(f"the config of {type(self).__name__} has no memory section; use add_memory on a decoder")
+        super().__init__(config, *args, **kwargs)
+        insert_memory(self, MemoryConfig.from_dict(config.memory))
+        self.replaced_ffns = {}  # never had weights, so there is nothing that remove_memory could give back
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # The functions of torch.nn.init that these methods call leave alone what was loaded: transformers guards them.
+        if isinstance(module, MemoryTable | ProductKeys):
+            module.reset_parameters()
+        elif isinstance(module, MemoryLayer):
+            for linear in (module.keys.query, module.gate, module.out):
+                linear.reset_parameters()
+        elif isinstance(module, FeedForwardWithMemory):
+            module.close()
+        else:
+            super()._init_weights(module)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        """transformers' own, which warns of weights that do not fit; here they are refused.
+
+        Raises:
+            ValueError: weights are missing, left over or of another shape than the config asks for.
+        """
+        kwargs["ignore_mismatched_sizes"] = True  # reported like the others, a line below
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        misfits = _misfits(info)
+        if misfits:
+            raise ValueError(f"the weights in {pretrained_model_name_or_path} do not fit its config: {misfits}")
+        return (model, info) if output_loading_info else model
+
+
+def _misfits(info: dict[str, Any]) -> str:
+    """What of a loading report is wrong, a few names of each kind."""
+    shapes = [f"{name} is {tuple(found)}, expected {tuple(wanted)}" for name, found, wanted in info["mismatched_keys"]]
+    kinds = {"missing": info["missing_keys"], "not in the model": info["unexpected_keys"], "of another shape": shapes}
+    return "; ".join(f"{len(names)} {kind} ({_some(names)})" for kind, names in kinds.items() if names)
+
+
+def _some(names, number: int = 3) -> str:
+    names = sorted(names)
+    return ", ".join(names[:number]) + (", ..." if len(names) > number else "")
+
+
+@cache
+def classes_with_memory(base_config: type[PreTrainedConfig]) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
+    """The config and model class with memory of a family, registered with the Auto classes.
+
+    Raises:
+        ValueError: transformers has no causal language model for this config.
+    """
+    base_model = MODEL_FOR_CAUSAL_LM_MAPPING.get(base_config, None)
+    if base_model is None:
+        raise ValueError(f"AutoModelForCausalLM has no model for {base_config.__name__}")
+
+    class Config(base_config):
+        model_type = MODEL_TYPE
+        base_model_type: str = base_config.model_type
+        memory: dict | None = None
+
+        def __post_init__(self, **kwargs):
+            super().__post_init__(**kwargs)
+            if self.memory is not None:
+                MemoryConfig.from_dict(self.memory)
+
+    class Model(MemoryDecoder, base_model):
+        config_class = Config
+        decoder_class = base_model
+
+    for made, base in ((Config, base_config), (Model, base_model)):
+        made.__name__ = made.__qualname__ = f"Memory{base.__name__}"
+        made.__doc__ = f"{base.__name__} with memory layers; see memlayer.add_memory."
+    AutoModelForCausalLM.register(Config, Model, exist_ok=True)
+    return Config, Model
+
+
+def __getattr__(name: str) -> type:
+    """``MemoryLlamaForCausalLM`` and its like, by name: pickle looks for them here."""
+    base = getattr(transformers, name.removeprefix("Memory"), None) if name.startswith("Memory") else None
+    for made in classes_with_memory(getattr(base, "config_class", base)) if isinstance(base, type) else ():
+        if made.__name__ == name:
+            return made
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def with_memory_section(config: PreTrainedConfig, memory: dict[str, Any]) -> PreTrainedConfig:
+    """A copy of a decoder's config that has a memory section."""
+    made = copy.deepcopy(config)
+    made.__class__ = classes_with_memory(type(config))[0]
+    made.base_model_type, made.memory = config.model_type, memory
+    return made
+
+
+def without_memory_section(config: PreTrainedConfig, base: type[PreTrainedConfig]) -> PreTrainedConfig:
+    """A copy of a config with memory as the decoder's config it was made from."""
+    made = copy.deepcopy(config)
+    del made.base_model_type, made.memory
+    made.__class__ = base
+    if made.architectures:  # written by save_pretrained
+        made.architectures = [name.removeprefix("Memory") for name in made.architectures]
+    return made
+
+
+def register() -> None:
+    """Let AutoConfig and AutoModelForCausalLM load decoders with memory."""
+    AutoConfig.register(MODEL_TYPE, MemoryDecoderConfig, exist_ok=True)
