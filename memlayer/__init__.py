@@ -13,9 +13,11 @@ _PUBLIC = {
     "SlotCounts": "memlayer.counts",
     "SparseMemoryFinetuner": "memlayer.methods.sparse_memory",
     "add_memory": "memlayer.attach",
+    "load_memory": "memlayer.memory_only",
     "patches": "memlayer.patch",
     "record_reads": "memlayer.attach",
     "remove_memory": "memlayer.attach",
+    "save_memory": "memlayer.memory_only",
 }
 __all__ = sorted(_PUBLIC)
 

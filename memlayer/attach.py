@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from memlayer.decoders import MemoryDecoder, classes_with_memory, with_memory_section, without_memory_section
+from memlayer.decoders import (
+    TAG,
+    MemoryDecoder,
+    classes_with_memory,
+    with_memory_section,
+    without_memory_section,
+)
 from memlayer.memory import MemoryLayer, MemoryTable
 from memlayer.memory_config import MemoryConfig
 from memlayer.product_keys import ProductKeys
@@ -42,6 +48,7 @@ def add_memory(model: PreTrainedModel, config: MemoryConfig) -> PreTrainedModel:
     model.replaced_ffns = insert_memory(model, config)
     _give_config(model, with_memory_section(model.config, asdict(config)))
     model.__class__ = class_with_memory
+    model.add_model_tags(TAG)
     return model
 
 
@@ -57,16 +64,18 @@ def remove_memory(model: PreTrainedModel) -> PreTrainedModel:
     if any(table.rows is not None for table in memory_tables(model).values()):
         raise ValueError("a finetuner is attached to the memory: detach it before removing the memory")
     extract_memory(model, MemoryConfig.from_dict(model.config.memory), model.replaced_ffns)
-    del model.replaced_ffns
+    model.model_tags = [tag for tag in model.model_tags if tag != TAG]
     model.__class__ = model.decoder_class
     _give_config(model, without_memory_section(model.config, model.config_class))
+    del model.replaced_ffns
     return model
 
 
 def _give_config(model: nn.Module, config: PreTrainedConfig) -> None:
-    """Replace the config of a model, not in it: others may have been built from the same object."""
+    """Replace the config of a model and of its blocks put aside, not in it: others may be built from the same object."""
     replaced = model.config
-    for module in model.modules():
+    aside = (module for ffn in model.replaced_ffns.values() for module in ffn.modules())
+    for module in (*model.modules(), *aside):
         if getattr(module, "config", None) is replaced:
             module.config = config
 

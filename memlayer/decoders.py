@@ -22,12 +22,14 @@ from transformers import (
     PreTrainedModel,
 )
 
+from memlayer.export import auto_map, write_code
 from memlayer.memory import FeedForwardWithMemory, MemoryLayer, MemoryTable
 from memlayer.memory_config import MemoryConfig
 from memlayer.product_keys import ProductKeys
 from memlayer.structure import insert_memory
 
 MODEL_TYPE = "memlayer"
+TAG = "memlayer"  # on the model card that push_to_hub writes
 
 
 class MemoryDecoderConfig(PreTrainedConfig):
@@ -59,6 +61,7 @@ class MemoryDecoder:
         super().__init__(config, *args, **kwargs)
         insert_memory(self, MemoryConfig.from_dict(config.memory))
         self.replaced_ffns = {}  # never had weights, so there is nothing that remove_memory could give back
+        self.add_model_tags(TAG)
         self.post_init()
 
     @torch.no_grad()
@@ -73,6 +76,26 @@ class MemoryDecoder:
             module.close()
         else:
             super()._init_weights(module)
+
+    def save_pretrained(self, save_directory, *args, export_code: bool = False, **kwargs) -> None:
+        """transformers' own.
+
+        Args:
+            export_code: write the code beside the weights, so that the folder also loads where memlayer is not
+                installed, with ``trust_remote_code=True``. A model saved or loaded like that keeps its code from
+                then on, in ``push_to_hub`` as well.
+
+        Raises:
+            ValueError: ``push_to_hub`` is asked for in the same call, which would leave the code behind.
+        """
+        if export_code:
+            self.config.auto_map = auto_map(type(self))
+        with_code = bool(getattr(self.config, "auto_map", None))
+        if with_code and kwargs.get("push_to_hub"):
+            raise ValueError("exported code is uploaded by push_to_hub, called after save_pretrained, not by it")
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if with_code and kwargs.get("is_main_process", True):
+            write_code(save_directory)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):

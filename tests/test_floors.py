@@ -24,7 +24,11 @@ FLOORS = {
     "memlayer.memory_config": 1,
     "memlayer.structure": 2,
     "memlayer.decoders": 2,
+    "memlayer.export": 1,
+    "memlayer.plain_ops": 1,
+    "memlayer.memory_only": 2,
     "memlayer.attach": 2,
+    "memlayer.dense_control": 2,
     "memlayer.modeling": 2,
     "memlayer.patch": 2,
     "memlayer.preflight": 2,
@@ -33,6 +37,7 @@ FLOORS = {
     "memlayer.methods": 3,
     "memlayer.trainer": 4,
     "memlayer.recipes": 4,
+    "memlayer.retrofit": 4,
     "memlayer.comparison": 4,
 }
 SCRIPTS = 5

@@ -20,7 +20,7 @@ from memlayer.attach import Reads, memory_tables, record_reads
 from memlayer.counts import SlotCounts
 from memlayer.memory import MemoryTable
 from memlayer.methods.prepared import Prepared
-from memlayer.patch import MemoryPatch, TablePatch
+from memlayer.patch import MemoryPatch, TablePatch, product_key_fingerprints
 from memlayer.selection import tf_idf, top_slots
 
 
@@ -146,7 +146,8 @@ class SparseMemoryFinetuner:
 
     def patch(self) -> MemoryPatch:
         """The rows changed so far, with their originals."""
-        return MemoryPatch({name: table.patch() for name, table in self._tables.items()})
+        product_keys = product_key_fingerprints(self.model)
+        return MemoryPatch({name: table.patch(product_keys[name]) for name, table in self._tables.items()})
 
     def _slots_read(self, reads: Reads, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Slots read at the positions that count; int32, as tables hold fewer than 2**31 and micro-batches add up."""
@@ -271,12 +272,15 @@ class _OpenTable:
     def _row_shaped(self, state: dict):
         return [(k, v) for k, v in state.items() if isinstance(v, Tensor) and v.shape == self.rows.shape]
 
-    def patch(self) -> TablePatch:
+    def patch(self, product_keys: dict[str, str]) -> TablePatch:
         slots = sorted(self._originals)
         slots_R = torch.tensor(slots, dtype=torch.int64)
         weight = self.table.weight.detach()
         originals = torch.stack([self._originals[s] for s in slots]) if slots else weight[:0]
-        return TablePatch.of_changed(slots_R, weight[slots_R.to(weight.device)].cpu(), originals.cpu())
+        rows = weight[slots_R.to(weight.device)].cpu()
+        return TablePatch.of_changed(
+            slots_R, rows, originals.cpu(), num_slots=len(weight), product_keys=product_keys
+        )
 
     def close(self) -> None:
         self.table.rows, self.table.row_of_slot = None, None

@@ -1,43 +1,24 @@
 """A patch is exact to the bit in both directions, and refuses whatever it was not made for."""
 
 import copy
-import json
+from dataclasses import replace
 
 import pytest
 import tiny
 import torch
+from patch_cases import SLOTS, bits, odd_patch, patch_of, table_of
 
 from memlayer.attach import memory_tables
-from memlayer.patch import CONFIG_FILE, ROWS_FILE, MemoryPatch, TablePatch, state_fingerprint
+from memlayer.patch import MemoryPatch, patches, state_fingerprint
+from memlayer.patch import table as table_module
 
-SLOTS = torch.tensor([2, 7, 40, 63])
-
-
-def model_in(dtype=torch.float32):
-    return tiny.memory_model().to(dtype)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def table_of(model):
-    return memory_tables(model)[tiny.TABLE].weight.data
-
-
-def patch_for(model):
-    """New rows for four slots, with NaN and -0.0 on either side; the model holds the originals."""
-    weight = table_of(model)
-    weight[7, :3] = torch.tensor([float("nan"), -0.0, float("inf")], dtype=weight.dtype)
-    rows = torch.randn(4, weight.shape[1], generator=torch.Generator().manual_seed(5)).to(weight.dtype)
-    rows[2, :3] = torch.tensor([-0.0, float("nan"), 0.0], dtype=weight.dtype)
-    return MemoryPatch({tiny.TABLE: TablePatch(SLOTS, rows, weight[SLOTS].clone())}, {"seed": 3})
-
-
-def bits(tensor):
-    return tensor.contiguous().view(torch.uint8)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_apply_and_revert_are_exact_to_the_bit(dtype):
-    model = model_in(dtype)
-    patch = patch_for(model)
+    model = tiny.memory_model().to(dtype)
+    patch = odd_patch(model)
     before, state_before = state_fingerprint(model), tiny.snapshot(model)
     patch.apply(model)
     assert state_fingerprint(model) != before
@@ -50,77 +31,98 @@ def test_apply_and_revert_are_exact_to_the_bit(dtype):
     assert all(torch.equal(bits(t), bits(state_before[name])) for name, t in model.state_dict().items())
 
 
+def two_models(dtype=torch.float32, **memory):
+    """The same model twice; the second has other rows, one of them with another sign of zero alone."""
+    before = tiny.memory_model(**memory).to(dtype)
+    table_of(before)[9, 0] = 0.0
+    after = copy.deepcopy(before)
+    table_of(after)[9, 0] = -0.0
+    table_of(after)[30] += 1
+    return before, after
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_patch_between_two_models_takes_one_to_the_other(dtype):
+    before, after = two_models(dtype)
+    patch = MemoryPatch.between(before, after, {"seed": 1})
+    assert patch.provenance == {"seed": 1}
+    assert patch.tables[tiny.TABLE].slots.tolist() == [9, 30]
+    patch.apply(before)
+    assert state_fingerprint(before) == state_fingerprint(after)
+
+
+@pytest.mark.parametrize("block", [1, 16, 17 * 16, 64 * 16])
+def test_tables_are_compared_block_by_block(monkeypatch, block):
+    before, after = two_models()
+    monkeypatch.setattr(table_module, "BLOCK", block)
+    assert MemoryPatch.between(before, after).tables[tiny.TABLE].slots.tolist() == [9, 30]
+
+
+def test_between_covers_every_table_and_looks_at_no_other_number():
+    before = tiny.memory_model(layers=[0, 2], share=False)
+    after = copy.deepcopy(before)
+    with torch.no_grad():
+        memory_tables(after)["memory.1"].weight[5] += 1
+        after.model.embed_tokens.weight.add_(1)
+    patch = MemoryPatch.between(before, after)
+    assert {name: t.slots.tolist() for name, t in patch.tables.items()} == {"memory.0": [], "memory.1": [5]}
+
+
+@pytest.mark.parametrize(
+    ("memory", "message"),
+    [
+        ({"layers": [1, 2], "share": False}, r"tables \['memory\.0'\], the other \['memory\.0', 'memory\.1'\]"),
+        ({"num_heads": 1}, "other product keys at .*half_keys"),
+        ({"layers": [2]}, r"layers\.1\.mlp\.keys\.half_keys, .*layers\.2\.mlp\.keys"),
+        ({"value_width": 20, "key_width": 8}, r"'memory\.0' is \(64, 16\) torch\.float32 .* \(64, 20\)"),
+    ],
+)
+def test_between_models_of_other_tables_or_keys_is_refused(memory, message):
+    model, other = tiny.memory_model(key_width=8), tiny.memory_model(**{"key_width": 8, **memory})
+    if "value_width" in memory:  # product keys do not depend on it, but on the order of random numbers
+        other.model.layers[1].mlp.keys.load_state_dict(model.model.layers[1].mlp.keys.state_dict())
+    with pytest.raises(ValueError, match=message):
+        MemoryPatch.between(model, other)
+
+
 def test_the_fingerprint_tells_minus_zero_from_zero_and_one_name_from_another():
-    model = model_in()
+    model = tiny.memory_model()
     table_of(model)[0, 0] = 0.0
     before = state_fingerprint(model)
     table_of(model)[0, 0] = -0.0
     assert state_fingerprint(model) != before
-    one, other = (
-        torch.nn.Linear(2, 2),
-        torch.nn.ParameterDict({"weights": torch.zeros(2, 2), "bias": torch.zeros(2)}),
-    )
-    torch.nn.init.zeros_(one.weight), torch.nn.init.zeros_(one.bias)
+    one, other = (torch.nn.ParameterDict({name: torch.zeros(2, 2)}) for name in ("one", "other"))
     assert state_fingerprint(one) != state_fingerprint(other)
-
-
-def saved(tmp_path, dtype=torch.float32):
-    model = model_in(dtype)
-    patch = patch_for(model)
-    patch.save(tmp_path)
-    return model, patch
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_saved_patch_is_loaded_to_the_bit_with_where_it_comes_from(tmp_path, dtype):
-    _, patch = saved(tmp_path, dtype)
-    loaded = MemoryPatch.load(tmp_path)
-    assert loaded.provenance == {"seed": 3}
-    assert loaded.num_rows == patch.num_rows == 4
-    for name in ("slots", "rows", "originals"):
-        ours, theirs = getattr(loaded.tables[tiny.TABLE], name), getattr(patch.tables[tiny.TABLE], name)
-        assert ours.dtype == theirs.dtype
-        assert torch.equal(bits(ours), bits(theirs)), name
-
-
-APPLY_ELSEWHERE = """
-import sys, tiny, torch
-from memlayer.patch import MemoryPatch, state_fingerprint
-model = tiny.memory_model()
-model.load_state_dict(torch.load(sys.argv[2]))
-patch = MemoryPatch.load(sys.argv[1])
-patch.apply(model)
-print(state_fingerprint(model))
-patch.revert(model)
-print(state_fingerprint(model))
-"""
-
-
-def test_a_patch_saved_here_is_applied_and_reverted_in_another_process(tmp_path):
-    model, patch = saved(tmp_path)
-    torch.save(model.state_dict(), tmp_path / "state.pt")
-    before = state_fingerprint(model)
-    patch.apply(model)
-    there = tiny.run_python(APPLY_ELSEWHERE, tmp_path, tmp_path / "state.pt").split()
-    assert there == [state_fingerprint(model), before]
-
-
-def test_an_empty_patch_changes_nothing(tmp_path):
-    model = model_in()
-    before = state_fingerprint(model)
-    nothing = TablePatch(torch.empty(0, dtype=torch.int64), torch.empty(0, 16), torch.empty(0, 16))
-    MemoryPatch({tiny.TABLE: nothing}).save(tmp_path)
-    MemoryPatch.load(tmp_path).apply(model)
-    assert state_fingerprint(model) == before
+    flat = torch.nn.ParameterDict({"one": torch.zeros(4)})
+    assert state_fingerprint(one) != state_fingerprint(flat)
 
 
 def other_rows(model, _patch):
     table_of(model)[40] += 1
 
 
-def other_sign_of_zero(model, patch):
+def other_sign_of_zero(model, _patch):
     assert torch.signbit(table_of(model)[7, 1])
     table_of(model)[7, 1] = 0.0
+
+
+def many_other_rows(model, patch):
+    every = patch_of(model, torch.arange(20), torch.ones(20, 16))
+    patch.tables = every.tables
+    table_of(model)[3:15] += 1
+
+
+def other_half_key(model, _patch):
+    keys = model.model.layers[1].mlp.keys
+    keys.half_keys.data[1, 0, 3, 0] += 1
+
+
+def other_query(model, _patch):
+    model.model.layers[1].mlp.keys.query.weight.data[0, 0] += 1
+
+
+def other_norm(model, _patch):
+    model.model.layers[1].mlp.keys.norm.bias.data[0] += 1
 
 
 def other_dtype(model, _patch):
@@ -133,11 +135,11 @@ def other_table(_model, patch):
 
 def other_width(_model, patch):
     table = patch.tables[tiny.TABLE]
-    table.rows, table.originals = table.rows[:, :5], table.originals[:, :5]
+    patch.tables[tiny.TABLE] = replace(table, rows=table.rows[:, :5], originals=table.originals[:, :5])
 
 
-def too_many_slots(_model, patch):
-    patch.tables[tiny.TABLE].slots = SLOTS + 1
+def more_slots(_model, patch):
+    patch.tables[tiny.TABLE] = replace(patch.tables[tiny.TABLE], num_slots=81)
 
 
 def second_table_unfit(_model, patch):
@@ -147,18 +149,22 @@ def second_table_unfit(_model, patch):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (other_rows, r"1 of 4 rows of table 'memory\.0' are not the patch's originals, first at slot 40"),
-        (other_sign_of_zero, "1 of 4 rows .* first at slot 7"),
+        (other_rows, r"1 of 4 rows of table 'memory\.0' are not the patch's originals, at slot 40:"),
+        (other_sign_of_zero, "1 of 4 rows .* at slot 7:"),
+        (many_other_rows, "12 of 20 rows .* at slots 3, 4, 5, 6, 7 and 7 more:"),
+        (other_half_key, r"made for other product keys at model\.layers\.1\.mlp\.keys\.half_keys:"),
+        (other_query, r"made for other product keys at model\.layers\.1\.mlp\.keys\.query\.weight:"),
+        (other_norm, r"made for other product keys at model\.layers\.1\.mlp\.keys\.norm\.bias:"),
         (other_dtype, r"the patch is in torch\.float32, table 'memory\.0' in torch\.bfloat16"),
         (other_table, r"the patch changes table 'memory\.1', the model has \['memory\.0'\]"),
-        (other_width, r"the patch has rows of width 5 .* table 'memory\.0' is \(64, 16\)"),
-        (too_many_slots, r"up to slot \[64\], table 'memory\.0' is \(64, 16\)"),
+        (other_width, r"64 slots of width 5, table 'memory\.0' is \(64, 16\)"),
+        (more_slots, r"81 slots of width 16, table 'memory\.0' is \(64, 16\)"),
         (second_table_unfit, r"the patch changes table 'memory\.1'"),
     ],
 )
 def test_a_model_that_does_not_fit_is_refused_and_not_written_to(spoil, message):
-    model = model_in()
-    patch = patch_for(model)
+    model = tiny.memory_model()
+    patch = odd_patch(model)
     spoil(model, patch)
     before = state_fingerprint(model)
     with pytest.raises(ValueError, match=message):
@@ -167,62 +173,88 @@ def test_a_model_that_does_not_fit_is_refused_and_not_written_to(spoil, message)
 
 
 def test_reverting_what_was_not_applied_is_refused():
-    model = model_in()
+    model = tiny.memory_model()
     with pytest.raises(ValueError, match=r"4 of 4 rows .* are not the patch's rows"):
-        patch_for(model).revert(model)
+        odd_patch(model).revert(model)
 
 
 def test_applying_twice_is_refused():
-    model = model_in()
-    patch = patch_for(model)
+    model = tiny.memory_model()
+    patch = odd_patch(model)
     patch.apply(model)
     with pytest.raises(ValueError, match="are not the patch's originals"):
         patch.apply(model)
 
 
-def flip_a_bit(folder):
-    data = bytearray((folder / ROWS_FILE).read_bytes())
-    data[-1] ^= 1
-    (folder / ROWS_FILE).write_bytes(data)
-
-
-def truncate(folder):
-    (folder / ROWS_FILE).write_bytes((folder / ROWS_FILE).read_bytes()[:-10])
-
-
-def spoil_json(folder):
-    (folder / CONFIG_FILE).write_text('{"patch_type": ')
-
-
-def later_version(folder):
-    config = json.loads((folder / CONFIG_FILE).read_text())
-    (folder / CONFIG_FILE).write_text(json.dumps({**config, "format_version": 2}))
-
-
-def another_kind(folder):
-    (folder / CONFIG_FILE).write_text('{"peft_type": "LORA"}')
-
-
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("part", "message"),
     [
-        (flip_a_bit, "has SHA-256 .*, its config says"),
-        (truncate, "has SHA-256 .*, its config says"),
-        (spoil_json, r"memory_patch_config\.json is not JSON"),
-        (later_version, r"says \('MEMORY_PATCH', 2\), a memory patch says \('MEMORY_PATCH', 1\)"),
-        (another_kind, r"says \(None, None\), a memory patch says"),
+        ({"slots": torch.tensor([2, 40, 7, 63])}, "ascending and distinct"),
+        ({"slots": torch.tensor([2, 7, 7, 63])}, "ascending and distinct"),
+        ({"slots": SLOTS.int()}, "must be int64"),
+        ({"slots": SLOTS + 1}, "slots 3 to 64, the table has 64"),
+        ({"slots": SLOTS - 3}, "slots -1 to 60, the table has 64"),
+        ({"slots": SLOTS[:3]}, r"rows of shape \(4, 16\) for 3 slots"),
+        ({"originals": torch.zeros(4, 15)}, r"rows are \(4, 16\) torch\.float32, originals \(4, 15\)"),
+        ({"originals": torch.zeros(4, 16).half()}, r"originals \(4, 16\) torch\.float16"),
     ],
 )
-def test_an_altered_patch_is_not_loaded(tmp_path, spoil, message):
-    saved(tmp_path)
-    spoil(tmp_path)
+def test_a_table_patch_of_parts_that_do_not_fit_is_refused(part, message):
+    patch = odd_patch(tiny.memory_model()).tables[tiny.TABLE]
     with pytest.raises(ValueError, match=message):
-        MemoryPatch.load(tmp_path)
+        replace(patch, **part)
 
 
-@pytest.mark.parametrize("name", [CONFIG_FILE, ROWS_FILE])
-def test_a_missing_file_is_named(tmp_path, name):
-    saved(tmp_path)
-    (tmp_path / name).unlink()
-    with pytest.raises(FileNotFoundError, match=f"{name} is missing"):
-        MemoryPatch.load(tmp_path)
+def chain(model):
+    """Two patches of which the second is made on top of the first, over a common slot."""
+    first = patch_of(model, [3, 8], torch.ones(2, 16))
+    first.apply(model)
+    second = patch_of(model, [8, 50], torch.full((2, 16), 2.0))
+    first.revert(model)
+    return first, second
+
+
+def test_patches_are_applied_in_order_and_reverted_in_reverse():
+    model = tiny.memory_model()
+    first, second = chain(model)
+    before = state_fingerprint(model)
+    with patches(model, [first, second]) as patched:
+        assert patched is model
+        assert table_of(model)[[3, 8, 50], 0].tolist() == [1, 2, 2]
+    assert state_fingerprint(model) == before
+
+
+def test_patches_are_reverted_when_the_body_raises():
+    model = tiny.memory_model()
+    before = state_fingerprint(model)
+    with pytest.raises(KeyError, match="mine"), patches(model, chain(model)):
+        raise KeyError("mine")
+    assert state_fingerprint(model) == before
+
+
+def test_patches_before_one_that_does_not_fit_are_reverted():
+    model = tiny.memory_model()
+    first, second = chain(model)
+    before = state_fingerprint(model)
+    with pytest.raises(ValueError, match="are not the patch's originals, at slot 8"), patches(model, [second, first]):
+        raise AssertionError("must not be entered")
+    assert state_fingerprint(model) == before
+
+
+def test_the_description_has_what_a_person_asks_for():
+    model = tiny.memory_model()
+    table_of(model)[[1, 62]] = 0.0
+    rows = torch.zeros(2, 16)
+    rows[0, :2], rows[1, 0] = torch.tensor([3.0, 4.0]), 12.0
+    text = patch_of(model, [1, 62], rows, {"seed": 3, "facts": "mine.jsonl"}).describe()
+    assert "2 rows, 272 bytes" in text  # two slots of 8 bytes, rows and originals of 2 * 16 * 4
+    assert "memory.0: 2 of 64 rows of width 16, float32, slots 1 to 62" in text
+    assert "largest 12, all together 13" in text  # the norms are 5 and 12
+    assert '"facts": "mine.jsonl"' in text
+
+
+def test_an_empty_patch_can_be_described():
+    model = tiny.memory_model()
+    text = MemoryPatch.between(model, model).describe()
+    assert "0 rows, 0 bytes" in text
+    assert "memory.0: 0 of 64 rows" in text

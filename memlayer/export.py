@@ -1,0 +1,45 @@
+"""Write the code of a model with memory beside its weights, so that it loads where memlayer is not installed.
+
+What is written are the very files that run here, importing each other relatively, over plain_ops.py instead of the
+kernels; ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`` finds them by ``auto_map``.
+"""
+
+import re
+import shutil
+from pathlib import Path
+
+MAIN = "modeling_memlayer"
+# Module of memlayer -> name in the exported folder.
+FILES = {
+    "decoders": MAIN,
+    **{
+        name: f"memlayer_{name}"
+        for name in ("checks", "export", "memory", "memory_config", "plain_ops", "product_keys", "structure")
+    },
+}
+HEADER = "# Part of memlayer, Apache License 2.0; written by save_pretrained(export_code=True).\n"
+
+
+def auto_map(model_class: type) -> dict[str, str]:
+    """What config.json says of the exported classes."""
+    return {
+        "AutoConfig": f"{MAIN}.MemoryDecoderConfig",
+        "AutoModelForCausalLM": f"{MAIN}.{model_class.__name__}",
+    }
+
+
+def write_code(folder: str | Path) -> None:
+    """Write the files; from exported code, copies of those that run."""
+    here = Path(__file__)
+    for name, exported in FILES.items():
+        target = Path(folder) / f"{exported}.py"
+        if here.stem == FILES["export"]:
+            shutil.copyfile(here.with_name(target.name), target)
+        else:
+            target.write_text(HEADER + _relative(here.with_name(f"{name}.py").read_text()))
+
+
+def _relative(source: str) -> str:
+    """Imports of ours made relative to the exported folder."""
+    source = source.replace("from memlayer_kernels.ops import", f"from .{FILES['plain_ops']} import")
+    return re.sub(r"^from memlayer\.(\w+) import", lambda found: f"from .{FILES[found[1]]} import", source, flags=re.M)

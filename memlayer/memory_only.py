@@ -1,0 +1,103 @@
+"""Save the memory of a retrofitted model without the base model it was attached to.
+
+A folder of memory names its base model and holds what memory brought: tables, product keys, gates, outputs. The base
+is loaded from where it came from, and refused unless it is the same to the bit.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from memlayer.attach import add_memory, memory_parameters
+from memlayer.memory_config import MemoryConfig
+from memlayer.patch.fingerprint import fingerprint
+
+CONFIG_FILE, WEIGHTS_PATTERN = "memory_only_config.json", "memory{suffix}.safetensors"
+FORMAT = 1
+
+
+def save_memory(
+    model: PreTrainedModel, folder: str | Path, base_model: str | None = None, max_shard_size: str = "50GB"
+) -> None:
+    """Write ``memory_only_config.json`` and ``memory.safetensors``, in shards where that is larger.
+
+    Args:
+        model: a decoder with memory whose other weights are the base model's.
+        base_model: folder or hub name of the base; by default where the model was loaded from.
+
+    Raises:
+        ValueError: the model has no memory, or nothing says what its base is.
+    """
+    parameters = memory_parameters(model)
+    base_model = base_model or model.config.name_or_path
+    if not base_model:
+        raise ValueError("the model was not loaded from a folder or hub name: say what base_model is")
+    config = {
+        "format_version": FORMAT,
+        "base_model": base_model,
+        "base_sha256": fingerprint(_without(model.state_dict(), parameters)),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "memory": model.config.memory,
+    }
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    weights = {name: parameter.detach() for name, parameter in parameters.items()}
+    save_torch_state_dict(weights, folder, filename_pattern=WEIGHTS_PATTERN, max_shard_size=max_shard_size)
+    (Path(folder) / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def load_memory(folder: str | Path, base_model: str | None = None, **loading) -> PreTrainedModel:
+    """Load the base model, attach memory and fill it with what ``save_memory`` wrote.
+
+    Args:
+        base_model: where the base model is now, if it is not where the folder says.
+        **loading: of AutoModelForCausalLM.from_pretrained, for the base model.
+
+    Raises:
+        FileNotFoundError: the folder holds no memory.
+        ValueError: another format, a base model that is not the same to the bit, or weights that do not fit.
+    """
+    folder = Path(folder)
+    if not (folder / CONFIG_FILE).is_file():
+        raise FileNotFoundError(f"no memory in {folder}: {CONFIG_FILE} is missing")
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    if config.get("format_version") != FORMAT:
+        raise ValueError(f"{folder / CONFIG_FILE} has format {config.get('format_version')}, expected {FORMAT}")
+    base_model = base_model or config["base_model"]
+    model = AutoModelForCausalLM.from_pretrained(base_model, dtype=getattr(torch, config["dtype"]), **loading)
+    add_memory(model, MemoryConfig.from_dict(config["memory"]))
+    parameters = memory_parameters(model)
+    saved = _read(folder)
+    names = sorted(parameters.keys() ^ saved.keys())
+    if names:
+        raise ValueError(f"the memory in {folder} does not fit its config: {names[0]} is in one of them only")
+    if fingerprint(_without(model.state_dict(), parameters)) != config["base_sha256"]:
+        raise ValueError(f"{base_model} is not the base model that the memory in {folder} was made for")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if parameter.shape != saved[name].shape:
+                raise ValueError(f"{name} is {tuple(saved[name].shape)}, expected {tuple(parameter.shape)}")
+            parameter.copy_(saved[name])
+    return model
+
+
+def _without(state: dict[str, Tensor], names) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in state.items() if name not in names}
+
+
+def _read(folder: Path) -> dict[str, Tensor]:
+    files = sorted(folder.glob(WEIGHTS_PATTERN.format(suffix="*")))
+    if not files:
+        raise FileNotFoundError(f"no memory in {folder}: {WEIGHTS_PATTERN.format(suffix='')} is missing")
+    saved = {}
+    for file in files:
+        try:
+            saved |= load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged: {error}") from error
+    return saved

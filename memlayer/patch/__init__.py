@@ -1,0 +1,21 @@
+"""Memory patches: what a learning run changed, as a small folder to share, apply, merge and undo to the last bit.
+
+``python -m memlayer.patch --help`` does the same from the command line.
+"""
+
+from memlayer.patch.files import CONFIG_FILE, ROWS_FILE
+from memlayer.patch.fingerprint import product_key_fingerprints, state_fingerprint
+from memlayer.patch.memory_patch import MemoryPatch, patches
+from memlayer.patch.merging import merge
+from memlayer.patch.table import TablePatch
+
+__all__ = [
+    "CONFIG_FILE",
+    "ROWS_FILE",
+    "MemoryPatch",
+    "TablePatch",
+    "merge",
+    "patches",
+    "product_key_fingerprints",
+    "state_fingerprint",
+]

@@ -1,0 +1,103 @@
+"""Look at a memory patch, apply it to a model folder, take it back, or merge several.
+
+    python -m memlayer.patch show runs/learn/patch
+    python -m memlayer.patch apply runs/learn/patch runs/pretrain runs/patched
+    python -m memlayer.patch revert runs/learn/patch runs/patched runs/as_before
+    python -m memlayer.patch merge runs/one/patch runs/two/patch runs/merged --on-conflict ties
+
+OUT is a new folder, and complete once it is there.
+"""
+
+import argparse
+import fnmatch
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from memlayer import modeling
+from memlayer.patch.memory_patch import MemoryPatch
+from memlayer.patch.merging import POLICIES, merge
+
+PROGRAM = "python -m memlayer.patch"
+WEIGHTS = "model*.safetensors*"  # written anew, perhaps in other shards
+
+
+def main() -> None:
+    options = parse_options()
+    try:
+        options.run(options)
+    except (ValueError, OSError) as error:
+        sys.exit(f"{PROGRAM}: {error}")
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    show = commands.add_parser("show", help="what a patch changes and where it comes from")
+    show.add_argument("patch", type=Path, metavar="PATCH", help="folder of a patch")
+    show.set_defaults(run=lambda options: print(MemoryPatch.load(options.patch).describe()))
+    for name, verb in (("apply", "written into"), ("revert", "taken back from")):
+        command = commands.add_parser(name, help=f"a model folder with the patch {verb} the model of another")
+        command.add_argument("patch", type=Path, metavar="PATCH", help="folder of a patch")
+        command.add_argument("model", type=Path, metavar="MODEL", help="folder of a memory model")
+        command.add_argument("out", type=Path, metavar="OUT", help="folder to write, new or empty")
+        command.set_defaults(run=change_model, change=getattr(MemoryPatch, name))
+    merging = commands.add_parser("merge", help="one patch out of several of the same base model")
+    merging.add_argument("patches", type=Path, nargs="+", metavar="PATCH", help="folders of patches, in order")
+    merging.add_argument("out", type=Path, metavar="OUT", help="folder to write, new or empty")
+    merging.add_argument(
+        "--on-conflict", choices=POLICIES, default="error", help="where rows differ (default: %(default)s)"
+    )
+    merging.add_argument(
+        "--density", type=float, default=0.2, help="with ties, the share of a change that is kept (%(default)s)"
+    )
+    merging.set_defaults(run=merge_folders)
+    return parser.parse_args()
+
+
+def change_model(options: argparse.Namespace) -> None:
+    """Load, apply or revert, and write a folder with whatever else the model's folder held."""
+    check_new(options.out)
+    patch = MemoryPatch.load(options.patch)
+    model, _ = modeling.load(options.model)
+    options.change(patch, model)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=options.out.parent, prefix=f".{options.out.name}-") as beside:
+        whole = Path(beside) / "model"
+        model.save_pretrained(whole)
+        copy_others(options.model, whole)
+        whole.rename(options.out)
+    print(f"wrote {options.out}")
+
+
+def copy_others(folder: Path, into: Path) -> None:
+    """Copy the files beside the weights: tokenizer, background counts, config of the run."""
+    for path in folder.iterdir():
+        if path.is_file() and not (into / path.name).exists() and not fnmatch.fnmatch(path.name, WEIGHTS):
+            shutil.copy2(path, into)
+
+
+def merge_folders(options: argparse.Namespace) -> None:
+    check_new(options.out)
+    if len(options.patches) < 2:
+        raise ValueError(f"one patch, {options.patches[0]}, is nothing to merge")
+    loaded = [MemoryPatch.load(folder) for folder in options.patches]
+    merge(loaded, options.on_conflict, options.density).save(options.out)
+    print(f"wrote {options.out}")
+
+
+def check_new(out: Path) -> None:
+    """Refuse to write over anything.
+
+    Raises:
+        ValueError: there is something at ``out``.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"{out} exists already: name a new folder")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""What a memory patch is in words: a few lines for a terminal, and the model card that is saved with it."""
+
+import json
+
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+
+from memlayer.patch.table import TablePatch
+
+CARD = """---
+{metadata}
+---
+
+# Memory patch
+
+New values for {num_rows:,} rows of the memory of {base}. Every other number of the model stays as it is, and
+the original rows are part of the patch, so it can be taken back to the last bit.
+
+```
+{tables}
+```
+
+## How to apply it
+
+```python
+import memlayer
+
+patch = memlayer.MemoryPatch.from_pretrained("name or folder of this patch")
+patch.apply(model)  # refuses any model but the one the patch was made for
+patch.revert(model)
+```
+
+or, from one model folder to another: `python -m memlayer.patch apply PATCH MODEL OUT`.
+
+## Provenance
+
+```json
+{provenance}
+```
+"""
+
+
+def describe(tables: dict[str, TablePatch], provenance: dict) -> str:
+    """Tables, rows, size of the change, bytes and provenance."""
+    num_bytes = sum(table.num_bytes for table in tables.values())
+    lines = [f"memory patch: {_num_rows(tables):,} rows, {num_bytes:,} bytes with their originals"]
+    for name, table in tables.items():
+        lines += [f"  {line}" for line in _table_lines(name, table)]
+    lines += ["provenance:", *(f"  {line}" for line in _json(provenance).splitlines())]
+    return "\n".join(lines)
+
+
+def model_card(tables: dict[str, TablePatch], provenance: dict) -> ModelCard:
+    """README.md of a patch folder."""
+    data = ModelCardData(library_name="memlayer", tags=["memlayer", "memory-patch"], pipeline_tag="text-generation")
+    # The Hub refuses a card whose base model is a local folder, so a checkpoint is named in the text alone.
+    if base_model := provenance.get("base_model"):
+        data.base_model, data.base_model_relation = base_model, "adapter"
+    base = base_model or provenance.get("checkpoint")
+    return ModelCard(
+        CARD.format(
+            metadata=data.to_yaml(),
+            num_rows=_num_rows(tables),
+            base=f"`{base}`" if base else "a model that the provenance does not name",
+            tables="\n".join(line for name, table in tables.items() for line in _table_lines(name, table)),
+            provenance=_json(provenance),
+        )
+    )
+
+
+def _num_rows(tables: dict[str, TablePatch]) -> int:
+    return sum(len(table.slots) for table in tables.values())
+
+
+def _table_lines(name: str, table: TablePatch) -> list[str]:
+    num_rows, width = table.rows.shape
+    dtype = str(table.rows.dtype).removeprefix("torch.")
+    line = f"{name}: {num_rows:,} of {table.num_slots:,} rows of width {width}, {dtype}"
+    if not num_rows:
+        return [line]
+    originals, rows = table.originals.float(), table.rows.float()
+    change = torch.linalg.vector_norm(rows - originals, dim=1)
+    length = torch.linalg.vector_norm(originals, dim=1)
+    return [
+        f"{line}, slots {int(table.slots[0]):,} to {int(table.slots[-1]):,}",
+        f"  norm of a row's change: median {change.median():.4g}, largest {change.max():.4g}, "
+        f"all together {torch.linalg.vector_norm(change):.4g}; of an original row: median {length.median():.4g}",
+    ]
+
+
+def _json(provenance: dict) -> str:
+    return json.dumps(provenance, indent=2, sort_keys=True)

@@ -1,0 +1,173 @@
+"""The files of a memory patch, so that what is read is what was written, or refused.
+
+The config has the SHA-256 of the rows file, and the rows file that of the rest of the config, so neither can be
+altered or exchanged alone. Replacing the config is the moment at which a patch that is saved over another one
+counts: the rows wait beside the old ones until then, and are read from there if the last rename never came.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, save
+from torch import Tensor
+
+from memlayer.patch.fingerprint import fingerprint
+from memlayer.patch.table import PARTS, TablePatch
+
+# Not adapter_config.json: transformers would hand the folder to peft.
+CONFIG_FILE, ROWS_FILE, CARD_FILE = "memory_patch_config.json", "memory_patch.safetensors", "README.md"
+WAITING_FILE = f"{ROWS_FILE}.new"
+PATCH_TYPE, FORMAT_VERSION = "MEMORY_PATCH", 2
+CONFIG_KEYS = {"patch_type", "format_version", "sha256", "tables", "provenance"}
+
+
+def tensors_of(tables: dict[str, TablePatch]) -> dict[str, Tensor]:
+    """The tensors of a rows file by name."""
+    return {
+        f"{name}.{part}": getattr(patch, part).contiguous() for name, patch in tables.items() for part in PARTS
+    }
+
+
+def write(folder: Path, tables: dict[str, TablePatch], provenance: dict, card: str) -> None:
+    """Write a patch; see the top of this file for what a crash leaves."""
+    config = {
+        "patch_type": PATCH_TYPE,
+        "format_version": FORMAT_VERSION,
+        "tables": {name: _table_entry(patch) for name, patch in tables.items()},
+        "provenance": json.loads(json.dumps(provenance)),  # as it will be read
+    }
+    rows = save(tensors_of(tables), {"format": "pt", "config_sha256": _config_sha256(config)})
+    config["sha256"] = hashlib.sha256(rows).hexdigest()
+    folder.mkdir(parents=True, exist_ok=True)
+    _finish_earlier(folder)
+    _write_bytes(folder / WAITING_FILE, rows)
+    _replace(folder / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    os.replace(folder / WAITING_FILE, folder / ROWS_FILE)
+    _replace(folder / CARD_FILE, card)
+
+
+def read(folder: Path) -> tuple[dict[str, TablePatch], dict]:
+    """Tables and provenance of a patch.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: the files are not a memory patch's, or not as they were written.
+    """
+    if not (folder / CONFIG_FILE).is_file():
+        raise FileNotFoundError(f"no memory patch in {folder}: {CONFIG_FILE} is missing")
+    config = _read_config(folder / CONFIG_FILE)
+    tensors, metadata = _read_rows(folder, config["sha256"])
+    where = folder / CONFIG_FILE
+    tables = {name: _table(f"{where}: table {name!r}", name, e, tensors) for name, e in config["tables"].items()}
+    if unknown := sorted(tensors.keys() - tensors_of(tables).keys()):
+        raise ValueError(f"{where} has no table for {', '.join(unknown)} of {ROWS_FILE}")
+    if metadata.get("config_sha256") != _config_sha256(config):
+        raise ValueError(f"{where} was altered: its SHA-256 is not the one in {ROWS_FILE}")
+    return tables, config["provenance"]
+
+
+def _table_entry(patch: TablePatch) -> dict:
+    """What the config says about a table."""
+    return {
+        "num_slots": patch.num_slots,
+        "width": patch.rows.shape[1],
+        "dtype": str(patch.rows.dtype).removeprefix("torch."),
+        "num_rows": len(patch.slots),
+        "originals_sha256": fingerprint({"originals": patch.originals}),
+        "product_keys": patch.product_keys,
+    }
+
+
+def _config_sha256(config: dict) -> str:
+    """SHA-256 of everything but the rows file's."""
+    rest = {key: value for key, value in config.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _finish_earlier(folder: Path) -> None:
+    """Rename rows that a crash left waiting, if the config is theirs already: they are the only copy."""
+    waiting, config = folder / WAITING_FILE, folder / CONFIG_FILE
+    if waiting.is_file() and config.is_file() and _sha256_of(waiting) in config.read_text():
+        os.replace(waiting, folder / ROWS_FILE)
+
+
+def _sha256_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())  # or the rename may reach the disk before the data
+
+
+def _replace(path: Path, text: str) -> None:
+    waiting = path.with_name(f"{path.name}.new")
+    _write_bytes(waiting, text.encode())
+    os.replace(waiting, path)
+
+
+def _read_config(path: Path) -> dict:
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict) or config.get("patch_type") != PATCH_TYPE:
+        raise ValueError(f"{path} is not a memory patch's: it lacks patch_type {PATCH_TYPE!r}")
+    version = config.get("format_version")
+    if version == 1:
+        raise ValueError(f"{path} is of format 1, from before the first release: make the patch again")
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path} is of format {version!r}, this version of memlayer reads format {FORMAT_VERSION}")
+    if config.keys() != CONFIG_KEYS:
+        unknown, missing = sorted(config.keys() - CONFIG_KEYS), sorted(CONFIG_KEYS - config.keys())
+        raise ValueError(f"{path} has unknown keys {unknown} and lacks {missing}")
+    for key in ("tables", "provenance"):
+        if not isinstance(config[key], dict):
+            raise ValueError(f"{path}: {key} is {config[key]!r}, must be an object")
+    return config
+
+
+def _read_rows(folder: Path, sha256: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of the file, final or waiting, that has this SHA-256."""
+    found = {}
+    for path in (folder / ROWS_FILE, folder / WAITING_FILE):
+        if not path.is_file():
+            continue
+        data = path.read_bytes()
+        found[path.name] = hashlib.sha256(data).hexdigest()
+        if found[path.name] == sha256:
+            try:
+                with safe_open(path, "pt") as file:
+                    return load(data), file.metadata() or {}
+            except SafetensorError as error:
+                raise ValueError(f"{path} is not a safetensors file: {error}") from error
+    if ROWS_FILE not in found:
+        raise FileNotFoundError(f"no memory patch in {folder}: {ROWS_FILE} is missing")
+    raise ValueError(f"{folder / ROWS_FILE} has SHA-256 {found[ROWS_FILE]}, its config says {sha256}")
+
+
+def _table(where: str, name: str, entry: dict, tensors: dict[str, Tensor]) -> TablePatch:
+    """The table that a config's entry and the tensors describe, if they agree."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where} is {entry!r}, must be an object")
+    for key, kind in (("num_slots", int), ("product_keys", dict)):
+        if not isinstance(entry.get(key), kind):
+            raise ValueError(f"{where} has {key} {entry.get(key)!r}, must be of type {kind.__name__}")
+    missing = [f"{name}.{part}" for part in PARTS if f"{name}.{part}" not in tensors]
+    if missing:
+        raise ValueError(f"{where} needs {', '.join(missing)}, not in {ROWS_FILE}")
+    parts = (tensors[f"{name}.{part}"] for part in PARTS)
+    try:
+        patch = TablePatch(*parts, num_slots=entry["num_slots"], product_keys=entry["product_keys"])
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    found = _table_entry(patch)
+    for key in sorted(entry.keys() | found.keys()):
+        if entry.get(key) != found.get(key):
+            raise ValueError(f"{where} has {key} {entry.get(key)!r}, {ROWS_FILE} has {found.get(key)!r}")
+    return patch

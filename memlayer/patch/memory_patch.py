@@ -1,0 +1,158 @@
+"""A memory patch: the rows that a learning run changed, and what they were before.
+
+Rows are stored as values, not as differences, and applying or reverting copies them, so both are exact
+to the bit in any dtype. A patch refuses a model whose rows or product keys are not the ones it expects.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
+from torch import nn
+
+from memlayer.attach import memory_tables
+from memlayer.patch import card, files
+from memlayer.patch.fingerprint import differing, fingerprint, product_key_fingerprints
+from memlayer.patch.table import TablePatch
+
+
+@dataclass(eq=False)
+class MemoryPatch(ModelHubMixin, library_name="memlayer"):
+    """The rows a learning run changed.
+
+    ``save_pretrained`` and ``push_to_hub`` are huggingface_hub's own.
+
+    Attributes:
+        tables: changed rows by table name.
+        provenance: where they come from, anything that JSON can hold. The model card names the ``base_model``, a
+            model on the Hub, or the ``checkpoint``, a folder.
+    """
+
+    tables: dict[str, TablePatch]
+    provenance: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        # The mixin keeps constructor arguments to write them as config.json, which a patch does not have.
+        self._hub_mixin_config = None
+
+    @classmethod
+    def between(cls, before: nn.Module, after: nn.Module, provenance: dict | None = None) -> "MemoryPatch":
+        """The patch that takes the tables of one model to those of another.
+
+        Numbers outside the tables are not looked at, but for the product keys.
+
+        Raises:
+            ValueError: the models' tables differ in name, shape or dtype, or their product keys differ.
+        """
+        tables, others = memory_tables(before), memory_tables(after)
+        if tables.keys() != others.keys():
+            raise ValueError(f"one model has tables {sorted(tables)}, the other {sorted(others)}")
+        keys, other_keys = product_key_fingerprints(before), product_key_fingerprints(after)
+        changed = {}
+        for name, table in tables.items():
+            if other := differing(keys[name], other_keys[name]):
+                raise ValueError(f"the models have other product keys at {', '.join(other)}: slots mean other things")
+            one, two = table.weight.detach(), others[name].weight.detach()
+            if (one.shape, one.dtype) != (two.shape, two.dtype):
+                raise ValueError(
+                    f"table {name!r} is {tuple(one.shape)} {one.dtype} in one model, "
+                    f"{tuple(two.shape)} {two.dtype} in the other"
+                )
+            changed[name] = TablePatch.between(one, two, keys[name])
+        return cls(changed, provenance or {})
+
+    @property
+    def num_rows(self) -> int:
+        """Rows changed over all tables."""
+        return sum(len(t.slots) for t in self.tables.values())
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over slots, rows and originals of all tables."""
+        return fingerprint(files.tensors_of(self.tables))
+
+    def describe(self) -> str:
+        """What the patch changes and where it comes from, a few lines for people."""
+        return card.describe(self.tables, self.provenance)
+
+    def apply(self, model: nn.Module) -> None:
+        """Write the rows into ``model``.
+
+        Raises:
+            ValueError: the model lacks a table, has other product keys, or its rows are not the originals;
+                nothing is written then.
+        """
+        self._write(model, "originals", "rows")
+
+    def revert(self, model: nn.Module) -> None:
+        """Write the originals back.
+
+        Raises:
+            ValueError: the model lacks a table, has other product keys, or its rows are not the patch's;
+                nothing is written then.
+        """
+        self._write(model, "rows", "originals")
+
+    @torch.no_grad()
+    def _write(self, model: nn.Module, expected: str, written: str) -> None:
+        tables, product_keys = memory_tables(model), product_key_fingerprints(model)
+        for name, patch in self.tables.items():
+            if name not in tables:
+                raise ValueError(f"the patch changes table {name!r}, the model has {sorted(tables)}")
+            patch.check(name, tables[name], product_keys[name], expected)
+        for name, patch in self.tables.items():
+            patch.write(tables[name], written)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the patch as ``memory_patch.safetensors``, ``memory_patch_config.json`` and a model card.
+
+        Cut short at any moment, it leaves a patch that was in the folder before, or this one.
+        """
+        files.write(Path(folder), self.tables, self.provenance, str(self.generate_model_card()))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "MemoryPatch":
+        """Read a patch.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: the files are not a memory patch's, or not as they were written.
+        """
+        return cls(*files.read(Path(folder)))
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str | Path, *, revision: str | None = None, **download) -> "MemoryPatch":
+        """Read a patch from a folder, or from the Hub by its name there.
+
+        Args:
+            download: ``token``, ``cache_dir``, ``force_download`` and whatever else ``snapshot_download`` takes.
+        """
+        folder = Path(name_or_folder)
+        if not folder.is_dir():
+            wanted = [files.CONFIG_FILE, files.ROWS_FILE]
+            folder = snapshot_download(str(name_or_folder), revision=revision, allow_patterns=wanted, **download)
+        return cls.load(folder)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        self.save(save_directory)
+
+    def generate_model_card(self, *_args, **_kwargs) -> ModelCard:
+        """The README.md that is saved with the patch."""
+        return card.model_card(self.tables, self.provenance)
+
+
+@contextmanager
+def patches(model: nn.Module, patches: Sequence[MemoryPatch]) -> Iterator[nn.Module]:
+    """Apply patches one after the other, and revert them in reverse when the context ends, however it ends.
+
+    Raises:
+        ValueError: a patch does not fit what the ones before it made of the model; those are reverted.
+    """
+    with ExitStack() as applied:
+        for patch in patches:
+            patch.apply(model)
+            applied.callback(patch.revert, model)
+        yield model

@@ -1,0 +1,116 @@
+"""The changed rows of one table, and whether they fit a table of a model.
+
+Shapes: N slots, R rows, V value width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from memlayer.memory import MemoryTable
+from memlayer.patch.fingerprint import bits, differing
+
+PARTS = ("slots", "rows", "originals")
+# Numbers compared at a time, so that two tables are compared without a temporary of their size.
+BLOCK = 2**22
+SLOTS_NAMED = 5
+
+
+@dataclass(eq=False)
+class TablePatch:
+    """Changed rows of one table.
+
+    Attributes:
+        slots: where the rows are, int64, shape (R,), ascending.
+        rows: what is there with the patch, shape (R, V).
+        originals: what was there before, shape (R, V), of the same dtype.
+        num_slots: N of the table.
+        product_keys: SHA-256 of the product keys of every layer that reads the table, by parameter name: with
+            other keys a slot means something else.
+
+    Raises:
+        ValueError: the parts do not fit each other.
+    """
+
+    slots: Tensor
+    rows: Tensor
+    originals: Tensor
+    num_slots: int
+    product_keys: dict[str, str]
+
+    def __post_init__(self):
+        slots, rows, originals = self.slots, self.rows, self.originals
+        if slots.dtype != torch.int64 or slots.dim() != 1 or not (slots[1:] > slots[:-1]).all():
+            raise ValueError(f"slots must be int64, ascending and distinct, are {slots}")
+        if len(slots) and not 0 <= int(slots[0]) <= int(slots[-1]) < self.num_slots:
+            raise ValueError(f"slots {int(slots[0])} to {int(slots[-1])}, the table has {self.num_slots}")
+        if rows.dim() != 2 or len(rows) != len(slots):
+            raise ValueError(f"rows of shape {tuple(rows.shape)} for {len(slots)} slots")
+        if (rows.shape, rows.dtype) != (originals.shape, originals.dtype):
+            raise ValueError(
+                f"rows are {tuple(rows.shape)} {rows.dtype}, originals {tuple(originals.shape)} {originals.dtype}"
+            )
+
+    @classmethod
+    def of_changed(cls, slots: Tensor, rows: Tensor, originals: Tensor, **table) -> "TablePatch":
+        """Leave out the rows that are their originals to the bit: a step may select a row and not move it."""
+        changed = (bits(rows) != bits(originals)).any(dim=1)
+        return cls(slots[changed], rows[changed], originals[changed], **table)
+
+    @classmethod
+    def between(cls, before_NV: Tensor, after_NV: Tensor, product_keys: dict[str, str]) -> "TablePatch":
+        """The rows in which two tables of one shape and dtype differ, compared block by block."""
+        step = max(1, BLOCK // max(1, before_NV.shape[1]))
+        slots = []
+        for first in range(0, len(before_NV), step):
+            before, after = before_NV[first : first + step], after_NV[first : first + step]
+            differ = (bits(before) != bits(after.to(before.device))).any(dim=1)
+            slots.append(first + differ.nonzero()[:, 0].cpu())
+        slots_R = torch.cat(slots)
+        rows, originals = (table[slots_R.to(table.device)].cpu() for table in (after_NV, before_NV))
+        return cls(slots_R, rows, originals, len(before_NV), product_keys)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of slots, rows and originals together."""
+        return sum(getattr(self, part).nbytes for part in PARTS)
+
+    def check(self, name: str, table: MemoryTable, product_keys: dict[str, str], expected: str) -> None:
+        """Refuse a table that does not hold the ``expected`` part, "originals" or "rows", to the bit.
+
+        Raises:
+            ValueError: the shape, the dtype, the product keys of the layers that read it, or the rows differ.
+        """
+        weight = table.weight
+        if (self.num_slots, self.rows.shape[1]) != tuple(weight.shape):
+            raise ValueError(
+                f"the patch changes {self.num_slots} slots of width {self.rows.shape[1]}, "
+                f"table {name!r} is {tuple(weight.shape)}"
+            )
+        if weight.dtype != self.rows.dtype:
+            raise ValueError(f"the patch is in {self.rows.dtype}, table {name!r} in {weight.dtype}")
+        if other := differing(self.product_keys, product_keys):
+            raise ValueError(
+                f"the patch was made for other product keys at {', '.join(other)}: "
+                "the patch belongs to another model or state"
+            )
+        slots, wanted = self.slots.to(weight.device), getattr(self, expected).to(weight.device)
+        differ = (bits(weight[slots]) != bits(wanted)).any(dim=1)
+        if differ.any():
+            raise ValueError(
+                f"{int(differ.sum())} of {len(slots)} rows of table {name!r} are not the patch's {expected}, "
+                f"{named(slots[differ])}: the patch belongs to another model or state"
+            )
+
+    def write(self, table: MemoryTable, part: str) -> None:
+        """Copy the "rows" or the "originals" into a table that ``check`` has passed."""
+        weight = table.weight
+        weight.index_copy_(0, self.slots.to(weight.device), getattr(self, part).to(weight.device))
+
+
+def named(slots: Tensor) -> str:
+    """The first few slots in words."""
+    first = ", ".join(map(str, slots[:SLOTS_NAMED].tolist()))
+    more = len(slots) - SLOTS_NAMED
+    return f"at slot{'s' * (len(slots) > 1)} {first}" + (f" and {more} more" if more > 0 else "")

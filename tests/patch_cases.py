@@ -1,0 +1,35 @@
+"""Patches of the tiny model, small enough to work out by hand, shared by the tests of memlayer.patch."""
+
+import tiny
+import torch
+
+from memlayer.attach import memory_tables
+from memlayer.patch import MemoryPatch, TablePatch, product_key_fingerprints
+
+SLOTS = torch.tensor([2, 7, 40, 63])
+
+
+def table_of(model):
+    return memory_tables(model)[tiny.TABLE].weight.data
+
+
+def bits(tensor):
+    return tensor.contiguous().view(torch.uint8)
+
+
+def patch_of(model, slots, rows, provenance=None):
+    """A patch that writes ``rows`` at ``slots`` of the model as it is."""
+    table = table_of(model)
+    slots = torch.as_tensor(slots)
+    keys = product_key_fingerprints(model)[tiny.TABLE]
+    patch = TablePatch(slots, rows.to(table.dtype), table[slots].clone(), len(table), keys)
+    return MemoryPatch({tiny.TABLE: patch}, provenance or {})
+
+
+def odd_patch(model):
+    """New rows for SLOTS, with NaN, infinity and -0.0 on either side; the model holds the originals."""
+    table = table_of(model)
+    table[7, :3] = torch.tensor([float("nan"), -0.0, float("inf")], dtype=table.dtype)
+    rows = torch.randn(4, table.shape[1], generator=torch.Generator().manual_seed(5))
+    rows[2, :3] = torch.tensor([-0.0, float("nan"), 0.0])
+    return patch_of(model, SLOTS, rows, {"seed": 3})
