@@ -64,7 +64,7 @@ def remove_memory(model: PreTrainedModel) -> PreTrainedModel:
     if any(table.rows is not None for table in memory_tables(model).values()):
         raise ValueError("a finetuner is attached to the memory: detach it before removing the memory")
     extract_memory(model, MemoryConfig.from_dict(model.config.memory), model.replaced_ffns)
-    model.model_tags = [tag for tag in model.model_tags if tag != TAG]
+    model.model_tags = [tag for tag in model.model_tags if tag != TAG] or None
     model.__class__ = model.decoder_class
     _give_config(model, without_memory_section(model.config, model.config_class))
     del model.replaced_ffns
@@ -72,7 +72,7 @@ def remove_memory(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _give_config(model: nn.Module, config: PreTrainedConfig) -> None:
-    """Replace the config of a model and of its blocks put aside, not in it: others may be built from the same object."""
+    """Replace the config of a model and of its blocks put aside, not in it: others may be built from the same."""
     replaced = model.config
     aside = (module for ffn in model.replaced_ffns.values() for module in ffn.modules())
     for module in (*model.modules(), *aside):

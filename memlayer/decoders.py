@@ -10,9 +10,7 @@ import copy
 from functools import cache
 from typing import Any
 
-import torch
 import transformers
-from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -23,9 +21,8 @@ from transformers import (
 )
 
 from memlayer.export import auto_map, write_code
-from memlayer.memory import FeedForwardWithMemory, MemoryLayer, MemoryTable
+from memlayer.memory import MemoryLayer
 from memlayer.memory_config import MemoryConfig
-from memlayer.product_keys import ProductKeys
 from memlayer.structure import insert_memory
 
 MODEL_TYPE = "memlayer"
@@ -62,20 +59,11 @@ class MemoryDecoder:
         insert_memory(self, MemoryConfig.from_dict(config.memory))
         self.replaced_ffns = {}  # never had weights, so there is nothing that remove_memory could give back
         self.add_model_tags(TAG)
+        # Made as add_memory makes it, which is not how the family initialises its own layers.
+        for memory in (self.memory, *(m for m in self.modules() if isinstance(m, MemoryLayer))):
+            for module in memory.modules():
+                module._is_hf_initialized = True
         self.post_init()
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        # The functions of torch.nn.init that these methods call leave alone what was loaded: transformers guards them.
-        if isinstance(module, MemoryTable | ProductKeys):
-            module.reset_parameters()
-        elif isinstance(module, MemoryLayer):
-            for linear in (module.keys.query, module.gate, module.out):
-                linear.reset_parameters()
-        elif isinstance(module, FeedForwardWithMemory):
-            module.close()
-        else:
-            super()._init_weights(module)
 
     def save_pretrained(self, save_directory, *args, export_code: bool = False, **kwargs) -> None:
         """transformers' own.

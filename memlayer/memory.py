@@ -105,11 +105,7 @@ class FeedForwardWithMemory(nn.Module):
     def __init__(self, ffn: nn.Module, memory: MemoryLayer):
         super().__init__()
         self.ffn, self.memory = ffn, memory
-        self.close()
-
-    def close(self) -> None:
-        """Set the memory's output projection to zero: nothing of what it reads comes out."""
-        nn.init.zeros_(self.memory.out.weight)
+        nn.init.zeros_(memory.out.weight)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.ffn(hidden) + self.memory(hidden)

@@ -26,6 +26,8 @@ def decoder_layers(model: nn.Module) -> tuple[nn.ModuleList, str]:
     kind, config = type(model).__name__, getattr(model, "config", None)
     num_layers = getattr(config, "num_hidden_layers", None)
     looked_for = f"a list of {num_layers} layers (config.num_hidden_layers) with a block named {' or '.join(FFN_NAMES)}"
+    if config is not None and num_layers is None:
+        raise ValueError(f"no place for memory in {kind}: its {type(config).__name__} has no num_hidden_layers")
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{kind} has an encoder: memory is attached to decoders only")
     found = {
