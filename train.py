@@ -1,11 +1,12 @@
-"""Pretrain a memory model, or teach one new facts.
+"""Pretrain a memory model, retrofit memory into a pretrained one and heal it, or teach one new facts.
 
     python train.py configs/pretrain.yaml
+    python train.py configs/retrofit_smollm2_135m.yaml
     python train.py configs/learn_sparse_memory.yaml learn.learning_rate=0.5 output=runs/mine
     accelerate launch train.py configs/pretrain.yaml
 
 The config is YAML; every setting can be overridden as section.key=value. --print-config shows the resolved
-configuration and stops.
+configuration and stops. Exit status: 0 done, 1 refused, 3 retrofitted and written but not healed.
 """
 
 import argparse
@@ -15,14 +16,32 @@ from accelerate import PartialState
 
 from memlayer import recipes
 from memlayer.config import RunConfig, describe_fields, load_config, to_yaml
+from memlayer.retrofit import retrofit
+
+NOT_HEALED = 3
 
 
-def learn(config: RunConfig) -> None:
+def pretrain(config: RunConfig) -> int:
+    """Train a memory model from nothing."""
+    recipes.pretrain(config)
+    return 0
+
+
+def heal(config: RunConfig) -> int:
+    """Retrofit memory into a pretrained model, and say whether it healed."""
+    retrofitted = retrofit(config)
+    if PartialState().is_main_process:
+        print(f"train.py: {retrofitted.results['verdict']}", file=sys.stderr)
+    return 0 if retrofitted.healed else NOT_HEALED
+
+
+def learn(config: RunConfig) -> int:
     """Teach new facts and write what changed."""
     recipes.save_learned(recipes.learn(config), config.output)
+    return 0
 
 
-JOBS = {"pretrain": recipes.pretrain, "learn": learn}
+JOBS = {"pretrain": pretrain, "retrofit": heal, "learn": learn}
 
 
 def main() -> None:
@@ -44,11 +63,12 @@ def main() -> None:
             return
         if config.job not in JOBS:
             raise ValueError(f"job is {config.job!r}, must be one of {sorted(JOBS)}")
-        JOBS[config.job](config)
+        status = JOBS[config.job](config)
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
     if PartialState().is_main_process:
         print(f"wrote {config.output}")
+    sys.exit(status)
 
 
 if __name__ == "__main__":

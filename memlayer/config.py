@@ -125,24 +125,85 @@ class LearnConfig:
 
 
 @dataclass
+class TextConfig:
+    """The text that a retrofitted model is healed and measured on; see ``memlayer.data.text``.
+
+    Attributes:
+        files: text, JSON or Parquet files; with no dataset either, sentences of the built-in known facts.
+        dataset, subset, split: a dataset of the Hugging Face hub, streamed.
+        column: where its text is.
+        limit: documents to read at most; None is as many as needed.
+        length: tokens of a window.
+        num_train, num_validation: windows to train on and, from other documents, to measure the loss on.
+    """
+
+    files: list[str] = field(default_factory=list)
+    dataset: str | None = None
+    subset: str | None = None
+    split: str = "train"
+    column: str = "text"
+    limit: int | None = None
+    length: int = 256
+    num_train: int = 4000
+    num_validation: int = 100
+
+
+@dataclass
+class RetrofitConfig:
+    """How memory heals in a pretrained model whose own weights stay as they are.
+
+    Attributes:
+        revision: of a base on the hub; None is its main branch.
+        dtype: of the weights; bfloat16 and float16 lose small steps, so prefer ``trainer.bf16`` with float32.
+        batch_size: windows of one optimizer step.
+        table_learning_rate: constant; the other rates warm up and fall along a cosine.
+        margin: nats per token by which the healed loss may exceed the base's; None is 0.01 in mode "add" and
+            0.05 in mode "replace", where the memory has to relearn what its layer's block did.
+        dense_control: train a dense block of as many parameters on the same batches too, for comparison.
+        num_background: training windows whose reads are counted as background, each of them one document.
+    """
+
+    revision: str | None = None
+    dtype: str = "float32"
+    steps: int = 400
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    table_learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    warmup_steps: int = 20
+    margin: float | None = None
+    dense_control: bool = True
+    num_background: int = 4000
+
+    def __post_init__(self):
+        check_choice("retrofit.dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        check_at_least(1, "retrofit", self, "steps", "batch_size", "num_background")
+        check_at_least(0, "retrofit", self, "learning_rate", "table_learning_rate", "weight_decay", "margin")
+
+
+@dataclass
 class RunConfig:
     """One run of train.py.
 
     Attributes:
-        job: "pretrain" or "learn".
+        job: "pretrain", "retrofit" or "learn".
         output: folder to write.
-        checkpoint: folder of a pretrained memory model, for "learn".
+        base: folder or hub id of a pretrained decoder without memory, for "retrofit".
+        checkpoint: folder of a pretrained or healed memory model, for "learn".
         trainer: passed on to transformers.TrainingArguments.
     """
 
     job: str = MISSING
     output: str = MISSING
+    base: str | None = None
     checkpoint: str | None = None
     seed: int = 0
     model: ModelConfig = field(default_factory=ModelConfig)
     memory: MemoryConfig = field(default_factory=lambda: MemoryConfig(layers=[2], num_keys=256))
     data: DataConfig = field(default_factory=DataConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    retrofit: RetrofitConfig = field(default_factory=RetrofitConfig)
     count: CountConfig = field(default_factory=CountConfig)
     learn: LearnConfig = field(default_factory=LearnConfig)
     trainer: dict[str, Any] = field(default_factory=dict)

@@ -17,17 +17,18 @@ from memlayer.config import RunConfig, to_yaml
 SET_ELSEWHERE = {
     "output_dir": "output",
     "seed": "seed",
-    "learning_rate": "pretrain.learning_rate or learn.learning_rate",
-    "max_steps": "pretrain.steps or learn.steps_per_fact",
-    "per_device_train_batch_size": "pretrain.batch_size, or learn.statements and learn.questions",
+    "learning_rate": "the job's learning_rate: pretrain, retrofit or learn",
+    "max_steps": "pretrain.steps, retrofit.steps or learn.steps_per_fact",
+    "per_device_train_batch_size": "pretrain.batch_size, retrofit.batch_size, or learn.statements and learn.questions",
     "remove_unused_columns": "the columns that batches are made of",
 }
 
 
-def training_arguments(config: RunConfig, **ours) -> TrainingArguments:
+def training_arguments(config: RunConfig, folder: str = "trainer", **ours) -> TrainingArguments:
     """The Trainer's arguments: defaults of ours, those of the job, and the config's ``trainer`` section.
 
     Args:
+        folder: where in the output the Trainer keeps its checkpoints.
         ours: of the job; ``per_device_train_batch_size`` is the batch of one optimizer step and is shared out
             among all processes and micro-batches, so that their number does not change what is learned.
 
@@ -44,7 +45,7 @@ def training_arguments(config: RunConfig, **ours) -> TrainingArguments:
         "dataloader_pin_memory": not on_cpu,
     }
     fixed = {
-        "output_dir": str(Path(config.output) / "trainer"),
+        "output_dir": str(Path(config.output) / folder),
         "remove_unused_columns": False,
         "seed": config.seed,
     }

@@ -3,9 +3,11 @@
 Each takes a resolved RunConfig, writes a folder, and can be called from a notebook as well.
 """
 
+import hashlib
 import json
 import shutil
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -16,9 +18,18 @@ from datasets import Dataset
 from safetensors.torch import load_model
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer import TRAINER_STATE_NAME
 
-from memlayer import modeling
+from memlayer import __version__, modeling
 from memlayer.attach import memory_tables, record_reads
 from memlayer.config import RunConfig, to_yaml
 from memlayer.counts import SlotCounts, load_counts, save_counts
@@ -33,6 +44,7 @@ from memlayer.data.facts import (
 )
 from memlayer.data.qa import Example, collate, encode, pretraining_examples, teaching_examples
 from memlayer.data.tokenizer import load_tokenizer, train_tokenizer
+from memlayer.evaluation.provenance import commit
 from memlayer.methods import METHODS
 from memlayer.patch import MemoryPatch
 from memlayer.preflight import (
@@ -86,7 +98,7 @@ def pretrain(config: RunConfig) -> Path:
 
     Nothing is written beside an earlier result in the folder before the training is done.
     """
-    refuse_unused(config, "checkpoint", "learn")
+    refuse_unused(config, "base", "checkpoint", "text", "retrofit", "learn")
     set_seed(config.seed)
     facts, settings, output = facts_of(config), config.pretrain, Path(config.output)
     examples = pretraining_examples(facts.known, facts.wordings)
@@ -115,13 +127,10 @@ def pretrain(config: RunConfig) -> Path:
         train_dataset=Dataset.from_list(encoded),
         data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id, loss_on=settings.loss_on),
     )
-    if checkpoint is not None and checkpoint.name == f"checkpoint-{settings.steps}":
-        load_model(model, checkpoint / modeling.WEIGHTS)  # trained to the end; the Trainer would take a step more
-    else:
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    train_to_end(trainer, checkpoint)
     if PartialState().is_main_process:
         modeling.save(model, tokenizer, output)
-        count(config, model, tokenizer, encoded)
+        save_counts(_count_facts(config, model, tokenizer, encoded), output / COUNTS)
         (output / "config.yaml").write_text(to_yaml(config))
     PartialState().wait_for_everyone()
     return output
@@ -137,17 +146,41 @@ def _train_tokenizer_once(
         return train_tokenizer((f"{e.prompt} {e.answer}" for e in examples), vocab_size, arguments.output_dir)
 
 
-def count(
+def train_to_end(trainer: Trainer, checkpoint: Path | None) -> None:
+    """Train to the last step, from a checkpoint of this run where there is one."""
+    if checkpoint is not None and checkpoint.name == f"checkpoint-{trainer.args.max_steps}":
+        # Trained to the end; the Trainer would take a step more.
+        load_model(trainer.model, checkpoint / modeling.WEIGHTS)
+        trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+
+
+def _count_facts(
     config: RunConfig, model: nn.Module, tokenizer: PreTrainedTokenizerBase, encoded: list[dict]
-) -> dict:
-    """Count which slots the pretraining text reads, save the counts beside the checkpoint."""
+) -> dict[str, SlotCounts]:
+    """Background counts over the pretraining text."""
     per_document = config.count.sequences_per_document
-    words = f"{per_document} consecutive sequences of pretraining text, one wording of a fact each"
-    counts = {name: SlotCounts.empty(t.num_embeddings, words) for name, t in memory_tables(model).items()}
-    model.eval()
     documents = [encoded[i : i + per_document] for i in range(0, len(encoded), per_document)]
     documents.sort(key=lambda document: max(e["length"] for e in document))  # little padding in a batch
-    per_batch = max(1, config.pretrain.batch_size // per_document)
+    words = f"{per_document} consecutive sequences of pretraining text, one wording of a fact each"
+    make_batch = partial(collate, pad_token_id=tokenizer.pad_token_id)
+    return count(model, documents, make_batch, words, max(1, config.pretrain.batch_size // per_document))
+
+
+def count(
+    model: nn.Module, documents: Sequence, make_batch: Callable, words: str, per_batch: int
+) -> dict[str, SlotCounts]:
+    """Count which slots of each table the documents read; what is saved beside a checkpoint as background.
+
+    Args:
+        documents: each a list of sequences.
+        make_batch: from a list of sequences to ``input_ids`` and ``attention_mask``.
+        words: what a document is.
+        per_batch: documents run at a time.
+    """
+    counts = {name: SlotCounts.empty(t.num_embeddings, words) for name, t in memory_tables(model).items()}
+    model.eval()
     with (
         torch.no_grad(),
         record_reads(model) as reads,
@@ -155,7 +188,7 @@ def count(
     ):
         for first in range(0, len(documents), per_batch):
             some = documents[first : first + per_batch]
-            batch = collate([sequence for document in some for sequence in document], tokenizer.pad_token_id)
+            batch = make_batch([sequence for document in some for sequence in document])
             mask = batch["attention_mask"].to(model.device)
             model.base_model(input_ids=batch["input_ids"].to(model.device), attention_mask=mask)
             document_of_sequence = torch.repeat_interleave(torch.tensor([len(d) for d in some]))
@@ -163,7 +196,6 @@ def count(
             for name, slots in reads.slots(mask).items():
                 counts[name].update(slots, document_of_position)
             bar.update(len(some))
-    save_counts(counts, Path(config.output) / COUNTS)
     return counts
 
 
@@ -204,7 +236,7 @@ def learn(config: RunConfig) -> Learned:
     Raises:
         FileNotFoundError, ValueError: the checkpoint, its background counts, the facts or a setting do not fit.
     """
-    refuse_unused(config, "model", "memory", "pretrain", "count")
+    refuse_unused(config, "base", "model", "memory", "pretrain", "text", "retrofit", "count")
     set_seed(config.seed)
     settings = config.learn
     if settings.method not in METHODS:
@@ -231,6 +263,7 @@ def learn(config: RunConfig) -> Learned:
     model.to(arguments.device)
     tables = {name: table.num_embeddings for name, table in memory_tables(model).items()}
     background = load_counts(Path(config.checkpoint) / COUNTS, tables)
+    provenance = _provenance(config)
     prepared = METHODS[settings.method](model, background, settings)
     trainer = MemoryTrainer(
         prepared.model,
@@ -248,9 +281,27 @@ def learn(config: RunConfig) -> Learned:
     seconds = time.perf_counter() - start
     patch = prepared.finish()
     if patch is not None:
-        patch.provenance = {"learn": asdict(settings), "data": asdict(config.data), "seed": config.seed}
+        patch.provenance = provenance
     changed = modeling.numbers_changed(model, config.checkpoint)
     return Learned(config, model.eval(), tokenizer, patch, seconds, trainer.state.global_step, changed)
+
+
+def _provenance(config: RunConfig) -> dict:
+    """Where a learning run's patch comes from, for JSON: what was taught, how, and into which model."""
+    files = {
+        "facts": config.data.facts or BUILTIN_FACTS,
+        "wordings": config.data.wordings or BUILTIN_WORDINGS,
+        "background_counts": Path(config.checkpoint) / COUNTS,
+    }
+    return {
+        "checkpoint": config.checkpoint,
+        "data": asdict(config.data),
+        "learn": asdict(config.learn),
+        "seed": config.seed,
+        "sha256": {name: hashlib.sha256(Path(path).read_bytes()).hexdigest() for name, path in files.items()},
+        "memlayer_version": __version__,
+        "commit": commit(),
+    }
 
 
 def _lessons(config: RunConfig) -> list[Example]:

@@ -20,7 +20,7 @@ from memlayer.config import RunConfig, load_config
 
 REPO = Path(__file__).parents[1]
 SERVER = get_context("forkserver")
-SERVER.set_forkserver_preload(["memlayer.comparison"])
+SERVER.set_forkserver_preload(["memlayer.comparison", "memlayer.retrofit"])
 
 # As small as a decoder with memory gets: 64 slots, of which a token reads 4.
 TINY = {
@@ -50,31 +50,41 @@ class Done:
     stderr: str
 
 
-def start(script: str, *arguments: object, folder: Path):
-    """Start ``python SCRIPT ARGUMENTS`` in the repository root; its output goes to files in ``folder``."""
-    process = SERVER.Process(target=_main, args=(script, [str(each) for each in arguments], folder))
+def start(script: str, *arguments: object, folder: Path, cwd: Path = REPO):
+    """Start ``python SCRIPT ARGUMENTS`` in ``cwd``, its output going to files in ``folder``.
+
+    Args:
+        script: a file of the repository, or ``-m`` or ``-c`` as for python.
+    """
+    process = SERVER.Process(target=_main, args=(script, [str(each) for each in arguments], folder, cwd))
     process.start()
     return process
 
 
-def run(script: str, *arguments: object) -> Done:
-    """Run a command to its end."""
+def run(script: str, *arguments: object, cwd: Path = REPO, timeout: float = 100) -> Done:
+    """Run a command to its end, for at most ``timeout`` seconds; see ``start``."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        process = start(script, *arguments, folder=folder)
-        process.join(timeout=100)
+        process = start(script, *arguments, folder=folder, cwd=cwd)
+        process.join(timeout=timeout)
         assert process.exitcode is not None, f"{script} {arguments} is still running"
         return Done(process.exitcode, (folder / "stdout").read_text(), (folder / "stderr").read_text())
 
 
-def _main(script: str, arguments: list[str], folder: Path) -> None:
+def _main(script: str, arguments: list[str], folder: Path, cwd: Path) -> None:
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         with open(folder / name, "wb") as file:
             os.dup2(file.fileno(), descriptor)
-    os.chdir(REPO)
+    os.chdir(cwd)
     sys.path.insert(0, str(REPO))
     sys.argv = [script, *arguments]
-    runpy.run_path(str(REPO / script), run_name="__main__")
+    if script == "-c":
+        exec(compile(arguments[0], "<snippet>", "exec"), {"__name__": "__main__"})
+    elif script == "-m":
+        sys.argv = arguments
+        runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(str(REPO / script), run_name="__main__")
 
 
 def refusal(script: str, *arguments: object) -> str:
@@ -88,7 +98,7 @@ def refusal(script: str, *arguments: object) -> str:
     return lines[0].removeprefix(f"{script}: ")
 
 
-def write_config(path: Path, base: dict, **changes: object) -> Path:
+def write_config(path: Path, base: dict, /, **changes: object) -> Path:
     """Write ``base``, with ``changes`` to sections merged into them, as a YAML config; returns the path."""
     merged = dict(base)
     for key, value in changes.items():
@@ -97,7 +107,7 @@ def write_config(path: Path, base: dict, **changes: object) -> Path:
     return path
 
 
-def config_of(base: dict, folder: Path, **changes: object) -> RunConfig:
+def config_of(base: dict, folder: Path, /, **changes: object) -> RunConfig:
     """The resolved config of ``base`` and ``changes`` for a run whose output is ``folder``."""
     return load_config(write_config(folder.with_suffix(".yaml"), base, output=str(folder), **changes))
 

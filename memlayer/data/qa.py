@@ -116,13 +116,24 @@ def _question(fact: Fact, template: str, group: str, wording: str) -> Question:
 
 
 def encode_prompt(tokenizer, prompt: str) -> list[int]:
-    """Token ids of a prompt, begin token first."""
-    return [tokenizer.bos_token_id] + tokenizer.encode(prompt, add_special_tokens=False)
+    """Token ids of a prompt, begin token first where the tokenizer has one."""
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return begin + tokenizer.encode(prompt, add_special_tokens=False)
 
 
 def encode_answer(tokenizer, answer: str) -> list[int]:
-    """Token ids of an answer, end token last."""
-    return tokenizer.encode(answer, add_special_tokens=False) + [tokenizer.eos_token_id]
+    """Token ids of an answer as it reads after a word, end token last.
+
+    Byte-level tokenizers keep the space between two words in the second, sentencepiece puts one before any
+    text: encoded behind a word, an answer gets exactly one from either.
+
+    Raises:
+        ValueError: the tokenizer joins the answer to the word before it.
+    """
+    word, both = (tokenizer.encode(text, add_special_tokens=False) for text in ("a", f"a {answer}"))
+    if both[: len(word)] != word:
+        raise ValueError(f"the tokenizer joins answer {answer!r} to the word before it, so it has no ids of its own")
+    return both[len(word) :] + [tokenizer.eos_token_id]
 
 
 def encode(tokenizer, examples: Sequence[Example]) -> list[dict]:

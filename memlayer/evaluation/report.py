@@ -123,13 +123,13 @@ def write_report(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     results = {"title": title, "rows": list(rows), "provenance": provenance}
-    _replace(folder / "results.json", json.dumps(_without_nan(results), indent=1, allow_nan=False) + "\n")
-    lines = (json.dumps(_without_nan(each), ensure_ascii=False) + "\n" for each in samples)
-    _replace(folder / "samples.jsonl", "".join(lines))
-    _replace(folder / "report.md", _markdown(title, rows, provenance))
+    replace_file(folder / "results.json", json.dumps(without_nan(results), indent=1, allow_nan=False) + "\n")
+    lines = (json.dumps(without_nan(each), ensure_ascii=False) + "\n" for each in samples)
+    replace_file(folder / "samples.jsonl", "".join(lines))
+    replace_file(folder / "report.md", _markdown(title, rows, provenance))
     drawing = io.BytesIO()
     pareto_figure(title, rows, CONTROL).savefig(drawing, format="png", dpi=150)
-    _replace(folder / "pareto.png", drawing.getvalue())
+    replace_file(folder / "pareto.png", drawing.getvalue())
     return folder
 
 
@@ -150,7 +150,7 @@ def format_table(rows: Sequence[Mapping]) -> str:
 def _markdown(title: str, rows: Sequence[Mapping], provenance: Mapping) -> str:
     table = [HEADER, ["---"] * len(HEADER), *(_cells(row, short=False) for row in rows)]
     lines = ["| " + " | ".join(cells) + " |" for cells in table]
-    origin = [f"- {key}: `{json.dumps(_without_nan(provenance[key]))}`" for key in provenance]
+    origin = [f"- {key}: `{json.dumps(without_nan(provenance[key]))}`" for key in provenance]
     picture = "![learning against forgetting](pareto.png)"
     sections = [
         f"# {title}",
@@ -200,16 +200,16 @@ def _check(rows: Sequence[Mapping]) -> None:
             raise ValueError(f"row {row.get('method')} {row.get('strength')} lacks {', '.join(missing)}")
 
 
-def _without_nan(value):
+def without_nan(value):
     """The same value with None for nan and infinities, which JSON does not have."""
     if isinstance(value, Mapping):
-        return {key: _without_nan(each) for key, each in value.items()}
+        return {key: without_nan(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_without_nan(each) for each in value]
+        return [without_nan(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _replace(path: Path, content: str | bytes) -> None:
+def replace_file(path: Path, content: str | bytes) -> None:
     """Put the content at the path in one step."""
     data = content.encode() if isinstance(content, str) else content
     handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

@@ -1,16 +1,19 @@
 """Examples and questions: which position predicts what, and which wording is met where."""
 
 import pytest
+import tiny
 import torch
+from byte_level import END, byte_level_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memlayer.data.facts import BUILTIN_WORDINGS, Fact, Wordings, load_wordings
+from memlayer.data.facts import BUILTIN_FACTS, BUILTIN_WORDINGS, Fact, Wordings, load_facts, load_wordings
 from memlayer.data.qa import (
     IGNORED,
     Example,
     collate,
     encode,
+    encode_answer,
     fill,
     known_questions,
     meets_unseen_wordings,
@@ -30,13 +33,13 @@ UNSEEN_STATEMENT, UNSEEN_QUESTION = "{} first saw the light in", "Which place di
 
 
 class Letters:
-    """A tokenizer whose ids can be read: one letter, one id from 10 on."""
+    """A tokenizer whose ids can be read: one letter, one id from 10 on, and nothing for a space."""
 
     bos_token_id, eos_token_id = 1, 2
 
     def encode(self, text, add_special_tokens):
         assert not add_special_tokens
-        return [10 + ord(letter) - ord("a") for letter in text]
+        return [10 + ord(letter) - ord("a") for letter in text if letter != " "]
 
 
 def facts(number, split="known"):
@@ -46,6 +49,32 @@ def facts(number, split="known"):
 def test_an_example_is_begin_prompt_answer_end():
     (encoded,) = encode(Letters(), [Example("abc", "xy")])
     assert encoded == {"input_ids": [1, 10, 11, 12, 33, 34, 2], "answer_start": 4, "length": 7}
+
+
+def test_byte_level_sequences_read_as_the_sentence_and_begin_where_there_is_a_begin_token():
+    example = Example("Oslo is a town in", "Norway 42")
+    for special, begin in (({}, ""), ({"bos_token": "<s>"}, "<s>"), ({"bos_token": END}, END)):
+        tokenizer = byte_level_tokenizer(**special)
+        (encoded,) = encode(tokenizer, [example])
+        assert tokenizer.decode(encoded["input_ids"]) == f"{begin}Oslo is a town in Norway 42{END}"
+        assert tokenizer.decode(encoded["input_ids"][encoded["answer_start"] :]) == f" Norway 42{END}"
+
+
+def test_answers_of_our_own_tokenizer_have_the_ids_they_have_alone(tmp_path):
+    tokenizer = tiny.tokenizer(tmp_path)
+    for fact in load_facts(BUILTIN_FACTS, load_wordings(BUILTIN_WORDINGS)):
+        for answer in fact.answers:
+            alone = tokenizer.encode(answer, add_special_tokens=False)
+            assert encode_answer(tokenizer, answer) == [*alone, tokenizer.eos_token_id]
+
+
+def test_a_tokenizer_that_joins_words_is_refused():
+    class Whole(Letters):
+        def encode(self, text, add_special_tokens):
+            return [len(text)]
+
+    with pytest.raises(ValueError, match="joins answer 'xy' to the word before it"):
+        encode_answer(Whole(), "xy")
 
 
 def test_collate_marks_positions_as_worked_out_by_hand():

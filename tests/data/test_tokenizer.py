@@ -1,14 +1,22 @@
-"""The transformers tokenizer is the sentencepiece model it was made from."""
+"""Our tokenizer is the sentencepiece model it was made from; any other is what its folder says."""
 
 import io
+import json
+import warnings
+from pathlib import Path
 
 import pytest
 import sentencepiece
 import tiny
+from byte_level import END, byte_level_tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
 
-from memlayer.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from memlayer.data.qa import Example, encode
+from memlayer.data.tokenizer import SAMPLES, load_tokenizer, save_tokenizer, train_tokenizer
+
+SHARED = Path(__file__).parents[3] / "shared" / "data" / "tokenizers"
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +108,101 @@ def test_a_unigram_model_is_refused_at_load(tmp_path):
         load_tokenizer(tmp_path)
 
 
-def test_a_folder_without_a_model_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no tokenizer\.model in "):
+def test_a_folder_without_a_tokenizer_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer in .*test_a_folder"):
         load_tokenizer(tmp_path)
+
+
+def test_a_hub_model_that_cannot_be_reached_is_named_in_one_sentence():
+    with pytest.raises(FileNotFoundError, match=r"^no tokenizer at some/model: [^\n]+$"):
+        load_tokenizer("some/model")
+
+
+def test_a_byte_level_tokenizer_is_saved_and_loaded_as_it_was(tmp_path):
+    original = byte_level_tokenizer(bos_token="<s>", pad_token="<pad>")
+    save_tokenizer(original, tmp_path)
+    with warnings.catch_warnings(action="error"):
+        again = load_tokenizer(tmp_path)
+    for text in (*tiny.SENTENCES, *SAMPLES, " a  b\n"):
+        assert again.encode(text) == original.encode(text)
+        assert again.decode(again.encode(text)) == text
+    assert (again.bos_token, again.eos_token, again.pad_token) == ("<s>", END, "<pad>")
+
+
+def test_padding_is_the_end_token_where_there_is_none_and_that_is_said_once(tmp_path):
+    save_tokenizer(byte_level_tokenizer(), tmp_path / "base")
+    with pytest.warns(UserWarning, match=r"base has no padding token, its end token <\|endoftext\|> is used"):
+        tokenizer = load_tokenizer(tmp_path / "base")
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == 0
+    save_tokenizer(tokenizer, tmp_path / "saved")
+    with warnings.catch_warnings(action="error"):
+        assert load_tokenizer(tmp_path / "saved").pad_token == END
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(tmp_path):
+    tokenizer = byte_level_tokenizer()
+    tokenizer.eos_token = None
+    save_tokenizer(tokenizer, tmp_path)
+    with pytest.raises(ValueError, match=r"the tokenizer in .* has no end token"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_broken_file_is_refused_by_the_name_of_its_folder(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=r"the tokenizer in .*test_a_broken_file.* cannot be loaded: "):
+        load_tokenizer(tmp_path)
+
+
+def test_the_model_of_an_earlier_tokenizer_is_not_left_beside_another(loaded, tmp_path):
+    save_tokenizer(loaded, tmp_path)
+    save_tokenizer(byte_level_tokenizer(pad_token="<pad>"), tmp_path)
+    assert load_tokenizer(tmp_path).encode("Oslo") == byte_level_tokenizer(pad_token="<pad>").encode("Oslo")
+
+
+def test_a_sentencepiece_model_of_others_is_left_to_transformers(tmp_path):
+    """Llama 2 has a tokenizer.model too: taken for ours, it would get a padding token beyond its vocabulary."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(tiny.SENTENCES),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=340,
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    with pytest.warns(UserWarning, match="has no padding token, its end token </s> is used"):
+        tokenizer = load_tokenizer(tmp_path)
+    assert len(tokenizer) == 340
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    assert tokenizer.encode("Oslo 42", add_special_tokens=False) == reference.encode("Oslo 42")
+    save_tokenizer(tokenizer, tmp_path)
+    assert (tmp_path / "tokenizer.model").read_bytes() == model.getvalue(), "it is not ours to delete"
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs {SHARED}")
+def test_the_tokenizer_of_gpt2_is_saved_and_loaded_as_it_was(tmp_path):
+    vocab = json.loads((SHARED / "gpt2" / "encoder.json").read_text())
+    merges = [tuple(line.split()) for line in (SHARED / "gpt2" / "vocab.bpe").read_text().splitlines()[1:]]
+    original = GPT2Tokenizer(vocab=vocab, merges=merges)
+    save_tokenizer(original, tmp_path)
+    with pytest.warns(UserWarning, match="has no padding token"):
+        again = load_tokenizer(tmp_path)
+    assert again.encode("Hello world") == original.encode("Hello world") == [15496, 995]
+    (encoded,) = encode(again, [Example("The capital of France is", "Paris")])
+    assert again.decode(encoded["input_ids"]) == f"{END}The capital of France is Paris{END}"
+    assert encoded["input_ids"][encoded["answer_start"] :] == [6342, again.eos_token_id]
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs {SHARED}")
+def test_the_tokenizer_of_olmo_works_as_it_is(tmp_path):
+    original = PreTrainedTokenizerFast(tokenizer_file=str(SHARED / "gpt_neox_olmo" / "tokenizer.json"), eos_token=END)
+    save_tokenizer(original, tmp_path)
+    with pytest.warns(UserWarning, match="has no padding token"):
+        again = load_tokenizer(tmp_path)
+    (encoded,) = encode(again, [Example("The capital of France is", "Paris")])
+    assert again.decode(encoded["input_ids"]) == f"The capital of France is Paris{END}"
 
 
 @pytest.mark.parametrize("text", [["too small"], []])

@@ -1,0 +1,69 @@
+"""The control of a retrofit: dense blocks where the memory would be, with as many parameters as a token touches there.
+
+A memory that heals a model may do so only because parameters were added. Against that stands a gated feed-forward
+block in the same layers, wired the same way and trained on the same batches. It is equal in the parameters
+that one token uses, not in all of the table's: a dense block as large as a table would cost a thousand
+times the arithmetic.
+
+Shapes: H heads, K slots read, V value width, D model width.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from memlayer.memory import FeedForwardWithMemory, MemoryLayer
+from memlayer.structure import decoder_layers
+
+
+class DenseBlock(nn.Module):
+    """A gated feed-forward block, ``out( up(x) * silu(gate(x)) )`` (SwiGLU, arXiv:2002.05202).
+
+    Args:
+        width: model width D.
+        inner_width: width between the projections; the block has ``3 * width * inner_width`` parameters.
+    """
+
+    def __init__(self, width: int, inner_width: int):
+        super().__init__()
+        self.gate = nn.Linear(width, inner_width, bias=False)
+        self.up = nn.Linear(width, inner_width, bias=False)
+        self.out = nn.Linear(inner_width, width, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Hidden states (..., D) to output of the same shape."""
+        return self.out(self.up(hidden) * F.silu(self.gate(hidden)))
+
+
+def touched_per_token(memory: MemoryLayer) -> int:
+    """Parameters of a memory layer that one token uses: all outside the table, and H * K of its rows of width V.
+
+    All half-keys count, since each query is compared with every one of them.
+    """
+    dense = sum(p.numel() for p in memory.parameters())
+    return dense + memory.keys.num_heads * memory.keys.top_k * memory.table.embedding_dim
+
+
+def add_dense(model: nn.Module, layers: Sequence[int], num_parameters: int, mode: str) -> list[DenseBlock]:
+    """Put a dense block into each of the layers, in place.
+
+    Args:
+        model: a decoder without memory.
+        num_parameters: of each block; met as nearly as a whole inner width allows.
+        mode: "replace" the feed-forward block, or "add" beside it with an output that starts at zero.
+
+    Returns:
+        the blocks, in the order of ``layers``.
+    """
+    decoder, ffn_name = decoder_layers(model)
+    width = model.config.hidden_size
+    blocks = []
+    for index in layers:
+        ffn = getattr(decoder[index], ffn_name)
+        dense = DenseBlock(width, max(1, round(num_parameters / (3 * width))))
+        put = dense if mode == "replace" else FeedForwardWithMemory(ffn, dense)  # wired as a memory is
+        reference = next(ffn.parameters())
+        setattr(decoder[index], ffn_name, put.to(reference.device, reference.dtype))
+        blocks.append(dense)
+    return blocks

@@ -1,0 +1,296 @@
+"""The retrofit job: attach memory to a pretrained decoder and heal it on text, all other weights frozen.
+
+A model is healed when its validation loss is within a margin of the base model's: the gate. Two controls stand
+beside it in the report: the base model as it was, and the same model with a dense block where the memory
+is, of as many parameters as a token touches there, trained on the same batches.
+
+Left out: training the base model's own weights along. It would heal faster, but what was lost and what the
+memory holds could no longer be told apart.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
+
+from memlayer import modeling
+from memlayer.attach import add_memory, memory_layers, memory_parameters
+from memlayer.config import RunConfig, to_yaml
+from memlayer.counts import SlotCounts, save_counts
+from memlayer.data.text import collate_windows, load_documents, windows
+from memlayer.data.tokenizer import load_tokenizer
+from memlayer.dense_control import add_dense, touched_per_token
+from memlayer.evaluation.healing import BASE, DENSE, MEMORY, gate, write_healing_report
+from memlayer.evaluation.provenance import provenance
+from memlayer.patch.fingerprint import fingerprint
+from memlayer.preflight import check_output, checkpoint_to_resume, refuse_unused, training_arguments
+from memlayer.recipes import COUNTS, count, train_to_end
+from memlayer.trainer import MemoryTrainer
+
+DEFAULT_MARGIN = {"add": 0.01, "replace": 0.05}  # nats per token
+EVALUATIONS = 20  # over a training
+
+
+@dataclass
+class Text:
+    """Windows to train on and to measure the loss on, int64, shape (windows, length)."""
+
+    train_WL: Tensor
+    validation_WL: Tensor
+
+
+@dataclass
+class Trained:
+    """What training on the text did to one model.
+
+    Attributes:
+        before, after: validation loss, in nats per token.
+        curves: [step, loss] pairs, "validation" and "training".
+        seconds: time of the training from step ``resumed_at``.
+    """
+
+    before: float
+    after: float
+    curves: dict[str, list]
+    seconds: float
+    resumed_at: int
+
+
+@dataclass
+class Retrofitted:
+    """The outcome of a retrofit; ``results`` is what evaluation/healing.py describes."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    results: dict
+
+    @property
+    def healed(self) -> bool:
+        """Whether the gate was passed."""
+        return self.results["healed"]
+
+
+def retrofit(config: RunConfig) -> Retrofitted:
+    """Attach memory to ``config.base``, heal it, count background reads and write the folder with its report.
+
+    Raises:
+        FileNotFoundError, ValueError: the base model, its tokenizer, the text or a setting does not fit; nothing is
+            trained then.
+    """
+    refuse_unused(config, "checkpoint", "model", "data", "pretrain", "count", "learn")
+    _check_folders(config)
+    _arguments(config, "trainer")  # a setting that the Trainer refuses is found before a model is loaded
+    model, tokenizer = load_base(config)
+    text = _text(config, tokenizer, model)
+    set_seed(config.seed)
+    add_memory(model, config.memory)
+    touched = [touched_per_token(layer) for layer in memory_layers(model).values()]
+    parameters = {
+        "whole model": _size(model.parameters()),
+        "memory, all that is trained": _size(memory_parameters(model).values()),
+        "memory, touched by a token": sum(touched),
+    }
+    base_loss = _base_loss(config, text)
+    healing, frozen = _train_memory(config, model, text)
+    trained = {MEMORY: healing}
+    _on_main_process(lambda: _write_model(config, model, tokenizer, text))
+    if config.retrofit.dense_control:
+        model.to("cpu")  # the control has its place on the accelerator
+        trained[DENSE], parameters[DENSE] = _train_dense(config, text, touched[0])
+    results = _results(config, base_loss, trained, parameters, frozen, text)
+    _on_main_process(lambda: _write_report(config, results))
+    return Retrofitted(model.eval(), tokenizer, results)
+
+
+def _on_main_process(write: Callable[[], None]) -> None:
+    if PartialState().is_main_process:
+        write()
+    PartialState().wait_for_everyone()
+
+
+def _write_model(config: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: Text) -> None:
+    modeling.save(model, tokenizer, config.output)
+    save_counts(_count(config, model, text), Path(config.output) / COUNTS)
+
+
+def _write_report(config: RunConfig, results: dict) -> None:
+    write_healing_report(config.output, results)
+    (Path(config.output) / "config.yaml").write_text(to_yaml(config))
+
+
+def _check_folders(config: RunConfig) -> None:
+    if config.base is None:
+        raise ValueError("base is not set: name the folder or the hub id of a pretrained model")
+    if Path(config.output).resolve() == Path(config.base).resolve():
+        raise ValueError(f"output and base are both {config.output}: a run would overwrite what it starts from")
+    check_output(config.output)
+
+
+def load_base(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The pretrained decoder and its tokenizer, from a folder or the hub.
+
+    Raises:
+        ValueError: there is no such model, it has memory already, it lacks weights, or it has no tokenizer that fits.
+    """
+    base, revision = config.base, config.retrofit.revision
+    try:
+        if getattr(AutoConfig.from_pretrained(base, revision=revision), "memory", None):
+            raise ValueError("it has memory already")
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            base, revision=revision, dtype=getattr(torch, config.retrofit.dtype), output_loading_info=True
+        )
+        if missing := sorted(loading["missing_keys"]):
+            raise ValueError(f"{len(missing)} of its weights are missing, {missing[0]} first")
+        tokenizer = load_tokenizer(base, revision=revision)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        where = "" if Path(base).is_dir() else "it is no folder, and as a name on the hub: "
+        raise ValueError(f"base {base} cannot be retrofitted: {where}{str(error).splitlines()[0]}") from error
+    if len(tokenizer) > (rows := model.get_input_embeddings().num_embeddings):
+        raise ValueError(f"the tokenizer of base {base} has {len(tokenizer)} tokens, the model {rows}")
+    return model.eval(), tokenizer
+
+
+def _text(config: RunConfig, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Text:
+    settings, positions = config.text, getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and settings.length > positions:
+        raise ValueError(f"text.length is {settings.length}, base {config.base} has {positions} positions")
+    documents = load_documents(
+        settings.files, settings.dataset, settings.subset, settings.split, settings.column, settings.limit
+    )
+    return Text(*windows(tokenizer, documents, settings.length, settings.num_train, settings.num_validation))
+
+
+def _arguments(config: RunConfig, folder: str):
+    settings = config.retrofit
+    interval = max(1, settings.steps // EVALUATIONS)
+    return training_arguments(
+        config,
+        folder,
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        warmup_steps=settings.warmup_steps,
+        lr_scheduler_type="cosine",
+        eval_strategy="steps",
+        eval_steps=interval,
+        logging_steps=interval,
+    )
+
+
+def _base_loss(config: RunConfig, text: Text) -> float:
+    model, _ = load_base(config)
+    arguments = _arguments(config, "trainer")
+    trainer = Trainer(model, arguments, eval_dataset=text.validation_WL, data_collator=collate_windows)
+    return trainer.evaluate()["eval_loss"]
+
+
+def _train_memory(config: RunConfig, model: PreTrainedModel, text: Text) -> tuple[Trained, dict[str, str]]:
+    """Heal; also the SHA-256 of all weights that memory did not bring, before and after, which are the same."""
+    model.requires_grad_(False)
+    memory = memory_parameters(model)
+    for parameter in memory.values():
+        parameter.requires_grad_(True)
+
+    def frozen() -> str:
+        return fingerprint({name: t for name, t in model.state_dict().items() if name not in memory})
+
+    before = frozen()
+    kind = partial(MemoryTrainer, table_learning_rate=config.retrofit.table_learning_rate)
+    trained = _train(config, model, text, kind, "trainer")
+    after = frozen()
+    assert before == after, f"healing moved frozen weights: SHA-256 {before} before, {after} after"
+    return trained, {"sha256_before": before, "sha256_after": after}
+
+
+def _train_dense(config: RunConfig, text: Text, num_parameters: int) -> tuple[Trained, int]:
+    """The dense control and how many parameters it has, of which each layer's block has ``num_parameters``."""
+    model, _ = load_base(config)
+    model.requires_grad_(False)
+    set_seed(config.seed)
+    blocks = add_dense(model, config.memory.layers, num_parameters, config.memory.mode)
+    trained = _train(config, model, text, Trainer, "dense_control")
+    return trained, _size(p for block in blocks for p in block.parameters())
+
+
+def _train(config: RunConfig, model: nn.Module, text: Text, kind: Callable[..., Trainer], folder: str) -> Trained:
+    """Train what requires a gradient; every model gets the same batches, since their order follows from the seed."""
+    arguments = _arguments(config, folder)
+    check_output(arguments.output_dir)
+    checkpoint = checkpoint_to_resume(arguments, config)
+    trainer = kind(
+        model,
+        arguments,
+        train_dataset=text.train_WL,
+        eval_dataset=text.validation_WL,
+        data_collator=collate_windows,
+    )
+    before = trainer.evaluate()["eval_loss"]
+    start = time.perf_counter()
+    train_to_end(trainer, checkpoint)
+    seconds = time.perf_counter() - start
+    after = trainer.evaluate()["eval_loss"]
+    resumed_at = int(checkpoint.name.split("-")[1]) if checkpoint else 0
+    return Trained(before, after, _curves(before, trainer.state.log_history), seconds, resumed_at)
+
+
+def _curves(before: float, log: list[dict]) -> dict[str, list]:
+    """[step, loss] pairs out of the Trainer's log; the last entry of a step counts."""
+    curves = {"validation": {0: before}, "training": {}}
+    for entry in log:
+        for key, curve in (("eval_loss", "validation"), ("loss", "training")):
+            if key in entry:
+                curves[curve][entry["step"]] = entry[key]
+    return {name: [list(point) for point in curve.items()] for name, curve in curves.items()}
+
+
+def _count(config: RunConfig, model: PreTrainedModel, text: Text) -> dict[str, SlotCounts]:
+    documents = [[window_L] for window_L in text.train_WL[: config.retrofit.num_background]]
+    words = f"a window of {config.text.length} tokens of the text that the memory healed on"
+    return count(model, documents, collate_windows, words, config.retrofit.batch_size)
+
+
+def _results(
+    config: RunConfig,
+    base_loss: float,
+    trained: dict[str, Trained],
+    parameters: dict[str, int],
+    frozen: dict[str, str],
+    text: Text,
+) -> dict:
+    """What evaluation/healing.py writes."""
+    settings, memory = config.retrofit, config.memory
+    margin = DEFAULT_MARGIN[memory.mode] if settings.margin is None else settings.margin
+    healed, verdict = gate(base_loss, trained[MEMORY].after, margin)
+    losses = {name: {"before": each.before, "after": each.after} for name, each in trained.items()}
+    layers = ", ".join(map(str, memory.layers))
+    return {
+        "title": f"Memory in {config.base}, layers {layers}, mode {memory.mode}",
+        "verdict": verdict,
+        "healed": healed,
+        "mode": memory.mode,
+        "margin": margin,
+        "losses": {BASE: {"before": base_loss, "after": base_loss}, **losses},
+        "curves": {name: each.curves for name, each in trained.items()},
+        "parameters": parameters,
+        "seconds": {name: each.seconds for name, each in trained.items()},
+        "resumed_at": {name: each.resumed_at for name, each in trained.items()},
+        "tokens": {
+            "trained on": settings.steps * settings.batch_size * config.text.length,
+            "in the training windows": text.train_WL.numel(),
+            "in the validation windows": text.validation_WL.numel(),
+        },
+        "frozen": frozen,
+        "provenance": provenance([config.seed], asdict(config)),
+    }
+
+
+def _size(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(p.numel() for p in parameters)

@@ -1,0 +1,65 @@
+"""docs/retrofit.md is run from its first command to its last snippet, in a folder of its own."""
+
+import json
+import re
+import shlex
+
+import pytest
+from commands import REPO, run
+
+from memlayer import modeling
+from memlayer.patch import MemoryPatch, state_fingerprint
+
+GUIDE = REPO / "docs" / "retrofit.md"
+BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def steps(text):
+    """What to run, in order: the arguments of python for each command and each snippet."""
+    found = []
+    for language, content in BLOCK.findall(text):
+        if language == "python":
+            found.append(["-c", content])
+            continue
+        for line in content.replace("\\\n", " ").splitlines():
+            program, *arguments = shlex.split(line)
+            assert program == "python", f"{line} is not run here"
+            found.append(arguments)
+    return found
+
+
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory):
+    """A folder in which the whole guide was followed."""
+    folder = tmp_path_factory.mktemp("guide")
+    (folder / "configs").symlink_to(REPO / "configs")
+    for step in steps(GUIDE.read_text()):
+        done = run(*step, cwd=folder, timeout=400)
+        assert done.returncode == 0, f"{step}\n{done.stderr[-2000:]}"
+    return folder / "runs"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_every_command_and_snippet_of_the_guide_runs(walked):
+    assert len(steps(GUIDE.read_text())) > 10
+    results = json.loads((walked / "retrofit_tiny" / "results.json").read_text())
+    assert results["healed"]
+    assert MemoryPatch.load(walked / "merged").num_rows > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_what_the_guide_says_of_patches_is_so(walked):
+    before, taught, after = (
+        state_fingerprint(modeling.load(walked / name)[0]) for name in ("retrofit_tiny", "taught", "as_before")
+    )
+    assert before == after != taught
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_tiny_base_recalls_taught_wordings(walked):
+    control, learned = json.loads((walked / "report_tiny" / "results.json").read_text())["rows"]
+    assert control["learning_seen"] == 0
+    assert learned["learning_seen"] >= 0.4
