@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-full test test-all lint bench clean
+.PHONY: help demo demo-full test test-all lint bench bench-gpu clean
 
 help:  ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "make %-10s %s\n", $$1, $$2 }'
@@ -36,6 +36,20 @@ lint: $(STAMP)  ## ruff
 
 bench: test  ## the benchmarks, only when the tests pass
 	@set -e; for script in $$(grep -l __main__ benchmarks/*.py); do echo "== $$script"; $(PY) "$$script"; done
+
+# On a GPU machine that has what this needs, nothing is installed: its own Python finds kernels/ under its import name.
+GPU_NEEDS := import hypothesis, pytest, pytest_timeout, torch, triton; assert torch.cuda.is_available()
+
+build/import/memlayer_kernels:
+	@mkdir -p $(@D) && ln -s ../../kernels $@
+
+bench-gpu: build/import/memlayer_kernels  ## tests of the kernels on a GPU, then their times into docs/results
+	@set -e; python=$(PYTHON); \
+	$$python -c '$(GPU_NEEDS)' 2>/dev/null || { $(MAKE) --no-print-directory $(STAMP); python=$(PY); }; \
+	export PYTHONPATH="$(CURDIR)/build/import$${PYTHONPATH:+:$$PYTHONPATH}"; \
+	$$python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "make bench-gpu: torch finds no GPU here")'; \
+	$$python -m pytest -q tests/kernels; \
+	$$python benchmarks/kernel_times.py --device cuda --output docs/results
 
 clean:  ## remove the environment, builds and caches, never what runs wrote
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,10 +1,18 @@
-"""Checks at the door of ops.py: every mistake a caller can make, named with its numbers, as a ValueError."""
+"""Checks at the door of ops.py: every mistake a caller can make, named with its numbers, as a ValueError.
+
+What only the numbers in a tensor can tell (slots and rows in range) is asked inside the registered
+operations, since torch.compile traces the door without numbers. On a GPU that question makes the host
+wait for the device at every call, so it is asked there only with MEMLAYER_CHECK_SLOTS=1 in the environment.
+"""
+
+import os
 
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32)
+CHECK_ON_GPUS = os.environ.get("MEMLAYER_CHECK_SLOTS") == "1"
 
 
 def check_search(queries_TH2Q: Tensor, half_keys_H2nQ: Tensor, k: int) -> None:
@@ -28,7 +36,7 @@ def check_search(queries_TH2Q: Tensor, half_keys_H2nQ: Tensor, k: int) -> None:
 
 
 def check_lookup(values_NV: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> None:
-    """Values (N, V), slots (T, K > 0) and weights (T, K) on one device; slots in range, where cheap to ask.
+    """Values (N, V), slots (T, K > 0) and weights (T, K) on one device; fewer than 2**31 slots and reads.
 
     Raises:
         ValueError: they are not.
@@ -45,8 +53,18 @@ def check_lookup(values_NV: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Non
     num_slots = values_NV.shape[0]
     if num_slots >= 2**31:
         raise ValueError(f"values has {num_slots} slots, expected fewer than {2**31}")
-    # On a GPU the question would make the host wait for the device at every call.
-    if slots_TK.device.type == "cpu" and slots_TK.numel():
+    if slots_TK.numel() >= 2**31:
+        raise ValueError(f"slots has {slots_TK.numel()} reads, expected fewer than {2**31}")
+    _check_last_dimension("values", values_NV)
+
+
+def check_slots(slots_TK: Tensor, num_slots: int) -> None:
+    """Slots from 0 to num_slots - 1.
+
+    Raises:
+        ValueError: one is not.
+    """
+    if _may_ask(slots_TK):
         lowest, highest = (bound.item() for bound in slots_TK.aminmax())
         if lowest < 0 or highest >= num_slots:
             raise ValueError(f"slots range from {lowest} to {highest}, values has slots 0 to {num_slots - 1}")
@@ -76,14 +94,18 @@ def check_rows(values_NV: Tensor, rows_RV: Tensor | None, row_of_slot_N: Tensor 
         raise ValueError(f"row_of_slot has {row_of_slot_N.shape[0]} entries, values has {num_slots} slots")
 
 
-def check_row_numbers(rows_M: Tensor, num_rows: int) -> None:
+def check_row_numbers(row_M: Tensor, num_rows: int) -> None:
     """Rows that row_of_slot names for the reads of this batch are below num_rows.
 
     Raises:
-        ValueError: one is not (asked on CPUs only, as for slots).
+        ValueError: one is not.
     """
-    if rows_M.device.type == "cpu" and rows_M.numel() and rows_M.max() >= num_rows:
-        raise ValueError(f"row_of_slot names row {rows_M.max().item()}, rows has {num_rows}")
+    if _may_ask(row_M) and row_M.max() >= num_rows:
+        raise ValueError(f"row_of_slot names row {row_M.max().item()}, rows has {num_rows}")
+
+
+def _may_ask(tensor: Tensor) -> bool:
+    return tensor.numel() > 0 and (tensor.is_cpu or CHECK_ON_GPUS)
 
 
 def _check_tensor(name: str, tensor: Tensor, rank: int, dtypes: tuple[torch.dtype, ...]) -> None:
@@ -98,3 +120,9 @@ def _check_same(name: str, tensor: Tensor, other_name: str, other: Tensor, dtype
         raise ValueError(f"{name} is on {tensor.device}, {other_name} is on {other.device}")
     if dtype and tensor.dtype != other.dtype:
         raise ValueError(f"{name} has dtype {tensor.dtype}, {other_name} has {other.dtype}")
+
+
+def _check_last_dimension(name: str, tensor: Tensor) -> None:
+    """A copy of a table is never made in silence."""
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(f"{name} has stride {tensor.stride(-1)} in its last dimension, expected 1")

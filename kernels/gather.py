@@ -15,7 +15,10 @@ MAX_COLUMNS = 1024  # per program: 32 accumulators per thread at 4 rows and 4 wa
 
 
 def weighted_sum(values_NV: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    """reads_TV[t] = sum over k of weights[t, k] * values[slots[t, k]], in the dtype of the values."""
+    """reads_TV[t] = sum over k of weights[t, k] * values[slots[t, k]], in the dtype of the values.
+
+    The rows of the values may lie apart; within a row the numbers are next to each other.
+    """
     num_tokens, top_k = slots_TK.shape
     width = values_NV.shape[1]
     reads_TV = torch.empty(num_tokens, width, dtype=values_NV.dtype, device=values_NV.device)
@@ -23,12 +26,13 @@ def weighted_sum(values_NV: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Ten
         return reads_TV
     columns = column_tile(width)
     gather_kernel[(num_tokens, triton.cdiv(width, columns))](
-        values_NV.contiguous(),
+        values_NV,
         slots_TK.contiguous(),
         weights_TK.contiguous(),
         reads_TV,
         top_k,
         width,
+        values_NV.stride(0),
         ACC=accumulator(values_NV.dtype),
         ROWS=ROWS,
         COLUMNS=columns,
@@ -55,6 +59,7 @@ def gather_kernel(
     reads,  # (T, V) out, dtype of values
     top_k,
     width,
+    row_stride,  # from one row of values to the next
     ACC: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -69,7 +74,7 @@ def gather_kernel(
         m_k = o_k < top_k
         b_slots = tl.load(slots + i_t * top_k + o_k, mask=m_k, other=0).to(tl.int64)  # [ROWS]
         b_weights = tl.load(weights + i_t * top_k + o_k, mask=m_k, other=0).to(ACC)  # [ROWS]
-        o_rows = b_slots[:, None] * width + o_v[None, :]
+        o_rows = b_slots[:, None] * row_stride + o_v[None, :]
         b_rows = tl.load(values + o_rows, mask=m_k[:, None] & m_v[None, :], other=0)  # [ROWS, COLUMNS]
         b_acc += b_weights[:, None] * b_rows.to(ACC)
     b_read = tl.sum(b_acc, 0)  # [COLUMNS]

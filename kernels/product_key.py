@@ -1,97 +1,283 @@
-"""Search: the exact k best of n * n product-key slots, from two score lists of n.
+"""Triton: the exact k best of n * n product-key slots, in two kernels of which neither writes all scores.
 
-With both lists ranked from 1, the pairs (a, b) with a <= i and b <= j all score at least as much as
-(i, j) and, at equal score, have lower slots. There are i * j of them, so only pairs with i * j <= k can be
-among the k best: 119 candidates rather than 1,024 at k = 32. Runs on any device torch does; it is
-differentiated in ops.py.
+half_topk_kernel multiplies a tile of queries with all half-keys of one head and half, a tile at a time,
+and keeps the k best in registers: what leaves the chip is k scores and indices per token, head and half.
+pair_topk_kernel adds the pairs of ranks that can win (product_key_cpu.py says which) and sorts them. They
+are apart because the second needs both halves of a token, and the registers of the first are full.
+
+Trades: selection is a sorting network over packed (score, index) integers. That is exact, has no branch
+that depends on data and needs no scratch memory, but costs about 120 instructions per half score where
+the matrix product costs a fraction of one: it, not memory, bounds the search.
 
 Shapes: T tokens, H heads, n half-keys, K slots read, Q key width of a half, C candidate pairs.
 """
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+
+from . import product_key_cpu
+
+MAX_TOP_K = 128  # lists of twice that no longer fit in registers
+# Half scores sorted at a time by a program: 32 per thread, 64 registers once packed. Without tensor cores
+# the product takes registers too.
+SCORES = {torch.float32: 2048, torch.bfloat16: 4096, torch.float16: 4096}
+COLUMNS = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 64}  # of queries and keys multiplied at a time
+CANDIDATES = 1024  # sorted at a time by a program
+WARPS = 4
+STAGES = 3  # tiles of queries and half-keys under way: 48 KB at 64 tokens, 64 half-keys and 64 columns
+
+# What a position that holds no candidate is packed as: below every score, NaN and infinities included.
+NOTHING = tl.constexpr(-(2**63))
+
+
+class HalfTiles(NamedTuple):
+    """Sizes of half_topk_kernel, all powers of two: tokens, half-keys and columns of a tile, and the list kept."""
+
+    TOKENS: int
+    KEYS: int
+    COLUMNS: int
+    TOP: int
+
+
+class PairTiles(NamedTuple):
+    """Sizes of pair_topk_kernel, all powers of two: lists per program, candidates of each, and how many are kept."""
+
+    LISTS: int
+    CANDIDATES: int
+    TOP: int
 
 
 def search(queries_TH2Q: Tensor, half_keys_H2nQ: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Scores (float32, float64 for float64 inputs) and slots (int64) of the k best pairs, both (T, H, K)."""
+    """Scores and slots of the k best pairs, (T, H, K) float32 and int64, equal scores in order of slots.
+
+    What the kernels cannot pack goes to the torch search, on the device it is on: float64, longer lists, slots
+    past int32. NaN ranks above all scores. Where fewer than k sums are finite, which of the infinite ones
+    are chosen is fixed, but they need not be the lowest slots.
+    """
+    num_tokens, heads, _, width = queries_TH2Q.shape
     n = half_keys_H2nQ.shape[2]
-    halves_H2Tn = half_scores(queries_TH2Q, half_keys_H2nQ)
-    index_n = torch.arange(n, device=halves_H2Tn.device)
-    best_H2TK, index_H2TK = topk_low_ties(halves_H2Tn, k, lambda tied: index_n.expand(int(tied.sum()), n))
-    # float64: two float32 scores add without rounding, so a rounding never makes a tie that is not one.
-    first_HTK, second_HTK = best_H2TK.double().unbind(1)
-    i_HTK, j_HTK = index_H2TK.unbind(1)
-    rank_i_C, rank_j_C = candidate_pairs(k, best_H2TK.device)
-
-    def slots_of(tied_HT: Tensor) -> Tensor:
-        return i_HTK[tied_HT][:, rank_i_C] * n + j_HTK[tied_HT][:, rank_j_C]
-
-    scores_HTK, pair_HTK = topk_low_ties(pair_sums(first_HTK, second_HTK), k, slots_of)
-    slots_HTK = i_HTK.gather(-1, rank_i_C[pair_HTK]) * n + j_HTK.gather(-1, rank_j_C[pair_HTK])
-    scores_THK = scores_HTK.transpose(0, 1).to(halves_H2Tn.dtype).contiguous()
-    return scores_THK, slots_HTK.transpose(0, 1).contiguous()
-
-
-def half_scores(queries_TH2Q: Tensor, half_keys_H2nQ: Tensor) -> Tensor:
-    """Dot products of query halves with the half-keys of their head and half, (H, 2, T, n), float32 or 64."""
-    dtype = torch.promote_types(queries_TH2Q.dtype, torch.float32)
-    queries_H2TQ = queries_TH2Q.to(dtype).permute(1, 2, 0, 3)
-    return queries_H2TQ @ half_keys_H2nQ.to(dtype).transpose(-1, -2)
-
-
-def candidate_pairs(k: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ranks (from 0) of both halves of every pair that can be among the k best, each (C,)."""
-    rank_k = torch.arange(1, k + 1)
-    pairs_C2 = (rank_k[:, None] * rank_k[None, :] <= k).nonzero()
-    first_C, second_C = pairs_C2.to(device).unbind(1)
-    return first_C, second_C
-
-
-def pair_sums(first_XK: Tensor, second_XK: Tensor) -> Tensor:
-    """Sums of the candidate pairs, in the order of candidate_pairs, (..., C)."""
-    k = first_XK.shape[-1]
-    # The partners of rank i are ranks 0 .. k // (i + 1) - 1: slices, which add several times faster
-    # than an index.
-    sums = [first_XK[..., i : i + 1] + second_XK[..., : k // (i + 1)] for i in range(k)]
-    return torch.cat(sums, dim=-1)
+    if queries_TH2Q.dtype == torch.float64 or k > MAX_TOP_K or n * n > 2**31:
+        return product_key_cpu.search(queries_TH2Q, half_keys_H2nQ, k)
+    device = queries_TH2Q.device
+    best_TH2K = torch.empty(num_tokens, heads, 2, k, dtype=torch.float32, device=device)
+    index_TH2K = torch.empty(num_tokens, heads, 2, k, dtype=torch.int32, device=device)
+    scores_THK = torch.empty(num_tokens, heads, k, dtype=torch.float32, device=device)
+    slots_THK = torch.empty(num_tokens, heads, k, dtype=torch.int64, device=device)
+    if num_tokens == 0:
+        return scores_THK, slots_THK
+    half = half_tiles(n, width, k, queries_TH2Q.dtype)
+    half_topk_kernel[(triton.cdiv(num_tokens, half.TOKENS), heads * 2)](
+        queries_TH2Q.contiguous(),
+        half_keys_H2nQ.contiguous(),
+        best_TH2K,
+        index_TH2K,
+        num_tokens,
+        heads * 2,
+        n,
+        width,
+        k,
+        **half._asdict(),
+        num_warps=WARPS,
+        num_stages=STAGES,
+    )
+    pair = pair_tiles(k)
+    pair_topk_kernel[(triton.cdiv(num_tokens * heads, pair.LISTS),)](
+        best_TH2K, index_TH2K, scores_THK, slots_THK, num_tokens * heads, n, k, **pair._asdict(), num_warps=WARPS
+    )
+    return scores_THK, slots_THK
 
 
-def topk_low_ties(scores_XC: Tensor, k: int, labels_of: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """The k best scores of each row, descending, with their positions; equal scores in order of labels.
+def half_tiles(n: int, width: int, k: int, dtype: torch.dtype) -> HalfTiles:
+    """Twice as many half-keys as are kept, if so many there are, and as many tokens (16 or more) as then fit."""
+    top = max(2, triton.next_power_of_2(k))
+    keys = min(2 * max(top, 32), triton.next_power_of_2(n), SCORES[dtype] // 16)
+    keys = max(16, top, keys)
+    columns = max(16, min(triton.next_power_of_2(width), COLUMNS[dtype]))
+    return HalfTiles(SCORES[dtype] // max(64, keys), keys, columns, top)
 
-    torch.topk leaves the order of equal scores open. One more than k are taken: where two neighbours
-    among them are equal the row is sorted again in full, elsewhere topk's answer is the only one. Ties
-    are rare, so this costs little more than topk; where every row is tied it costs two sorts.
 
-    Args:
-        scores_XC: rows of scores, any number of leading dimensions.
-        k: scores to keep, at most C.
-        labels_of: the distinct labels (Y, C) of the rows that a mask over the leading dimensions picks.
+def pair_tiles(k: int) -> PairTiles:
+    """As many lists per program as give each thread a few candidates."""
+    top = max(2, triton.next_power_of_2(k))
+    candidates = max(top, triton.next_power_of_2(sum(k // rank for rank in range(1, k + 1))))
+    return PairTiles(max(1, CANDIDATES // candidates), candidates, top)
+
+
+@triton.jit
+def _ascending32(b_scores):
+    """int32 that order as the scores do; both zeros are one number and any NaN is the largest."""
+    b_bits = tl.where(b_scores == 0, 0.0, b_scores).to(tl.int32, bitcast=True)
+    return tl.where(b_scores == b_scores, b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
+
+
+@triton.jit
+def _ascending64(b_scores):
+    """The same for float64 and int64."""
+    b_bits = tl.where(b_scores == 0, 0.0, b_scores).to(tl.int64, bitcast=True)
+    return tl.where(b_scores == b_scores, b_bits ^ ((b_bits >> 63) & 0x7FFFFFFFFFFFFFFF), 0x7FFFFFFFFFFFFFFF)
+
+
+@triton.constexpr_function
+def _log2(size):
+    return size.bit_length() - 1
+
+
+@triton.jit
+def _other(b_pairs):
+    """Of (R, B, 2, S), each number's partner: their sum less the number, whatever overflows on the way."""
+    return tl.sum(b_pairs, 2, keep_dims=True) - b_pairs
+
+
+@triton.jit
+def _less(b_keys, b_slots, TIES: tl.constexpr):
+    """Whether each number is less than its partner; with TIES the lower slot is the larger of equal keys."""
+    m_less = _other(b_keys) > b_keys
+    if TIES:
+        m_less = m_less | ((_other(b_keys) == b_keys) & (_other(b_slots) < b_slots))
+    return m_less
+
+
+@triton.jit
+def _exchange(b_keys, b_slots, SPAN: tl.constexpr, RUN: tl.constexpr, ASCENDING: tl.constexpr, TIES: tl.constexpr):
+    """Places SPAN apart in a row trade what they hold if out of order: one step of a bitonic sort of (R, C).
+
+    Runs of RUN places are ordered in turn one way and the other, the first ascending or not. Without TIES keys
+    are distinct, and slots are not moved.
     """
-    best_XB, position_XB = _topk(scores_XC, min(k + 1, scores_XC.shape[-1]))
-    tied_X = (best_XB[..., 1:] == best_XB[..., :-1]).any(-1)
-    if tied_X.any():
-        by_label_YC = labels_of(tied_X).argsort(dim=-1)
-        sorted_YC = scores_XC[tied_X].gather(-1, by_label_YC).sort(dim=-1, descending=True, stable=True)
-        # The values are right already: only which of the equal ones comes first was open.
-        position_XB[tied_X] = by_label_YC.gather(-1, sorted_YC.indices)[:, : position_XB.shape[-1]]
-    return best_XB[..., :k], position_XB[..., :k]
+    ROWS: tl.constexpr = b_keys.shape[0]
+    SIZE: tl.constexpr = b_keys.shape[1]
+    BLOCKS: tl.constexpr = SIZE // (2 * SPAN)
+    b_keys = tl.reshape(b_keys, [ROWS, BLOCKS, 2, SPAN])
+    b_slots = tl.reshape(b_slots, [ROWS, BLOCKS, 2, SPAN])
+    m_less = _less(b_keys, b_slots, TIES)
+    m_ascending = (tl.arange(0, BLOCKS) * (2 * SPAN) // RUN % 2 != ASCENDING)[None, :, None, None]
+    m_second = (tl.arange(0, 2) == 1)[None, None, :, None]
+    m_trade = m_less == (m_second == m_ascending)
+    b_keys = tl.where(m_trade, _other(b_keys), b_keys)
+    if TIES:
+        b_slots = tl.where(m_trade, _other(b_slots), b_slots)
+    return tl.reshape(b_keys, [ROWS, SIZE]), tl.reshape(b_slots, [ROWS, SIZE])
 
 
-def _topk(scores_XC: Tensor, k: int, group: int = 8) -> tuple[Tensor, Tensor]:
-    """torch.topk of the last dimension; on CPUs only the k groups with the best maxima are looked into.
+@triton.jit
+def _merge(b_keys, b_slots, RUN: tl.constexpr, ASCENDING: tl.constexpr, TIES: tl.constexpr):
+    """Order each run of RUN places that rises and then falls, or the other way round."""
+    for step in tl.static_range(_log2(RUN)):
+        b_keys, b_slots = _exchange(b_keys, b_slots, RUN >> (step + 1), RUN, ASCENDING, TIES)
+    return b_keys, b_slots
 
-    The k best scores lie in those groups, or equal ones do, so the values are exact. 17,600 rows of 512 at
-    k = 17 take 43 ms instead of 73 ms on one core.
-    """
-    num_groups = scores_XC.shape[-1] // group
-    if not scores_XC.is_cpu or scores_XC.shape[-1] % group or num_groups < 2 * k:
-        return scores_XC.topk(k)
-    # Group g holds positions g, g + G, g + 2 G, ...: maxima over the outer dimension vectorise.
-    grouped_XSG = scores_XC.unflatten(-1, (group, num_groups))
-    winner_XK = grouped_XSG.amax(-2).topk(k, sorted=False).indices
-    inside_XSK = grouped_XSG.gather(-1, winner_XK.unsqueeze(-2).expand(*winner_XK.shape[:-1], group, k))
-    best_XK, place_XK = inside_XSK.flatten(-2).topk(k)
-    return best_XK, winner_XK.gather(-1, place_XK % k) + (place_XK // k) * num_groups
+
+@triton.jit
+def _halve(b_keys, b_slots, RUN: tl.constexpr, TIES: tl.constexpr):
+    """Of each two runs, one ascending and one not, the larger at each place: the RUN largest of both."""
+    ROWS: tl.constexpr = b_keys.shape[0]
+    HALF: tl.constexpr = b_keys.shape[1] // 2
+    b_keys = tl.reshape(b_keys, [ROWS, HALF // RUN, 2, RUN])
+    b_slots = tl.reshape(b_slots, [ROWS, HALF // RUN, 2, RUN])
+    b_slots = tl.sum(tl.where(_less(b_keys, b_slots, TIES), 0, b_slots), 2)
+    return tl.reshape(tl.max(b_keys, 2), [ROWS, HALF]), tl.reshape(b_slots, [ROWS, HALF])
+
+
+@triton.jit
+def _top(b_keys, b_slots, TOP: tl.constexpr, ASCENDING: tl.constexpr, TIES: tl.constexpr):
+    """The TOP largest keys of each row in order, and their slots."""
+    for stage in tl.static_range(_log2(TOP)):
+        b_keys, b_slots = _merge(b_keys, b_slots, 2 << stage, ASCENDING, TIES)
+    for _ in tl.static_range(_log2(b_keys.shape[1]) - _log2(TOP)):
+        b_keys, b_slots = _halve(b_keys, b_slots, TOP, TIES)
+        b_keys, b_slots = _merge(b_keys, b_slots, TOP, ASCENDING, TIES)
+    return b_keys, b_slots
+
+
+# i_t tile of tokens, i_x head and half, o_n half-keys, o_q columns, b_best the list so far
+@triton.jit(do_not_specialize=["num_tokens"])
+def half_topk_kernel(
+    queries,  # (T, X, Q) float, X heads and halves
+    half_keys,  # (X, n, Q) float
+    best,  # (T, X, K) out, float32, descending
+    index,  # (T, X, K) out, int32
+    num_tokens,
+    num_halves,
+    n,
+    width,
+    k,
+    TOKENS: tl.constexpr,
+    KEYS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TOP: tl.constexpr,
+):
+    i_t = tl.program_id(0).to(tl.int64)
+    i_x = tl.program_id(1).to(tl.int64)
+    o_t = i_t * TOKENS + tl.arange(0, TOKENS)
+    m_t = o_t < num_tokens
+    o_lists = o_t * num_halves + i_x
+    b_best = tl.full([TOKENS, TOP], NOTHING, tl.int64)
+    for first in range(0, n, KEYS):
+        o_n = first + tl.arange(0, KEYS)
+        m_n = o_n < n
+        b_scores = tl.zeros([TOKENS, KEYS], tl.float32)
+        for start in range(0, width, COLUMNS):
+            o_q = start + tl.arange(0, COLUMNS)
+            m_q = o_q < width
+            o_queries = o_lists[:, None] * width + o_q[None, :]
+            b_queries = tl.load(queries + o_queries, mask=m_t[:, None] & m_q[None, :], other=0)  # [TOKENS, COLUMNS]
+            o_keys = (i_x * n + o_n)[None, :] * width + o_q[:, None]
+            b_keys = tl.load(half_keys + o_keys, mask=m_n[None, :] & m_q[:, None], other=0)  # [COLUMNS, KEYS]
+            b_scores = tl.dot(b_queries, b_keys, b_scores, input_precision="ieee")
+        # One integer comparison ranks by score, then by lower index.
+        b_packed = (_ascending32(b_scores).to(tl.int64) << 32) | (o_n ^ 0x7FFFFFFF)[None, :]
+        b_packed = tl.where(m_n[None, :], b_packed, NOTHING)
+        b_tile, _ = _top(b_packed, b_packed, TOP, ASCENDING=True, TIES=False)
+        b_best, _ = _merge(tl.maximum(b_best, b_tile), b_best, TOP, ASCENDING=False, TIES=False)
+    o_k = tl.arange(0, TOP)
+    m_k = m_t[:, None] & (o_k < k)[None, :]
+    b_high = (b_best >> 32).to(tl.int32)
+    b_high = (b_high ^ ((b_high >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    b_index = b_best.to(tl.int32) ^ 0x7FFFFFFF
+    tl.store(best + o_lists[:, None] * k + o_k[None, :], b_high, mask=m_k)
+    tl.store(index + o_lists[:, None] * k + o_k[None, :], b_index, mask=m_k)
+
+
+# i_p group of lists (token and head), o_x lists, o_c candidates, all candidates of all lists in one row
+@triton.jit(do_not_specialize=["num_lists"])
+def pair_topk_kernel(
+    best,  # (X, 2, K) float32, descending
+    index,  # (X, 2, K) int32
+    scores,  # (X, K) out, float32
+    slots,  # (X, K) out, int64
+    num_lists,
+    n,
+    k,
+    LISTS: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+    TOP: tl.constexpr,
+):
+    o_c = tl.arange(0, CANDIDATES)
+    # Rank i of the first half goes with ranks 0 .. k // (i + 1) - 1 of the second: where each run begins.
+    b_i = tl.zeros([CANDIDATES], tl.int32)
+    b_start = tl.zeros([CANDIDATES], tl.int32)
+    end = 0
+    for rank in range(1, k + 1):
+        end += k // rank
+        b_i += (o_c >= end).to(tl.int32)
+        b_start = tl.where(o_c >= end, end, b_start)
+    o_x = tl.program_id(0).to(tl.int64) * LISTS + tl.arange(0, LISTS)
+    m_xc = (o_x < num_lists)[:, None] & (o_c < end)[None, :]
+    o_first = o_x[:, None] * (2 * k) + b_i[None, :]
+    o_second = o_x[:, None] * (2 * k) + (k + o_c - b_start)[None, :]
+    b_first = tl.load(best + o_first, mask=m_xc, other=0).to(tl.float64)  # [LISTS, CANDIDATES]
+    b_second = tl.load(best + o_second, mask=m_xc, other=0).to(tl.float64)
+    b_slots = tl.load(index + o_first, mask=m_xc, other=0) * n + tl.load(index + o_second, mask=m_xc, other=0)
+    b_sums = tl.where(m_xc, _ascending64(b_first + b_second), NOTHING)
+    b_sums, b_slots = _top(b_sums, b_slots, TOP, ASCENDING=False, TIES=True)
+    b_sums = b_sums ^ ((b_sums >> 63) & 0x7FFFFFFFFFFFFFFF)
+    b_scores = b_sums.to(tl.float64, bitcast=True).to(tl.float32)
+    o_k = tl.arange(0, TOP)
+    o_out = o_x[:, None] * k + o_k[None, :]
+    m_out = (o_x < num_lists)[:, None] & (o_k < k)[None, :]
+    tl.store(scores + o_out, b_scores, mask=m_out)
+    tl.store(slots + o_out, b_slots.to(tl.int64), mask=m_out)

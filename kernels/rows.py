@@ -2,17 +2,20 @@
 
 A row that is not named is not read or written, nor is its state, whatever the optimizer: that is the
 promise, and why torch's own optimizers (which decay and carry momentum in every row) are not used on
-tables. Rows are stepped in blocks that stay in cache. Runs on any device torch does.
+tables. CUDA tensors take one Triton kernel that reads and writes each row once (rows_gpu.py), others
+and float64 take torch (rows_cpu.py).
+
+A step much smaller than a bfloat16 number is lost when the sum is rounded to the nearest. Stochastic
+rounding goes up or down with the odds that keep the mean; its random bits are a hash of seed, slot and
+column, the same on every device and in every run.
 
 Shapes: N slots, V value width, U distinct slots.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-BLOCK_ROWS = 1024  # 1 MB of float32 rows of width 256; five such blocks are in use at a time
+from . import rows_cpu
 
 
 def sparse_rows(grad_NV: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,7 +37,10 @@ def sparse_rows(grad_NV: Tensor) -> tuple[Tensor, Tensor]:
     return grad_NV._indices()[0], grad_NV._values()
 
 
-def sgd_rows_(values_NV: Tensor, slots_U: Tensor, grad_UV: Tensor, lr: float) -> None:
+@torch.no_grad()
+def sgd_rows_(
+    values_NV: Tensor, slots_U: Tensor, grad_UV: Tensor, lr: float, *, rounding_seed: int | None = None
+) -> None:
     """values[slots] -= lr * grad, in place.
 
     Args:
@@ -42,17 +48,18 @@ def sgd_rows_(values_NV: Tensor, slots_U: Tensor, grad_UV: Tensor, lr: float) ->
         slots_U: int64, strictly ascending.
         grad_UV: gradient of each of these rows.
         lr: learning rate.
+        rounding_seed: of stochastic rounding, for bfloat16 tables, another one for every step; None
+            rounds to the nearest.
 
     Raises:
-        ValueError: slots are out of order or out of range (asked on CPUs only), or shapes do not fit.
+        ValueError: slots are out of order or out of range (asked on CPUs only), a shape or dtype does not
+            fit, a tensor is not contiguous, or a seed is given for a table that is not bfloat16.
     """
-    _check(values_NV, slots_U, grad_UV)
-    with torch.no_grad():
-        for slots_B, grad_BV in _blocks(values_NV, slots_U, grad_UV):
-            rows_BV = values_NV.index_select(0, slots_B).to(grad_BV.dtype)
-            values_NV.index_copy_(0, slots_B, rows_BV.add_(grad_BV, alpha=-lr).to(values_NV.dtype))
+    _check(values_NV, slots_U, grad_UV, {}, rounding_seed)
+    _backend(values_NV).sgd_rows_(values_NV, slots_U, grad_UV, lr, rounding_seed)
 
 
+@torch.no_grad()
 def adam_rows_(
     values_NV: Tensor,
     slots_U: Tensor,
@@ -64,10 +71,14 @@ def adam_rows_(
     beta1: float,
     beta2: float,
     eps: float,
+    *,
+    weight_decay: float = 0.0,
+    rounding_seed: int | None = None,
 ) -> None:
     """One step of Adam on chosen rows, in place; the bias correction counts the steps of each slot apart.
 
-    A slot stepped every time moves as under torch.optim.Adam. Source: arXiv:1412.6980, algorithm 1.
+    A slot stepped every time moves as under torch.optim.AdamW. Source: arXiv:1412.6980, algorithm 1;
+    arXiv:1711.05101, algorithm 2 for the decay.
 
     Args:
         values_NV: the table.
@@ -79,59 +90,81 @@ def adam_rows_(
         lr: learning rate.
         beta1: decay of the first moments; beta2 of the second.
         eps: added to the root of the second moments.
+        weight_decay: the chosen rows shrink by lr * weight_decay first; others never do.
+        rounding_seed: see sgd_rows_.
 
     Raises:
-        ValueError: slots are out of order or out of range (asked on CPUs only), or shapes do not fit.
+        ValueError: see sgd_rows_.
     """
-    _check(values_NV, slots_U, grad_UV, exp_avg_NV, exp_avg_sq_NV, steps_N)
-    with torch.no_grad():
-        for slots_B, grad_BV in _blocks(values_NV, slots_U, grad_UV):
-            steps_B = steps_N.index_select(0, slots_B).add_(1)
-            steps_N.index_copy_(0, slots_B, steps_B)
-            mean_BV = exp_avg_NV.index_select(0, slots_B).lerp_(grad_BV, 1 - beta1)
-            exp_avg_NV.index_copy_(0, slots_B, mean_BV)
-            square_BV = (
-                exp_avg_sq_NV.index_select(0, slots_B).mul_(beta2).addcmul_(grad_BV, grad_BV, value=1 - beta2)
-            )
-            exp_avg_sq_NV.index_copy_(0, slots_B, square_BV)
-            # float64, for one number a row: 1 - beta2 ** steps loses half its digits in float32.
-            correct1_B1 = (1 - beta1 ** steps_B.double()).to(grad_BV.dtype).unsqueeze(1)
-            correct2_B1 = (1 - beta2 ** steps_B.double()).sqrt().to(grad_BV.dtype).unsqueeze(1)
-            root_BV = square_BV.sqrt_().div_(correct2_B1).add_(eps)
-            rows_BV = values_NV.index_select(0, slots_B).to(grad_BV.dtype)
-            rows_BV.addcdiv_(mean_BV.div_(correct1_B1), root_BV, value=-lr)
-            values_NV.index_copy_(0, slots_B, rows_BV.to(values_NV.dtype))
+    state = {"exp_avg": exp_avg_NV, "exp_avg_sq": exp_avg_sq_NV, "steps": steps_N}
+    _check(values_NV, slots_U, grad_UV, state, rounding_seed)
+    steps_U = steps_N.index_select(0, slots_U).add_(1)
+    steps_N.index_copy_(0, slots_U, steps_U)
+    _backend(values_NV).adam_rows_(
+        values_NV,
+        slots_U,
+        grad_UV,
+        exp_avg_NV,
+        exp_avg_sq_NV,
+        steps_U,
+        lr,
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+        rounding_seed,
+    )
 
 
-def _blocks(values_NV: Tensor, slots_U: Tensor, grad_UV: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Slots and gradient rows of each block, the latter in the dtype that the step is computed in."""
-    dtype = torch.promote_types(values_NV.dtype, torch.float32)
-    for start in range(0, slots_U.numel(), BLOCK_ROWS):
-        yield slots_U[start : start + BLOCK_ROWS], grad_UV[start : start + BLOCK_ROWS].to(dtype)
+def _backend(values_NV: Tensor):
+    """The module that steps rows of this table: Triton takes numbers like lr as float32, too few for float64."""
+    if values_NV.is_cuda and values_NV.dtype != torch.float64:
+        from . import rows_gpu  # Triton is imported only where a GPU calls for it
+
+        return rows_gpu
+    return rows_cpu
 
 
 def _ascending(slots_U: Tensor) -> bool:
     return bool((slots_U[1:] > slots_U[:-1]).all())
 
 
-def _check(values_NV: Tensor, slots_U: Tensor, grad_UV: Tensor, *state_N: Tensor) -> None:
+def _check(
+    values_NV: Tensor,
+    slots_U: Tensor,
+    grad_UV: Tensor,
+    state: dict[str, Tensor],
+    rounding_seed: int | None,
+) -> None:
     num_slots, width = values_NV.shape
     if grad_UV.shape != (slots_U.numel(), width):
         raise ValueError(f"gradient has shape {tuple(grad_UV.shape)}, expected {(slots_U.numel(), width)}")
-    compute = torch.promote_types(values_NV.dtype, torch.float32)
-    for state in state_N:
-        if state.dim() == 2 and state.dtype != compute:
-            raise ValueError(
-                f"optimizer state has dtype {state.dtype}, expected {compute} for values in {values_NV.dtype}"
-            )
-        if state.shape not in ((num_slots, width), (num_slots,)):
-            raise ValueError(
-                f"optimizer state has shape {tuple(state.shape)}, values has {(num_slots, width)}"
-            )
+    if rounding_seed is not None and values_NV.dtype != torch.bfloat16:
+        raise ValueError(f"rounding_seed is {rounding_seed} for values in {values_NV.dtype}, expected bfloat16")
+    _check_state(values_NV, state)
+    for name, tensor in {"values": values_NV, **state}.items():
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} has strides {tensor.stride()}, expected to be contiguous")
+    for name, tensor in {"slots": slots_U, "gradient": grad_UV, **state}.items():
+        if tensor.device != values_NV.device:
+            raise ValueError(f"{name} is on {tensor.device}, values is on {values_NV.device}")
     if slots_U.device.type == "cpu" and slots_U.numel():
         if not _ascending(slots_U):
             raise ValueError(f"the {slots_U.numel()} slots are not strictly ascending")
         if slots_U[0] < 0 or slots_U[-1] >= num_slots:
             raise ValueError(
                 f"slots range from {slots_U[0]} to {slots_U[-1]}, values has slots 0 to {num_slots - 1}"
+            )
+
+
+def _check_state(values_NV: Tensor, state: dict[str, Tensor]) -> None:
+    num_slots, width = values_NV.shape
+    moments = torch.promote_types(values_NV.dtype, torch.float32)
+    for name, tensor in state.items():
+        shape, dtype = ((num_slots,), torch.float32) if name == "steps" else ((num_slots, width), moments)
+        if tensor.shape != shape:
+            raise ValueError(f"optimizer state {name} has shape {tuple(tensor.shape)}, expected {shape}")
+        if tensor.dtype != dtype:
+            raise ValueError(
+                f"optimizer state {name} has dtype {tensor.dtype}, expected {dtype} for values in {values_NV.dtype}"
             )

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from memlayer_kernels import ops
+from memlayer_kernels import checks, ops
 
 VALUES = torch.randn(10, 4)
 SLOTS = torch.zeros(3, 2, dtype=torch.int64)
@@ -16,6 +16,11 @@ ROW_OF_SLOT = torch.full((10,), -1, dtype=torch.int32)
     ("change", "message"),
     [
         ({"values_NV": VALUES[0]}, "values has 1 dimensions, expected 2"),
+        ({"values_NV": VALUES[:, ::2]}, "values has stride 2 in its last dimension, expected 1"),
+        (
+            {"slots_TK": SLOTS[:1, :1].expand(2**16, 2**15), "weights_TK": WEIGHTS[:1, :1].expand(2**16, 2**15)},
+            "slots has 2147483648 reads, expected fewer than 2147483648",
+        ),
         ({"values_NV": VALUES.int()}, "values has dtype torch.int32"),
         ({"slots_TK": SLOTS.float()}, "slots has dtype torch.float32"),
         ({"slots_TK": SLOTS[0]}, "slots has 1 dimensions, expected 2"),
@@ -46,6 +51,18 @@ def test_lookup_refuses(change, message):
 def test_lookup_refuses_a_row_that_does_not_exist_in_backward():
     rows = ROWS.clone().requires_grad_()
     reads = ops.memory_lookup(VALUES, SLOTS, WEIGHTS, rows, torch.full((10,), 5, dtype=torch.int32))
+    with pytest.raises(ValueError, match="row_of_slot names row 5, rows has 5"):
+        reads.sum().backward()
+
+
+@pytest.mark.gpu
+def test_slots_and_rows_are_checked_on_gpus_when_asked(monkeypatch, device):
+    monkeypatch.setattr(checks, "CHECK_ON_GPUS", True)
+    values, weights = VALUES.to(device), WEIGHTS.to(device)
+    with pytest.raises(ValueError, match="slots range from 10 to 10"):
+        ops.memory_lookup(values, SLOTS.to(device) + 10, weights)
+    rows = ROWS.to(device).requires_grad_()
+    reads = ops.memory_lookup(values, SLOTS.to(device), weights, rows, ROW_OF_SLOT.to(device) + 6)
     with pytest.raises(ValueError, match="row_of_slot names row 5, rows has 5"):
         reads.sum().backward()
 

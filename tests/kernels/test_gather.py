@@ -1,11 +1,14 @@
 """The Triton gather equals the CPU path and the reference, under the interpreter or on a GPU."""
 
+import mmap
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memlayer_kernels import gather, ops, reference
+from memlayer_kernels import gather, gpu, ops, reference
+from memlayer_kernels.reads import sort_reads
 
 # sums of a few dozen terms in float32, then one rounding to the dtype
 TOLERANCE = {
@@ -61,10 +64,34 @@ def test_no_tokens_and_no_reads(device, shape):
 def test_int32_slots_every_read_on_one_slot_and_strided_inputs(device):
     values, slots, weights = draw(0, 3, 5, 6, 10)
     check(device, values, torch.full_like(slots, 4).int(), weights)
-    check(device, values[:, ::2], slots[:, ::2], weights[:, ::2])
+    check(device, values[:, :7], slots[:, ::2], weights[:, ::2])
 
 
 def test_equals_the_cpu_path(device):
     inputs = draw(1, 6, 20, 8, 24)
     found = gather.weighted_sum(*(t.to(device) for t in inputs)).cpu()
     torch.testing.assert_close(found, ops.memory_lookup(*inputs), **TOLERANCE[torch.float32])
+
+
+def test_a_table_past_2_to_the_31_elements(device):
+    """Its last rows are read, and multiplied with gradients."""
+    num_slots, width = 2**21 + 9, 1024
+    if device.type == "cuda":
+        values = torch.empty(num_slots, width, device=device)
+    else:
+        try:
+            pages = mmap.mmap(-1, num_slots * width * 4)  # zero until touched: only the rows used take memory
+        except OSError as error:
+            pytest.skip(f"no address space for {num_slots * width * 4} bytes: {error}")
+        values = torch.frombuffer(pages, dtype=torch.float32).view(num_slots, width)
+    last = torch.tensor([0, 5, 2**20, num_slots - 2, num_slots - 1])
+    rows = torch.randn(5, width)
+    values[last.to(device)] = rows.to(device)
+    slots, weights, grad = torch.randint(5, (2, 4)), torch.randn(2, 4), torch.randn(2, width)
+    found = gpu.weighted_sum(values, last[slots].to(device), weights.to(device))
+    torch.testing.assert_close(found.cpu(), reference.memory_lookup(rows, slots, weights), rtol=1e-5, atol=1e-5)
+    reads = sort_reads(last[slots].flatten().to(device), 4)
+    products = gpu.read_products(grad.to(device), values, reads)
+    # 1,024 terms in two orders
+    expected = (grad.unsqueeze(1) * rows[slots]).sum(-1).flatten()
+    torch.testing.assert_close(products.cpu(), expected, rtol=1e-4, atol=1e-4)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from memlayer_kernels import ops, reference
+from memlayer_kernels import cpu, library, ops, reference
 
 # bfloat16 keeps 8 bits; float32 sums of a few dozen terms in two orders
 TOLERANCE = {
@@ -93,7 +93,7 @@ def test_no_rows_and_all_rows(chosen):
 
 def test_int32_slots_and_strided_inputs():
     values, slots, weights = draw(top_k=8, width=12)
-    check(values[:, ::2], slots[:, ::2].int(), weights[:, ::2])
+    check(values[:, :7], slots[:, ::2].int(), weights[:, ::2])
     check(values, slots, weights.detach().t().contiguous().t().requires_grad_())
 
 
@@ -174,6 +174,16 @@ def test_values_may_be_written_between_forward_and_backward_where_weights_need_n
     torch.testing.assert_close(rows.grad, expected.expand_as(rows))
 
 
+@pytest.mark.parametrize("sparse_grad", [False, True])
+def test_values_that_want_a_gradient_may_be_written_too(sparse_grad):
+    values, slots, weights = draw()
+    reads = ops.memory_lookup(values, slots, weights.detach(), sparse_grad=sparse_grad)
+    with torch.no_grad():
+        values.zero_()
+    (grad,) = gradients(reads, [values])
+    assert torch.equal(grad, gradients(ops.memory_lookup(values, slots, weights.detach()), [values])[0])
+
+
 def test_gradients_add_up_over_micro_batches():
     values, slots, weights = draw(num_tokens=8)
     for sparse_grad in (False, True):
@@ -227,3 +237,33 @@ def test_only_inputs_that_need_a_gradient_get_one():
     ops.memory_lookup(values.detach(), slots, weights).sum().backward()
     assert values.grad is None
     assert weights.grad.any()
+
+
+@pytest.mark.parametrize("wanted", ["values", "sparse values", "weights", "rows", "search"])
+def test_a_second_differentiation_is_refused(wanted):
+    values, slots, weights = draw()
+    if wanted == "search":
+        inputs = torch.randn(2, 1, 2, 3).requires_grad_()
+        result = ops.product_key_topk(inputs, torch.randn(1, 2, 4, 3), 2)[0]
+    elif wanted == "rows":
+        inputs, row_of_slot = choose(values, [1, 2])
+        result = ops.memory_lookup(values, slots, weights, inputs, row_of_slot)
+    else:
+        inputs = weights if wanted == "weights" else values
+        result = ops.memory_lookup(values, slots, weights, sparse_grad=wanted == "sparse values")
+    (grad,) = torch.autograd.grad(result.square().sum(), inputs, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.to_dense().sum().backward()
+
+
+def test_no_work_is_done_for_gradients_that_nobody_wants(monkeypatch):
+    """Neither products for the weights nor a sort of all reads when only rows want a gradient."""
+    monkeypatch.setattr(library, "sort_reads", None)
+    monkeypatch.setattr(cpu, "read_products", None)
+    values, slots, weights = (t.detach() for t in draw())
+    rows, row_of_slot = choose(values, [int(slots[0, 0])])
+    ops.memory_lookup(values, slots, weights, rows, row_of_slot).sum().backward()
+    assert rows.grad.any()
+    frozen = ops.memory_lookup(values, slots, weights.requires_grad_(), rows.detach(), row_of_slot)
+    with pytest.raises(TypeError):  # the sort is wanted here
+        frozen.sum().backward()

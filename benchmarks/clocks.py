@@ -1,0 +1,72 @@
+"""Time functions that do one job in several ways, and measure what the machine can do in the same run.
+
+Ways alternate, so that a slow moment of the machine meets all of them. On a GPU a run is timed by events,
+after the second-level cache was overwritten; on a CPU by the clock. What can be done is the speed of a large
+copy (bytes read plus bytes written), measured between the repeats as one more way, and the rate of a large
+matrix product on random numbers.
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+COPY_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
+FLUSH_BYTES = 512 << 20  # several times the largest second-level cache
+MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
+
+
+class Clock:
+    """Times callables on one device."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._source = torch.ones(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
+        self._target = torch.ones_like(self._source)
+
+    def medians(self, ways: dict[str, Callable[[], object]], repeats: int) -> tuple[dict[str, float], float]:
+        """Median seconds of every way, and bytes a second of the copies between them."""
+        ways = ways | {"copy": lambda: self._target.copy_(self._source)}
+        spans = {name: [] for name in ways}
+        for repeat in range(repeats + 1):
+            for name, way in ways.items():
+                seconds = self._seconds(way)
+                if repeat > 0:  # the first is the warm-up
+                    spans[name].append(seconds)
+        medians = {name: statistics.median(runs) for name, runs in spans.items()}
+        return medians, 2 * self._source.nbytes / medians.pop("copy")
+
+    def operations_per_second(self, dtype: torch.dtype) -> float:
+        """Of a square matrix product in this dtype; float32 without reduced precision."""
+        size = MATMUL_SIZE[self.device.type]
+        left, right = (torch.randn(size, size, device=self.device).to(dtype) for _ in range(2))
+        runs = [self._seconds(lambda: left @ right) for _ in range(8)]
+        return 2 * size**3 / statistics.median(runs[3:])
+
+    def _seconds(self, way: Callable[[], object]) -> float:
+        if self.device.type == "cpu":
+            start = time.perf_counter()
+            way()
+            return time.perf_counter() - start
+        self._target[:FLUSH_BYTES].zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        way()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can be had without harm; on a CPU all there is, where the system does not say more."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    for line in meminfo.read_text().splitlines() if meminfo.exists() else ():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,129 @@
+"""The benchmark compares before it times, reports what does not fit, and its last line says what it measured."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import kernel_times
+import pytest
+import torch
+from kernel_costs import EVERY_OP, Shape
+from kernel_ops import draw
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kernel_times.py"
+TINY = {"tokens": 24, "half-keys": 8, "width": 20, "key-width": 6, "top-k": 4, "rows": 5, "repeats": 2}
+FLAGS = ["--device=cpu", *(f"--{name}={value}" for name, value in TINY.items())]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("results")
+    command = [sys.executable, str(SCRIPT), *FLAGS, "--shapes", "C", "D", "--output", str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result, folder
+
+
+def test_last_line_has_every_operation_and_where_it_ran(done):
+    result = json.loads(done[0].stdout.splitlines()[-1])
+    assert result["name"] == "kernel_times"
+    assert {"device", "versions", "commit"} <= result.keys()
+    ops = [(record["shape"], record["op"]) for record in result["figures"]["ops"]]
+    decoding = [(f"C T={tokens}", op) for tokens in (1, 16) for op in ("search", "lookup")]
+    assert ops == decoding + [("D", op) for op in EVERY_OP]
+    assert result["figures"]["skipped"] == []
+
+
+def test_fractions_and_ratios_follow_from_what_was_measured(done):
+    figures = json.loads(done[0].stdout.splitlines()[-1])["figures"]
+    for record in figures["ops"]:
+        by_bytes = record["floor_bytes"] / record["copy_bytes_per_s"]
+        dtype = "float32" if record["shape"] == "D" else "bfloat16"
+        by_operations = record["operations"] / figures["operations_per_s"][dtype]
+        assert record["floor_s"] == pytest.approx(max(by_bytes, by_operations))
+        assert record["fraction_of_floor"] == pytest.approx(record["floor_s"] / record["ours_s"])
+        moved = record["traffic_bytes"] / record["copy_bytes_per_s"]
+        assert record["fraction_of_copy"] == pytest.approx(moved / record["ours_s"])
+        assert record["speedup_over_composition"] == pytest.approx(record["composition_s"] / record["ours_s"])
+        assert ("embedding_bag_s" in record) == record["op"].startswith("lookup")
+
+
+def test_output_holds_the_table_and_the_same_result(done):
+    (folder,) = done[1].iterdir()
+    assert folder.name.startswith("kernels-")
+    table = (folder / "table.md").read_text()
+    result = json.loads((folder / "result.json").read_text())
+    assert result == json.loads(done[0].stdout.splitlines()[-1])
+    assert result["commit"] in table
+    assert sum(line.startswith("| D | ") for line in table.splitlines()) == len(EVERY_OP)
+
+
+def test_what_does_not_fit_is_reported_with_its_bytes(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["kernel_times.py", *FLAGS, "--shapes", "D", "--half-keys=10000000"])
+    kernel_times.main()
+    printed = capsys.readouterr().out
+    figures = json.loads(printed.splitlines()[-1])["figures"]
+    assert figures["ops"] == []
+    (skipped,) = figures["skipped"]
+    assert skipped["needed_bytes"] > 10**14 * 20 * 4
+    assert "| D |" not in printed
+    assert f"Skipped: D, every operation, every way: needs {skipped['needed_bytes'] / 1e9:.1f} GB" in printed
+
+
+def test_a_way_that_torch_refuses_is_reported_with_its_words_and_ours_is_not_excused(monkeypatch):
+    def measure(way):
+        def ways_of(op, problem):
+            broken = {way: lambda: (lambda: torch.zeros(2, 3) @ torch.zeros(2, 3))}
+            return {"ours": lambda: (lambda: (torch.ones(2),)), "embedding_bag": None} | broken
+
+        monkeypatch.setattr(kernel_times, "ways_of", ways_of)
+        shape = Shape("x", 2, 3, 4, 5, "float32", top_k=2, ops=("lookup",))
+        return list(kernel_times.measure(shape, kernel_times.Clock(torch.device("cpu")), 1, 1e12))
+
+    skipped, record = measure("embedding_bag")
+    assert skipped["way"] == "embedding_bag"
+    assert "mat1 and mat2" in skipped["skipped"]
+    assert record["ours_s"] > 0
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        measure("ours")
+
+
+def test_a_way_that_gives_other_numbers_ends_the_run():
+    problem = draw(Shape("x", 2, 3, 4, 5, "float32", top_k=2), torch.device("cpu"))
+    right = torch.randn(3, 4)
+    kernel_times.check_equal("lookup", problem, {"ours": lambda: (right,), "composition": lambda: (right.clone(),)})
+    for wrong in (right * 1.001, right.clone().index_fill_(0, torch.tensor([1]), torch.nan)):
+        runs = {"ours": lambda: (right,), "embedding_bag": lambda wrong=wrong: (wrong,)}
+        with pytest.raises(RuntimeError, match="x, lookup: ours differs from embedding_bag by"):
+            kernel_times.check_equal("lookup", problem, runs)
+
+
+def test_relative_error_is_of_the_root_mean_square():
+    found, expected = torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.5])
+    assert kernel_times.relative_error(found, expected) == pytest.approx(0.5 / 29.25**0.5)
+    assert kernel_times.relative_error(torch.zeros(2), torch.zeros(2)) == 0
+
+
+def test_a_gpu_times_pretraining_fact_learning_and_decoding_by_default(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["kernel_times.py", "--device", "cpu"])
+    options = kernel_times.parse_options()
+    assert [shape.name for shape in kernel_times.chosen_shapes(options)] == ["D"]
+    options.device = "cuda"
+    names = [shape.name for shape in kernel_times.chosen_shapes(options)]
+    assert names == ["A V=1024", "A V=2048", "B N=1M", "B N=64k", "B N=4M", "C T=1", "C T=16"]
+
+
+def test_a_way_that_was_skipped_leaves_its_cell_empty():
+    record = dict.fromkeys(("floor_bytes", "traffic_bytes", "operations", "copy_bytes_per_s"), 1e9)
+    record |= {"shape": "A", "op": "lookup", "ours_s": 0.5, "fraction_of_floor": 0.25, "fraction_of_copy": 0.75}
+    line = kernel_times.render([record], [], {"float32": 1e12}, 3).splitlines()[-1]
+    assert line == "| A | lookup | 500.000 |  |  | 1000.0 | 1000.0 | 1.00 | 1.0 | 25% | 75% |"
+
+
+@pytest.mark.parametrize("name", ["repeats", "width"])
+def test_sizes_below_one_are_refused(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["kernel_times.py", f"--{name}=0"])
+    with pytest.raises(SystemExit):
+        kernel_times.parse_options()
+    assert f"--{name} is 0, must be at least 1" in capsys.readouterr().err

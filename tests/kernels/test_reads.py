@@ -1,0 +1,44 @@
+"""Reads are sorted by label, stably, and the runs of labels are found, on every device alike."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from memlayer_kernels import reads
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16])
+def test_sorted_by_label_and_then_by_number(device, dtype):
+    labels = torch.tensor([3, 0, 3, 1, 0, 3], dtype=dtype, device=device)
+    found = reads.sort_reads(labels, top_k=2)
+    assert found.labels_M.tolist() == [0, 0, 1, 3, 3, 3]
+    assert found.reads_M.tolist() == [1, 4, 3, 0, 2, 5]
+    assert found.tokens_M.tolist() == [0, 2, 1, 0, 1, 2]
+
+
+@pytest.mark.parametrize("labels", [[], [2], [0, 0, 1, 4], [4, 4, 4]])
+def test_bounds_of_all_labels_and_of_the_distinct_ones(device, labels):
+    labels_M = torch.tensor(labels, dtype=torch.int32, device=device)
+    bounds = reads.all_segments(labels_M, 5).tolist()
+    assert [labels[a:b] for a, b in pairwise(bounds)] == [[n] * labels.count(n) for n in range(5)]
+    distinct, bounds = (tensor.tolist() for tensor in reads.distinct_segments(labels_M))
+    assert distinct == sorted(set(labels))
+    assert [labels[a:b] for a, b in pairwise(bounds)] == [[n] * labels.count(n) for n in distinct]
+
+
+@pytest.mark.parametrize("num_rows", [1, 4, 2**15])
+def test_sorting_all_reads_by_row_gives_those_with_a_row_last(device, num_rows):
+    row_M = torch.randint(-2, min(num_rows, 6), (50,), dtype=torch.int32, device=device)
+    expected, found = reads.reads_with_a_row(row_M, 5), reads.all_reads_by_row(row_M, 5, num_rows)
+    num_ignored = int((row_M < 0).sum())
+    for right, tensor in zip(expected, found):
+        assert torch.equal(tensor[num_ignored:], right.to(tensor.dtype))
+    assert (found.labels_M[:num_ignored] < 0).all()
+
+
+def test_segments_of_rows_are_runs_of_the_reads_of_each_row(device):
+    row_M = torch.tensor([1, -1, 3, 1, -1, 0], dtype=torch.int32, device=device)
+    found, bounds = reads.segments_of_rows(row_M, 1, 4)
+    numbers, bounds = found.reads_M.tolist(), bounds.tolist()
+    assert [numbers[a:b] for a, b in pairwise(bounds)] == [[5], [0, 3], [], [2]]
