@@ -6,8 +6,10 @@ pair_topk_kernel adds the pairs of ranks that can win (product_key_cpu.py says w
 are apart because the second needs both halves of a token, and the registers of the first are full.
 
 Trades: selection is a sorting network over packed (score, index) integers. That is exact, has no branch
-that depends on data and needs no scratch memory, but costs about 120 instructions per half score where
-the matrix product costs a fraction of one: it, not memory, bounds the search.
+that depends on data and needs no scratch memory, but takes about 120 instructions per half score (counted
+in the machine code for sm_90, 32 kept), where the matrix product takes a fraction of one: it, not memory,
+bounds the search. Groups of half-keys of which at first only the best counts, as on CPUs, would sort half
+as much; they need the scores a second time, which on a GPU means multiplying twice or writing them.
 
 Shapes: T tokens, H heads, n half-keys, K slots read, Q key width of a half, C candidate pairs.
 """

@@ -4,15 +4,15 @@ With both lists ranked from 1, the pairs (a, b) with a <= i and b <= j all score
 (i, j) and, at equal score, have lower slots. There are i * j of them, so only pairs with i * j <= k can be
 among the k best: 119 candidates rather than 1,024 at k = 32.
 
-Many lists go through the networks of topk_cpu.py, and those of which a network is unsure through torch.topk.
-Few lists (decoding) and float64 go only there, on any device: what product_key.py does not take comes here.
+Many tokens go through the networks of topk_cpu.py, a block that stays in the cache at a time, and the few
+of which a network is unsure through torch.topk. Few tokens (decoding) and float64 go only there, on any
+device: what product_key.py does not take comes here.
 
 Shapes: T tokens, H heads, n half-keys, K slots read, Q key width of a half, C candidate pairs, G groups,
-M members of the groups chosen, X = H * 2 * T lists of half scores, Y = H * T lists of pairs, B lists of a
-block.
+M members of the groups chosen, B tokens of a block, Y pairs of a token and a head.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -20,91 +20,70 @@ from torch import Tensor
 from .cpu import empty_rows
 from .topk_cpu import ColumnTopK
 
-BLOCK = 512  # lists a thread puts through a network at once: 0.5 MB of 256 scores, three times over in its cache
-FEW_LISTS = 256  # take torch.topk as long as it takes to set a network up
+BLOCK = 1024  # tokens of one head a thread searches at a time: fewer leave it idle, more leave its cache
+FEW_TOKENS = 128  # take torch.topk as long as it takes to set the networks up
 GROUP = 4  # half-keys of which at first only the best counts, where there are many
 MANY_KEYS = 16  # half-keys for each one kept
 
-Lists = slice | Tensor  # some of many lists
+FindBest = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def search(queries_TH2Q: Tensor, half_keys_H2nQ: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Scores (float32, float64 for float64 inputs) and slots (int64) of the k best pairs, both (T, H, K)."""
-    num_tokens, heads = queries_TH2Q.shape[:2]
-    n = half_keys_H2nQ.shape[2]
-    best_KX, index_KX = best_halves(half_scores(queries_TH2Q, half_keys_H2nQ).flatten(0, 2), k)
-    first_KY, second_KY = _split_halves(best_KX, heads)
-    i_KY, j_KY = _split_halves(index_KX, heads)
-    results_YK = best_pairs(first_KY, second_KY, i_KY * n, j_KY)
-    scores_THK, slots_THK = (x.view(heads, num_tokens, k).transpose(0, 1).contiguous() for x in results_YK)
-    return scores_THK, slots_THK
+    halves_H2nT = half_scores(queries_TH2Q, half_keys_H2nQ)
+    heads, _, n, num_tokens = halves_H2nT.shape
+    if num_tokens < FEW_TOKENS or halves_H2nT.dtype != torch.float32 or not halves_H2nT.is_cpu:
+        halves_2Yn = halves_H2nT.permute(1, 0, 3, 2).reshape(2, heads * num_tokens, n)
+        scores_HTK, slots_HTK = (best.view(heads, num_tokens, k) for best in search_lists(*halves_2Yn, k))
+    else:
+        scores_HTK, slots_HTK, unsure_HT = _search_blocks(halves_H2nT, k)
+        head_Y, token_Y = unsure_HT.nonzero(as_tuple=True)
+        halves_2Yn = halves_H2nT[head_Y, :, :, token_Y].transpose(0, 1)
+        scores_HTK[head_Y, token_Y], slots_HTK[head_Y, token_Y] = search_lists(*halves_2Yn, k)
+    return scores_HTK.transpose(0, 1).contiguous(), slots_HTK.transpose(0, 1).contiguous()
 
 
 def half_scores(queries_TH2Q: Tensor, half_keys_H2nQ: Tensor) -> Tensor:
-    """Dot products of query halves with the half-keys of their head and half, (H, 2, T, n), float32 or 64."""
+    """Dot products of the half-keys of each head and half with query halves, (H, 2, n, T), float32 or 64."""
     dtype = torch.promote_types(queries_TH2Q.dtype, torch.float32)
-    queries_H2TQ = queries_TH2Q.detach().to(dtype).permute(1, 2, 0, 3)
-    half_keys_H2Qn = half_keys_H2nQ.detach().to(dtype).transpose(-1, -2)
-    if not queries_H2TQ.is_cpu:
-        return queries_H2TQ @ half_keys_H2Qn
-    heads, _, num_tokens, _ = queries_H2TQ.shape
-    n = half_keys_H2Qn.shape[-1]
-    halves_H2Tn = empty_rows(heads * 2 * num_tokens, n, dtype).view(heads, 2, num_tokens, n)
-    return torch.matmul(queries_H2TQ, half_keys_H2Qn, out=halves_H2Tn)
+    half_keys_H2nQ = half_keys_H2nQ.detach().to(dtype)
+    queries_H2QT = queries_TH2Q.detach().to(dtype).permute(1, 2, 3, 0)
+    if not half_keys_H2nQ.is_cpu:
+        return half_keys_H2nQ @ queries_H2QT
+    heads, _, n, _ = half_keys_H2nQ.shape
+    num_tokens = queries_TH2Q.shape[0]
+    halves_H2nT = empty_rows(heads * 2 * n, num_tokens, dtype).view(heads, 2, n, num_tokens)
+    return torch.matmul(half_keys_H2nQ, queries_H2QT, out=halves_H2nT)
 
 
-def best_halves(halves_Xn: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best of each list, descending, and their indices, both (K, X); equal ones in order of indices."""
-    num_lists, n = halves_Xn.shape
-    find = None
-    if _worth_a_network(halves_Xn, num_lists):
-        in_groups = n >= MANY_KEYS * k and n % GROUP == 0
-        find = (_best_in_groups if in_groups else ColumnTopK)(n, _block_width(num_lists), k)
-
-    def scores_of(lists: Lists) -> Tensor:
-        return halves_Xn[lists].t().contiguous()
-
-    def sort(lists: Lists) -> Tensor:
-        return exact_topk(halves_Xn[lists], k).t()
-
-    best_KX = halves_Xn.new_empty(k, num_lists)
-    index_KX = torch.empty(k, num_lists, dtype=torch.int64, device=halves_Xn.device)
-    for lists, scores_nB, index_KB in _each_block(find, scores_of, sort, num_lists):
-        index_KX[:, lists] = index_KB
-        best_KX[:, lists] = scores_nB.gather(0, index_KB)
-    return best_KX, index_KX
+def search_lists(first_Yn: Tensor, second_Yn: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Scores and slots of the k best pairs of each two lists of half scores, both (Y, K), by torch.topk."""
+    n = first_Yn.shape[1]
+    rank_i_C, rank_j_C = candidate_pairs(k, first_Yn.device)
+    i_YK, j_YK = exact_topk(first_Yn, k), exact_topk(second_Yn, k)
+    # float64: two float32 scores add without rounding, so a rounding never makes a tie that is not one.
+    first_YK, second_YK = first_Yn.gather(1, i_YK).double(), second_Yn.gather(1, j_YK).double()
+    sums_YC = first_YK[:, rank_i_C] + second_YK[:, rank_j_C]
+    slots_YC = i_YK[:, rank_i_C] * n + j_YK[:, rank_j_C]
+    pair_YK = exact_topk(sums_YC, k, slots_YC)
+    return sums_YC.gather(1, pair_YK).to(first_Yn.dtype), slots_YC.gather(1, pair_YK)
 
 
-def best_pairs(first_KY: Tensor, second_KY: Tensor, slot_i_KY: Tensor, j_KY: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums and slots of the k best pairs of each two lists, descending, both (Y, K); equal sums in order of slots.
+def exact_topk(scores_YC: Tensor, k: int, labels_YC: Tensor | None = None) -> Tensor:
+    """Positions (Y, K) of the k best scores of each row, descending; equal ones in order of labels, or as they stand.
 
-    Args:
-        first_KY: the best scores of the first half, descending; second_KY of the second.
-        slot_i_KY: first slot of the first half-keys; j_KY what the second ones add to it.
+    torch.topk leaves the order of equal scores open. One more than k are taken: where two neighbours among
+    them are equal the row is sorted in full, elsewhere topk's answer is the only one.
     """
-    k, num_lists = first_KY.shape
-    rank_i_C, rank_j_C = candidate_pairs(k, first_KY.device)
-    find = None
-    if _worth_a_network(first_KY, num_lists):
-        find = ColumnTopK(len(rank_i_C), _block_width(num_lists), k)
-
-    def pairs(first_KY: Tensor, second_KY: Tensor, lists: Lists) -> Tensor:
-        return first_KY[:, lists].index_select(0, rank_i_C).add_(second_KY[:, lists].index_select(0, rank_j_C))
-
-    def sums_of(lists: Lists) -> Tensor:
-        return pairs(first_KY, second_KY, lists)
-
-    def sort(lists: Lists) -> Tensor:
-        # float64: two float32 scores add without rounding, so a rounding never makes a tie that is not one.
-        sums_CB = pairs(first_KY.double(), second_KY.double(), lists)
-        return exact_topk(sums_CB.t(), k, pairs(slot_i_KY, j_KY, lists).t()).t()
-
-    scores_YK = first_KY.new_empty(num_lists, k)
-    slots_YK = j_KY.new_empty(num_lists, k)
-    for lists, sums_CB, pair_KB in _each_block(find, sums_of, sort, num_lists):
-        scores_YK[lists] = sums_CB.gather(0, pair_KB).t()
-        slots_YK[lists] = pairs(slot_i_KY, j_KY, lists).gather(0, pair_KB).t()
-    return scores_YK, slots_YK
+    best_YB, position_YB = scores_YC.topk(min(k + 1, scores_YC.shape[1]))
+    tied = (best_YB[:, 1:] == best_YB[:, :-1]).any(1).nonzero().flatten()
+    if tied.numel():
+        if labels_YC is None:
+            labels_YC = torch.arange(scores_YC.shape[1], device=scores_YC.device).expand_as(scores_YC)
+        by_label = labels_YC[tied].argsort(dim=1)
+        order = scores_YC[tied].gather(1, by_label).sort(dim=1, descending=True, stable=True).indices
+        position_YB[tied] = by_label.gather(1, order)[:, : position_YB.shape[1]]
+    return position_YB[:, :k]
 
 
 def candidate_pairs(k: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -115,63 +94,39 @@ def candidate_pairs(k: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return first_C, second_C
 
 
-def exact_topk(scores_XC: Tensor, k: int, labels_XC: Tensor | None = None) -> Tensor:
-    """Positions (X, K) of the k best scores of each row, descending; equal ones in order of labels, or as they stand.
+def _search_blocks(halves_H2nT: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores and slots of the k best pairs, both (H, T, K), by networks; and which of them are unsure (H, T)."""
+    heads, _, n, num_tokens = halves_H2nT.shape
+    num_blocks = -(-num_tokens // (BLOCK * torch.get_num_threads()))
+    width = -(-num_tokens // num_blocks)
+    rank_i_C, rank_j_C = candidate_pairs(k, halves_H2nT.device)
+    find_halves = _best_halves(n, width, k)
+    find_pairs = ColumnTopK(len(rank_i_C), width, k)
 
-    torch.topk leaves the order of equal scores open. One more than k are taken: where two neighbours among
-    them are equal the row is sorted in full, elsewhere topk's answer is the only one.
-    """
-    best_XB, position_XB = scores_XC.topk(min(k + 1, scores_XC.shape[1]))
-    tied_X = (best_XB[:, 1:] == best_XB[:, :-1]).any(1).nonzero().flatten()
-    if tied_X.numel():
-        scores_YC = scores_XC[tied_X]
-        labels_YC = torch.arange(scores_XC.shape[1], device=scores_XC.device).expand_as(scores_YC)
-        by_label_YC = (labels_YC if labels_XC is None else labels_XC[tied_X]).argsort(dim=1)
-        order_YC = scores_YC.gather(1, by_label_YC).sort(dim=1, descending=True, stable=True).indices
-        position_XB[tied_X] = by_label_YC.gather(1, order_YC)[:, : position_XB.shape[1]]
-    return position_XB[:, :k]
+    def pairs(first_KB: Tensor, second_KB: Tensor) -> Tensor:
+        return first_KB.index_select(0, rank_i_C).add_(second_KB.index_select(0, rank_j_C))
 
-
-def _worth_a_network(scores: Tensor, num_lists: int) -> bool:
-    return num_lists >= FEW_LISTS and scores.dtype == torch.float32 and scores.is_cpu
-
-
-def _block_width(num_lists: int) -> int:
-    return min(num_lists, BLOCK * torch.get_num_threads())
-
-
-def _each_block(
-    find: Callable[[Tensor], tuple[Tensor, Tensor]] | None,
-    scores_of: Callable[[Lists], Tensor],
-    sort: Callable[[Lists], Tensor],
-    num_lists: int,
-) -> Iterator[tuple[Lists, Tensor, Tensor]]:
-    """Lists, their scores (C, B) and the positions (K, B) of the best: block by block, then those that were unsure.
-
-    Args:
-        find: positions in a block of scores and which lists are unsure, as ColumnTopK; None to use sort for all.
-        scores_of: scores of some lists.
-        sort: positions of some lists, exactly.
-        num_lists: of which there are blocks; all have one width, so the last may repeat some of the one before.
-    """
-    if find is None:
-        yield slice(None), scores_of(slice(None)), sort(slice(None))
-        return
-    width = _block_width(num_lists)
-    unsure_X = torch.empty(num_lists, dtype=torch.bool)
-    for start in range(0, num_lists, width):
-        start = min(start, num_lists - width)
-        lists = slice(start, start + width)
-        scores_CB = scores_of(lists)
-        position_KB, unsure_X[lists] = find(scores_CB)
-        yield lists, scores_CB, position_KB
-    unsure_Y = unsure_X.nonzero().flatten()
-    if unsure_Y.numel():
-        yield unsure_Y, scores_of(unsure_Y), sort(unsure_Y)
+    scores_HTK = halves_H2nT.new_empty(heads, num_tokens, k)
+    slots_HTK = scores_HTK.new_empty(scores_HTK.shape, dtype=torch.int64)
+    unsure_HT = scores_HTK.new_empty(heads, num_tokens, dtype=torch.bool)
+    for head in range(heads):
+        for start in range(0, num_tokens, width):
+            # All blocks have one width, so the last may repeat some tokens of the one before.
+            tokens = slice(min(start, num_tokens - width), min(start + width, num_tokens))
+            first_nB, second_nB = halves_H2nT[head, :, :, tokens]
+            (i_KB, unsure_i_B), (j_KB, unsure_j_B) = find_halves(first_nB), find_halves(second_nB)
+            sums_CB = pairs(first_nB.gather(0, i_KB), second_nB.gather(0, j_KB))
+            pair_KB, unsure_B = find_pairs(sums_CB)
+            scores_HTK[head, tokens] = sums_CB.gather(0, pair_KB).t()
+            slots_HTK[head, tokens] = pairs(i_KB * n, j_KB).gather(0, pair_KB).t()
+            unsure_HT[head, tokens] = unsure_B | unsure_i_B | unsure_j_B
+    return scores_HTK, slots_HTK, unsure_HT
 
 
-def _best_in_groups(n: int, width: int, k: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """As ColumnTopK, looking only into the k groups of neighbours with the best maxima, where the k best lie."""
+def _best_halves(n: int, width: int, k: int) -> FindBest:
+    """A network over n half scores; where k are few of them, over the groups of neighbours with the k best maxima."""
+    if n < MANY_KEYS * k or n % GROUP:
+        return ColumnTopK(n, width, k)
     find_groups = ColumnTopK(n // GROUP, width, k)
     find_members = ColumnTopK(k * GROUP, width, k)
     place_G1 = torch.arange(GROUP).unsqueeze(1)
@@ -183,10 +138,3 @@ def _best_in_groups(n: int, width: int, k: int) -> Callable[[Tensor], tuple[Tens
         return index_MB.gather(0, member_KB), unsure_B | also_unsure_B
 
     return find
-
-
-def _split_halves(both_KX: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    """(K, H * 2 * T) -> twice (K, H * T), the first halves and the second."""
-    k, num_lists = both_KX.shape
-    first_KHT, second_KHT = both_KX.view(k, heads, 2, num_lists // (2 * heads)).unbind(2)
-    return first_KHT.flatten(1), second_KHT.flatten(1)

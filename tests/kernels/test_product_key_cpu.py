@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memlayer_kernels import ops, product_key_cpu, reference
-from memlayer_kernels.product_key_cpu import best_halves, candidate_pairs, exact_topk
+from memlayer_kernels.product_key_cpu import candidate_pairs, exact_topk
 
 # float32 sums over at most a few hundred terms, in two orders
 GRADIENT = {torch.float32: {"rtol": 1e-4, "atol": 1e-5}, torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2}}
-MANY_TOKENS = 150  # of which two heads make enough lists for the networks
+MANY_TOKENS = 150  # enough for the networks
 
 
 def draw(seed, num_tokens, heads, n, width, dtype=torch.float32, whole=False):
@@ -81,12 +81,25 @@ def test_sums_that_tie_only_after_rounding_are_told_apart(num_tokens):
     assert torch.equal(slots, reference.product_key_topk(queries, half_keys, 2)[1])
 
 
-def test_half_scores_next_to_each_other_are_told_apart():
+def check_half_scores(scores, half, k):
+    """A search where one half scores this at every token; scores of the other half are far apart in comparison."""
+    half_keys = torch.stack([scores, torch.arange(len(scores)) * -(2.0**-16)]).view(1, 2, -1, 1)
+    queries = torch.ones(MANY_TOKENS, 1, 2, 1)
+    check(queries.requires_grad_(), (half_keys if half == 0 else half_keys.flip(1)).requires_grad_(), k)
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_half_scores_next_to_each_other_are_told_apart(half):
     """Neighbouring float32 numbers beside large ones, which no rounding to fewer bits tells apart."""
-    scores_C = torch.tensor([-1e6, 1.0, 1.0 + 2**-23, 1.0 + 2**-22, 1e6])
-    best_KX, index_KX = best_halves(scores_C.repeat(300, 1), 4)
-    assert torch.equal(index_KX.unique(dim=1), torch.tensor([[4], [3], [2], [1]]))
-    assert torch.equal(best_KX[:, 0], scores_C.flip(0)[:4])
+    check_half_scores(torch.tensor([-1e6, 1.0, 1.0 + 2**-23, 1.0 + 2**-22, 1.0 + 2**-21]), half, 2)
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_groups_next_to_each_other_are_told_apart(half):
+    """As above, but once the groups are chosen nothing large is left to show that the choice was a coarse one."""
+    scores = 1 + torch.arange(64) * 2.0**-20
+    scores[:4] = -1e6
+    check_half_scores(scores, half, 3)
 
 
 @pytest.mark.parametrize("num_tokens", [2, MANY_TOKENS])

@@ -27,7 +27,7 @@ def test_columns_that_are_sure_are_right(data, num_scores, num_columns, decimals
         assert ((position_KX == best(scores_CX, k)).all(0) | unsure_X).all()
 
 
-@pytest.mark.parametrize(("num_scores", "k"), [(256, 32), (119, 32), (1024, 128), (37, 37)])
+@pytest.mark.parametrize(("num_scores", "k"), [(256, 32), (119, 32), (1024, 128), (37, 37), (40, 1), (1, 1)])
 def test_few_columns_of_random_scores_are_unsure(num_scores, k):
     position_KX, unsure_X = ColumnTopK(num_scores, 2048, k)(draw(0, num_scores, 2048))
     assert unsure_X.float().mean() < 0.05
