@@ -111,10 +111,10 @@ def test_sums_that_tie_only_after_rounding_are_told_apart(device):
 
 
 @triton.jit
-def order_kernel(scores, integers, WIDE: triton.language.constexpr):
+def order_kernel(scores, integers, BITS: triton.language.constexpr):
     place = triton.language.arange(0, 16)
     b_scores = triton.language.load(scores + place)
-    if WIDE:
+    if BITS == 64:
         triton.language.store(integers + place, _ascending64(b_scores))
     else:
         triton.language.store(integers + place, _ascending32(b_scores))
@@ -127,7 +127,7 @@ def test_integers_order_as_scores_do(device, bits):
     scores = [-float("inf"), -largest, -2.0, -1.0, -least, 0.0, -0.0, least, 1.0, 1.5, 2.0, 3.0, largest, float("inf")]
     scores = torch.tensor([*scores, nan, -nan], dtype=floats, device=device)
     found = torch.empty(16, dtype=integers, device=device)
-    order_kernel[(1,)](scores, found, WIDE=bits == 64)
+    order_kernel[(1,)](scores, found, BITS=bits)
     equal = [place for place in range(15) if found[place] == found[place + 1]]
     assert (found.diff() >= 0).all()
     assert equal == [5, 14]  # the zeros, and what is not a number
