@@ -15,7 +15,9 @@ METHODS = {"sparse_memory": "sparse_memory", "paper": "sparse_memory", "full": "
 def demo(tmp_path, monkeypatch):
     """demo.py with tiny configs, one strength a method, and few facts."""
     (tmp_path / "configs").mkdir()
-    pretrain = TINY | {"output": "runs/pretrain", "pretrain": TINY["pretrain"] | TAUGHT_WELL}
+    # 1,024 slots: of the 64 elsewhere background text may read all, and then no fact may be written to any.
+    memory = TINY["memory"] | {"num_keys": 32}
+    pretrain = TINY | {"output": "runs/pretrain", "memory": memory, "pretrain": TINY["pretrain"] | TAUGHT_WELL}
     (tmp_path / "configs" / "pretrain.yaml").write_text(yaml.safe_dump(pretrain))
     for name, method in METHODS.items():
         learn = LEARN | {"output": f"runs/{name}", "learn": LEARN["learn"] | {"method": method}}
