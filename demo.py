@@ -152,7 +152,8 @@ def show_revert(folder: Path, rows: list[dict]) -> None:
     print(f"  before    {before}\n  learned   {learned}\n  reverted  {after}")
     if after != before:
         raise RuntimeError("the patch did not revert to the last bit")
-    print("  the model is back to the last bit" if learned != before else "  the patch changes nothing: no row was written")
+    same = "the patch changes nothing: no row was written"
+    print("  " + ("the model is back to the last bit" if learned != before else same))
 
 
 if __name__ == "__main__":
