@@ -39,7 +39,6 @@ def walked(tmp_path_factory):
     return folder / "runs"
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_every_command_and_snippet_of_the_guide_runs(walked):
     assert len(steps(GUIDE.read_text())) > 10
@@ -48,7 +47,6 @@ def test_every_command_and_snippet_of_the_guide_runs(walked):
     assert MemoryPatch.load(walked / "merged").num_rows > 0
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_what_the_guide_says_of_patches_is_so(walked):
     before, taught, after = (
@@ -57,7 +55,6 @@ def test_what_the_guide_says_of_patches_is_so(walked):
     assert before == after != taught
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_tiny_base_recalls_taught_wordings(walked):
     control, learned = json.loads((walked / "report_tiny" / "results.json").read_text())["rows"]

@@ -20,7 +20,6 @@ REPO = Path(__file__).parents[1]
 SOURCES = ("setup.cfg", "pyproject.toml", "LICENSE", "README.md", "memlayer", "kernels")
 
 # One worker builds the wheel, once.
-pytestmark = pytest.mark.xdist_group("wheel")
 PIP = (sys.executable, "-m", "pip")
 
 
