@@ -19,7 +19,6 @@ import pytest
 REPO = Path(__file__).parents[1]
 SOURCES = ("setup.cfg", "pyproject.toml", "LICENSE", "README.md", "memlayer", "kernels")
 
-# One worker builds the wheel, once.
 PIP = (sys.executable, "-m", "pip")
 
 
