@@ -57,7 +57,12 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str
 
 
 def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Read what ``save`` wrote.
+    """Read what ``save`` wrote; raises what ``load_model`` and ``load_tokenizer`` raise."""
+    return load_model(folder), load_tokenizer(folder)
+
+
+def load_model(folder: str | Path) -> PreTrainedModel:
+    """The model of a folder alone, in evaluation mode.
 
     Raises:
         FileNotFoundError: the folder is not a checkpoint.
@@ -72,7 +77,7 @@ def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         raise ValueError(f"the checkpoint in {folder} has no memory layer")
     with _quietly():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", attn_implementation=ATTENTION)
-    return model.eval(), load_tokenizer(folder)
+    return model.eval()
 
 
 def _check_whole(file: Path) -> None:

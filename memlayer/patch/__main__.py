@@ -24,6 +24,7 @@ WEIGHTS = "model*.safetensors*"  # written anew, perhaps in other shards
 
 
 def main() -> None:
+    """Run one command; bad input ends it with one sentence and exit status 1."""
     options = parse_options()
     try:
         options.run(options)
@@ -32,6 +33,7 @@ def main() -> None:
 
 
 def parse_options() -> argparse.Namespace:
+    """The command line, with what to call in ``run``."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -62,7 +64,7 @@ def change_model(options: argparse.Namespace) -> None:
     """Load, apply or revert, and write a folder with whatever else the model's folder held."""
     check_new(options.out)
     patch = MemoryPatch.load(options.patch)
-    model, _ = modeling.load(options.model)
+    model = modeling.load_model(options.model)
     options.change(patch, model)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.out.parent, prefix=f".{options.out.name}-") as beside:
@@ -81,6 +83,11 @@ def copy_others(folder: Path, into: Path) -> None:
 
 
 def merge_folders(options: argparse.Namespace) -> None:
+    """Merge patches into a new folder.
+
+    Raises:
+        ValueError: fewer than two patches, patches that conflict or are not of one base, or ``out`` exists.
+    """
     check_new(options.out)
     if len(options.patches) < 2:
         raise ValueError(f"one patch, {options.patches[0]}, is nothing to merge")

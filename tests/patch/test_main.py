@@ -79,6 +79,16 @@ def test_apply_and_then_revert_write_the_model_with_and_without_the_patch(folder
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["patched"]
 
 
+
+def test_a_model_folder_without_a_tokenizer_takes_a_patch_as_well(folders, tmp_path):
+    tiny.memory_model().save_pretrained(tmp_path / "alone")
+    done = run(SCRIPT, "apply", folders / "one", tmp_path / "alone", tmp_path / "patched")
+    assert done.returncode == 0, done.stderr
+    model = tiny.memory_model()
+    MemoryPatch.load(folders / "one").apply(model)
+    assert state_fingerprint(modeling.load_model(tmp_path / "patched")) == state_fingerprint(model)
+
+
 def test_merge_writes_one_patch_of_several(folders, tmp_path):
     done = run(SCRIPT, "merge", folders / "one", folders / "other", tmp_path / "merged", "--on-conflict", "mean")
     assert (done.returncode, done.stdout) == (0, f"wrote {tmp_path / 'merged'}\n"), done.stderr
