@@ -3,6 +3,7 @@
 A mistake found after an hour of training costs the hour, and one found while writing costs the result.
 """
 
+import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -115,8 +116,8 @@ def checkpoint_to_resume(arguments: TrainingArguments, config: RunConfig) -> Pat
     """
     folder = Path(arguments.output_dir)
     started = folder / "config.yaml"
-    # The Trainer writes its state last: a checkpoint without it was cut short.
-    states = folder.glob("checkpoint-*/trainer_state.json")
+    # The Trainer writes its state last: a checkpoint without it, or with half of it, was cut short.
+    states = filter(_is_json, folder.glob("checkpoint-*/trainer_state.json"))
     complete = {int(state.parent.name.split("-")[1]): state.parent for state in states}
     if not complete:
         if PartialState().is_main_process:
@@ -125,3 +126,11 @@ def checkpoint_to_resume(arguments: TrainingArguments, config: RunConfig) -> Pat
     if not started.is_file() or started.read_text() != to_yaml(config):
         raise ValueError(f"{folder} holds checkpoints of another config: name another output, or delete it")
     return complete[max(complete)]
+
+
+def _is_json(file: Path) -> bool:
+    try:
+        json.loads(file.read_text())
+    except ValueError:
+        return False
+    return True

@@ -4,6 +4,7 @@ Importing torch and transformers takes seconds, so the processes are forked from
 them and done nothing else.
 """
 
+import json
 import os
 import runpy
 import sys
@@ -59,6 +60,15 @@ def start(script: str, *arguments: object, folder: Path, cwd: Path = REPO):
     process = SERVER.Process(target=_main, args=(script, [str(each) for each in arguments], folder, cwd))
     process.start()
     return process
+
+
+def is_written(path: Path) -> bool:
+    """Whether a JSON file is there, and whole."""
+    try:
+        json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
 
 
 def run(script: str, *arguments: object, cwd: Path = REPO, timeout: float = 100) -> Done:

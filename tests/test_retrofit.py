@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from commands import config_of, refusal, run, start, write_config
+from commands import config_of, is_written, refusal, run, start, write_config
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -286,7 +286,7 @@ def test_a_killed_retrofit_goes_on_and_ends_with_the_same_bits_and_losses(tmp_pa
     path = write_config(tmp_path / "stopped.yaml", RETROFIT, output=output, base=str(base), **LONG)
     process = start("train.py", path, folder=tmp_path)
     first = tmp_path / "stopped" / killed_in / "checkpoint-10"
-    while process.is_alive() and not (first / "trainer_state.json").exists():
+    while process.is_alive() and not is_written(first / "trainer_state.json"):
         time.sleep(0.005)
     process.kill()
     process.join()

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from commands import LEARN, REPO, TINY, checkpoint, refusal, run, start, write_config
+from commands import LEARN, REPO, TINY, checkpoint, is_written, refusal, run, start, write_config
 
 from memlayer import modeling, recipes
 from memlayer.config import describe_fields, load_config
@@ -92,12 +92,14 @@ def test_a_killed_run_goes_on_by_itself_and_ends_with_the_same_bits(tmp_path):
     path = write_config(tmp_path / "stopped.yaml", TINY, output=str(tmp_path / "stopped"), **LONG)
     first = tmp_path / "stopped" / "trainer" / "checkpoint-10"
     process = start("train.py", path, folder=tmp_path)
-    while process.is_alive() and not (first / "trainer_state.json").exists():
+    while process.is_alive() and not is_written(first / "trainer_state.json"):
         time.sleep(0.005)
     process.kill()
     process.join()
     assert not (tmp_path / "stopped" / "config.yaml").exists(), "the run ended before it was killed"
-    (first.parent / "checkpoint-99999").mkdir()  # killed while it wrote its next checkpoint
+    (first.parent / "checkpoint-99998").mkdir()  # killed while it wrote its next checkpoint
+    (first.parent / "checkpoint-99999").mkdir()
+    (first.parent / "checkpoint-99999" / "trainer_state.json").write_text("")  # or the very end of it
     written = (first / "model.safetensors").stat().st_mtime_ns
     done = run("train.py", path)
     assert done.returncode == 0, done.stderr
