@@ -125,7 +125,7 @@ def cost(op: str, shape: Shape, drawn: Drawn) -> Cost:
             written = shape.slots * row
             return Cost(tokens + written + addresses, reads * row + written + addresses, products)
         case "lookup and backward":
-            parts = [cost(part, shape, drawn) for part in (*LOOKUP, VALUES[0])]
+            parts = [cost(part, shape, drawn) for part in (*LOOKUP, "lookup backward, values dense")]
             return Cost(*map(sum, zip(*parts)))
         case "lookup backward, rows":  # slots, the row of each, weights where there is one
             found = reads * (SLOT + 4) + drawn.selected_reads * element

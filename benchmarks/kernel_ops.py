@@ -98,7 +98,6 @@ def comparable(op: str, problem: Problem, result: tuple[Tensor, ...]) -> tuple[T
     """
     if op != "search":
         return tuple(t.to_dense() if t.is_sparse else t for t in result)
-    scores_THK, slots_THK = result[0], result[1][:64]
     scores_THK, slots_THK = result
     some_queries = problem.queries_TH2Q[:64].double()
     return scores_THK, _scores_of(some_queries, problem.half_keys_H2nQ.double(), slots_THK[:64])
@@ -188,11 +187,11 @@ def _row_backward(problem: Problem, lookup: Callable) -> Callable:
 
 
 def _both(problem: Problem, lookup: Callable) -> Callable:
-    """Forward, then the gradients of weights and values: ours sparse, of the others dense, the faster for each."""
+    """Forward, then the gradients of weights and values, dense."""
     inputs = problem.values_NV.detach().requires_grad_(), problem.weights_TK.detach().requires_grad_()
 
     def run() -> tuple[Tensor, ...]:
-        reads_TV = lookup(inputs[0], problem.slots_TK, inputs[1], sparse=lookup is _our_lookup)
+        reads_TV = lookup(inputs[0], problem.slots_TK, inputs[1], sparse=False)
         return (reads_TV, *torch.autograd.grad(reads_TV, inputs, problem.upstream_TV))
 
     return run

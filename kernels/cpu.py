@@ -28,6 +28,7 @@ BLOCK_BYTES = 4 << 20
 # Larger allocations come fresh from the system; touching them for the first time by 4 KB pages costs
 # 25 ms per 64 MB.
 LARGE_BYTES = 32 << 20
+HUGE_PAGE_BYTES = 2 << 20
 
 
 def weighted_sum(values_NV: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Tensor:
@@ -87,15 +88,24 @@ def _sparse(bounds_S1: Tensor, tokens_M: Tensor, numbers_M: Tensor, num_tokens: 
     return torch.sparse_csr_tensor(bounds_S1, tokens_M, numbers_M, size=size, check_invariants=False)
 
 
-def read_products(grad_TV: Tensor, values_NV: Tensor, reads: SortedReads) -> Tensor:
-    """products_M[reads[m]] = <grad[tokens[m]], values[slots[m]]>, float32 (float64 for float64 values)."""
+def read_products(
+    grad_TV: Tensor, values_NV: Tensor, reads: SortedReads, bounds_N1: Tensor | None = None
+) -> Tensor:
+    """products_M[reads[m]] = <grad[tokens[m]], values[slots[m]]>, float32 (float64 for float64 values).
+
+    Args:
+        grad_TV: gradient of what each token read.
+        values_NV: the table.
+        reads: sorted by slot.
+        bounds_N1: where the run of each slot begins and the last one ends, where it is known already.
+    """
     grad_TV = _compute(grad_TV)
     num_slots, num_reads = values_NV.shape[0], reads.reads_M.numel()
     if num_slots <= num_reads and values_NV.dtype == grad_TV.dtype:
         # Most slots are read, so the table serves as it is; else the rows in use are picked out block
         # by block.
-        bounds_N1 = all_segments(reads.labels_M, num_slots).int()
-        sorted_M = _sampled_products(_compute(values_NV), grad_TV, bounds_N1, reads.tokens_M)
+        bounds_N1 = all_segments(reads.labels_M, num_slots) if bounds_N1 is None else bounds_N1
+        sorted_M = _sampled_products(_compute(values_NV), grad_TV, bounds_N1.int(), reads.tokens_M)
     else:
         sorted_M = grad_TV.new_empty(num_reads)
         slots_U, bounds_U1 = distinct_segments(reads.labels_M)
@@ -125,9 +135,11 @@ def empty_rows(num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
     num_bytes = num_rows * width * dtype.itemsize
     if num_bytes <= LARGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(num_rows, width, dtype=dtype)
-    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # Whole huge pages: a part of one would be made of small ones.
+    num_pages = -(-num_bytes // HUGE_PAGE_BYTES)
+    pages = mmap.mmap(-1, num_pages * HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=dtype).view(num_rows, width)
+    return torch.frombuffer(pages, dtype=dtype, count=num_rows * width).view(num_rows, width)
 
 
 def _bags(values_NV: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Tensor:

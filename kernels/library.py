@@ -1,10 +1,9 @@
 """The operations as torch.library knows them: each with a fake kernel, the public ones with their gradients.
 
-    memlayer::search        exact k best slots                        differentiable
-    memlayer::lookup        weighted sums of value rows               differentiable
-    memlayer::value_sums    gradient of the values, dense
-    memlayer::read_products gradient of the weights
-    memlayer::row_sums      gradient of the rows that slots are mapped to
+    memlayer::search            exact k best slots                        differentiable
+    memlayer::lookup            weighted sums of value rows               differentiable
+    memlayer::lookup_gradients  those of the values, dense, and of the weights
+    memlayer::row_sums          gradient of the rows that slots are mapped to
 
 torch.compile sees each as one node whose shapes follow from those of its inputs. Nothing is looked at
 that only real tensors can answer except inside them. What has no gradient of its own refuses a second
@@ -49,38 +48,31 @@ def _(values_NV, slots_TK, weights_TK, sparse_grad):
     return values_NV.new_empty(slots_TK.shape[0], values_NV.shape[1])
 
 
-@torch.library.custom_op("memlayer::value_sums", mutates_args=())
-def value_sums(
+@torch.library.custom_op("memlayer::lookup_gradients", mutates_args=())
+def lookup_gradients(
     grad_TV: Tensor,
+    slots_TK: Tensor,
     weights_TK: Tensor,
-    labels_M: Tensor,
-    reads_M: Tensor,
-    tokens_M: Tensor,
+    values_NV: Tensor | None,
     num_slots: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """sums_NV[s] = sum over the sorted reads m labelled s of weights[m] * grad[tokens[m]]."""
-    reads = SortedReads(labels_M, reads_M, tokens_M)
-    return _segment_sums(grad_TV, weights_TK, reads, all_segments(labels_M, num_slots), dtype)
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the values, dense, in a dtype, and of the weights; empty ones without a dtype and without values."""
+    reads = sort_reads(slots_TK.flatten(), slots_TK.shape[1])
+    values_grad, weights_grad, bounds_N1 = grad_TV.new_empty(0), grad_TV.new_empty(0), None
+    if dtype is not None:
+        bounds_N1 = all_segments(reads.labels_M, num_slots)
+        values_grad = _segment_sums(grad_TV, weights_TK, reads, bounds_N1, dtype)
+    if values_NV is not None:
+        weights_grad = _weights_gradient(grad_TV, values_NV, weights_TK, reads, bounds_N1)
+    return values_grad, weights_grad
 
 
-@value_sums.register_fake
-def _(grad_TV, weights_TK, labels_M, reads_M, tokens_M, num_slots, dtype):
-    return grad_TV.new_empty(num_slots, grad_TV.shape[1], dtype=dtype)
-
-
-@torch.library.custom_op("memlayer::read_products", mutates_args=())
-def read_products(
-    grad_TV: Tensor, values_NV: Tensor, labels_M: Tensor, reads_M: Tensor, tokens_M: Tensor
-) -> Tensor:
-    """products_M[reads[m]] = <grad[tokens[m]], values[labels[m]]>, float32 (float64 for float64 values)."""
-    reads = SortedReads(labels_M, reads_M, tokens_M)
-    return _backend(grad_TV).read_products(grad_TV, values_NV, reads)
-
-
-@read_products.register_fake
-def _(grad_TV, values_NV, labels_M, reads_M, tokens_M):
-    return labels_M.new_empty(labels_M.shape, dtype=torch.promote_types(values_NV.dtype, torch.float32))
+@lookup_gradients.register_fake
+def _(grad_TV, slots_TK, weights_TK, values_NV, num_slots, dtype):
+    nothing = grad_TV.new_empty(0)
+    values_grad = nothing if dtype is None else grad_TV.new_empty(num_slots, grad_TV.shape[1], dtype=dtype)
+    return values_grad, grad_TV.new_empty(0) if values_NV is None else torch.empty_like(weights_TK)
 
 
 @torch.library.custom_op("memlayer::row_sums", mutates_args=())
@@ -128,10 +120,9 @@ def _search_backward(ctx, grad_THK: Tensor, _) -> tuple[Tensor | None, Tensor | 
         queries_grad = lookup(table_NQ, slots_XK, grad_XK, False)
         queries_grad = queries_grad.view(queries_TH2Q.shape).to(queries_TH2Q.dtype)
     if ctx.needs_input_grad[1]:
-        reads = sort_reads(slots_XK.flatten(), top_k)
         queries_XQ = queries_TH2Q.to(grad_XK.dtype).reshape(-1, width)
         num_keys = heads * 2 * num_half_keys
-        half_keys_grad = value_sums(queries_XQ, grad_XK, *reads, num_keys, half_keys_H2nQ.dtype)
+        half_keys_grad, _ = lookup_gradients(queries_XQ, slots_XK, grad_XK, None, num_keys, half_keys_H2nQ.dtype)
         half_keys_grad = half_keys_grad.view(half_keys_H2nQ.shape)
     return queries_grad, half_keys_grad, None
 
@@ -149,37 +140,43 @@ def _lookup_context(ctx, inputs, output) -> None:
 @once_differentiable
 def _lookup_backward(ctx, grad_TV: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
     values_NV, slots_TK, weights_TK = ctx.saved_tensors
-    values_grad = weights_grad = None
-    reads = sort_reads(slots_TK.flatten(), slots_TK.shape[1])
-    if ctx.needs_input_grad[0]:
-        sums = _sparse_value_sums if ctx.sparse_grad else value_sums
-        values_grad = sums(grad_TV, weights_TK, *reads, ctx.num_slots, ctx.values_dtype)
-    if ctx.needs_input_grad[2]:
-        products_M = read_products(grad_TV, values_NV, *reads)
-        weights_grad = products_M.view(weights_TK.shape).to(weights_TK.dtype)
-    return values_grad, None, weights_grad, None
+    to_values, to_weights = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
+    if to_values and ctx.sparse_grad:
+        gradients = _sparse_gradients(grad_TV, slots_TK, weights_TK, values_NV, ctx.num_slots, ctx.values_dtype)
+    else:
+        dtype = ctx.values_dtype if to_values else None
+        gradients = lookup_gradients(grad_TV, slots_TK, weights_TK, values_NV, ctx.num_slots, dtype)
+    return gradients[0] if to_values else None, None, gradients[1] if to_weights else None, None
 
 
 lookup.register_autograd(_lookup_backward, setup_context=_lookup_context)
 
 
-def _sparse_value_sums(
+def _sparse_gradients(
     grad_TV: Tensor,
+    slots_TK: Tensor,
     weights_TK: Tensor,
-    labels_M: Tensor,
-    reads_M: Tensor,
-    tokens_M: Tensor,
+    values_NV: Tensor | None,
     num_slots: int,
     dtype: torch.dtype,
-) -> Tensor:
-    """value_sums as a coalesced sparse tensor of the distinct slots; no op, since its size depends on the data."""
-    reads = SortedReads(labels_M, reads_M, tokens_M)
-    slots_U, bounds_U1 = distinct_segments(labels_M)
+) -> tuple[Tensor, Tensor | None]:
+    """As lookup_gradients, the values' as a coalesced sparse tensor of the distinct slots; its size depends on the
+    data, so it is no operation."""
+    reads = sort_reads(slots_TK.flatten(), slots_TK.shape[1])
+    slots_U, bounds_U1 = distinct_segments(reads.labels_M)
     sums_UV = _segment_sums(grad_TV, weights_TK, reads, bounds_U1, dtype)
     size = (num_slots, grad_TV.shape[1])
-    return torch.sparse_coo_tensor(
+    values_grad = torch.sparse_coo_tensor(
         slots_U.unsqueeze(0), sums_UV, size, is_coalesced=True, check_invariants=False
     )
+    return values_grad, None if values_NV is None else _weights_gradient(grad_TV, values_NV, weights_TK, reads)
+
+
+def _weights_gradient(
+    grad_TV: Tensor, values_NV: Tensor, weights_TK: Tensor, reads: SortedReads, bounds_N1: Tensor | None = None
+) -> Tensor:
+    products_M = _backend(grad_TV).read_products(grad_TV, values_NV, reads, bounds_N1)
+    return products_M.view(weights_TK.shape).to(weights_TK.dtype)
 
 
 def _segment_sums(

@@ -33,7 +33,7 @@ def sort_reads(labels_M: Tensor, top_k: int, reads_M: Tensor | None = None) -> S
         labels_M = labels_M.int()
     labels_M, order_M = labels_M.sort(stable=True)
     reads_M = order_M if reads_M is None else reads_M[order_M]
-    return SortedReads(labels_M, reads_M, (reads_M // top_k).int())
+    return SortedReads(labels_M, reads_M, reads_M.int() // top_k)
 
 
 def segments_of_rows(row_M: Tensor, top_k: int, num_rows: int) -> tuple[SortedReads, Tensor]:
@@ -55,25 +55,27 @@ def reads_with_a_row(row_M: Tensor, top_k: int) -> SortedReads:
 
 
 def all_reads_by_row(row_M: Tensor, top_k: int, num_rows: int) -> SortedReads:
-    """Those without a row first: nothing is asked. A GPU sorts 16 bits in half the passes."""
-    return sort_reads(row_M.short() if num_rows < 2**15 else row_M, top_k)
+    """Those without a row first, those of a row that does not exist last: nothing is asked.
+
+    A GPU sorts 16 bits in half the passes.
+    """
+    return sort_reads(row_M.clamp(-1, num_rows).short() if num_rows < 2**15 else row_M, top_k)
 
 
 def distinct_segments(labels_M: Tensor) -> tuple[Tensor, Tensor]:
     """The distinct labels (U,) int64 of sorted labels; where their runs begin and the last ends (U + 1,)."""
-    labels_U, counts_U = torch.unique_consecutive(labels_M, return_counts=True)
-    return labels_U.long(), _bounds(counts_U)
+    begins_M = torch.ones_like(labels_M, dtype=torch.bool)
+    torch.ne(labels_M[1:], labels_M[:-1], out=begins_M[1:])
+    first_U = begins_M.nonzero().flatten()
+    return labels_M.index_select(0, first_U).long(), torch.cat([first_U, first_U.new_full((1,), labels_M.numel())])
 
 
 def all_segments(labels_M: Tensor, num_labels: int) -> Tensor:
     """Where the run, maybe empty, of each label 0 .. num_labels - 1 begins; and where the last one ends."""
-    if labels_M.is_cpu:
-        return _bounds(torch.bincount(labels_M, minlength=num_labels))
-    return _search_bounds(labels_M, num_labels)  # bincount would make the host wait
-
-
-def _bounds(counts_S: Tensor) -> Tensor:
-    return torch.cat([counts_S.new_zeros(1), counts_S.cumsum(0)])
+    if not labels_M.is_cpu:
+        return _search_bounds(labels_M, num_labels)  # bincount would make the host wait
+    counts_N = torch.bincount(labels_M, minlength=num_labels)
+    return torch.cat([counts_N.new_zeros(1), counts_N.cumsum(0)])
 
 
 def _search_bounds(labels_M: Tensor, num_labels: int) -> Tensor:

@@ -54,7 +54,9 @@ def segment_sums(
     return sums_SV
 
 
-def read_products(grad_TV: Tensor, values_NV: Tensor, reads: SortedReads) -> Tensor:
+def read_products(
+    grad_TV: Tensor, values_NV: Tensor, reads: SortedReads, bounds_N1: Tensor | None = None
+) -> Tensor:
     """products_M[reads[m]] = <grad[tokens[m]], values[slots[m]]>, float32 (float64 for float64 values)."""
     num_reads = reads.reads_M.numel()
     dtype = torch.promote_types(values_NV.dtype, torch.float32)

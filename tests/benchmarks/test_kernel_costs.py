@@ -19,7 +19,7 @@ BY_HAND = {
     # 2 rows of gradient, or 8; 6 rows with their slots out, or 9 rows
     "lookup backward, values sparse": (20 + 60 + 48 + 80, 80 + 60 + 48 + 80, 2 * 8 * 5),
     "lookup backward, values dense": (20 + 90 + 80, 80 + 90 + 80, 2 * 8 * 5),
-    "lookup and backward": (160 + 160 + 208, 180 + 180 + 268, 3 * 2 * 8 * 5),
+    "lookup and backward": (160 + 160 + 190, 180 + 180 + 250, 3 * 2 * 8 * 5),
     # gradients of the 2 tokens with a selected read, or of 3 reads; 3 rows out; 8 slots and rows, 3 weights
     "lookup backward, rows": (20 + 30 + 96 + 6, 30 + 30 + 96 + 6, 2 * 3 * 5),
     # 6 slots, gradients, rows in and out

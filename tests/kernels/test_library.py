@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from memlayer_kernels import library, ops
-from memlayer_kernels.reads import sort_reads
 
 NUM_SLOTS, TOP_K, WIDTH = 20, 6, 7
 
@@ -25,20 +24,23 @@ def draw_search(num_tokens):
 def arguments(name):
     values, slots, weights = draw(5)
     grad = torch.randn(5, WIDTH)
-    reads = sort_reads(slots.flatten(), TOP_K)
     row_of_slot = torch.arange(NUM_SLOTS, dtype=torch.int32) // 4 - 2
     return {
         "search": (*draw_search(5), 3),
         "lookup": (values, slots, weights, False),
-        "value_sums": (grad, weights.detach(), *reads, NUM_SLOTS, torch.bfloat16),
-        "read_products": (grad, values.detach(), *reads),
+        "lookup_gradients": (grad, slots, weights.detach(), values.detach(), NUM_SLOTS, torch.bfloat16),
+        "lookup_gradients of values": (grad, slots, weights.detach(), None, NUM_SLOTS, torch.bfloat16),
+        "lookup_gradients of weights": (grad, slots, weights.detach(), values.detach(), NUM_SLOTS, None),
         "row_sums": (grad, slots, weights.detach(), row_of_slot, 3, torch.float32),
     }[name]
 
 
-@pytest.mark.parametrize("name", ["search", "lookup", "value_sums", "read_products", "row_sums"])
+OPERATIONS = ["search", "lookup", *(f"lookup_gradients{of}" for of in ("", " of values", " of weights")), "row_sums"]
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
 def test_opcheck(name):
-    torch.library.opcheck(getattr(library, name), arguments(name))
+    torch.library.opcheck(getattr(library, name.split()[0]), arguments(name))
 
 
 def compiled(function, **options):

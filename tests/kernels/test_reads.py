@@ -37,6 +37,15 @@ def test_sorting_all_reads_by_row_gives_those_with_a_row_last(device, num_rows):
     assert (found.labels_M[:num_ignored] < 0).all()
 
 
+@pytest.mark.parametrize("num_rows", [3, 2**15 - 1])
+def test_rows_that_do_not_exist_are_in_no_segment_however_large(device, num_rows):
+    row_M = torch.tensor([2**15, 2, -(2**15) - 1, 2**16 + 1, 0, -(2**31), 2**31 - 1], dtype=torch.int32, device=device)
+    found = reads.all_reads_by_row(row_M, 1, num_rows)
+    assert found.reads_M.tolist() == [2, 5, 4, 1, 0, 3, 6]
+    assert (found.labels_M[:2] < 0).all()
+    assert (found.labels_M[4:] >= num_rows).all()
+
+
 def test_segments_of_rows_are_runs_of_the_reads_of_each_row(device):
     row_M = torch.tensor([1, -1, 3, 1, -1, 0], dtype=torch.int32, device=device)
     found, bounds = reads.segments_of_rows(row_M, 1, 4)
