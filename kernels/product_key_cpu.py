@@ -8,52 +8,45 @@ Many tokens go through the networks of topk_cpu.py, a block that stays in the ca
 of which a network is unsure through torch.topk. Few tokens (decoding) and float64 go only there, on any
 device: what product_key.py does not take comes here.
 
-Shapes: T tokens, H heads, n half-keys, K slots read, Q key width of a half, C candidate pairs, G groups,
-M members of the groups chosen, B tokens of a block, Y pairs of a token and a head.
+Shapes: T tokens, H heads, n half-keys, K slots read, Q key width of a half, C candidate pairs, B tokens of a
+block, Y pairs of a token and a head.
 """
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from .cpu import empty_rows
-from .topk_cpu import ColumnTopK
+from .topk_cpu import ColumnTopK, column_topk, pick, places
 
-BLOCK = 1024  # tokens of one head a thread searches at a time: fewer leave it idle, more leave its cache
+BLOCK_SCORES = 1 << 18  # half scores a thread looks at at a time: fewer leave it idle, more leave its cache
 FEW_TOKENS = 128  # take torch.topk as long as it takes to set the networks up
-GROUP = 4  # half-keys of which at first only the best counts, where there are many
-MANY_KEYS = 16  # half-keys for each one kept
-
-FindBest = Callable[[Tensor], tuple[Tensor, Tensor]]
+# Queries and half-keys so long or short that their half scores may be no ordinary float32 go to torch.topk.
+EXPONENTS = 60
 
 
 def search(queries_TH2Q: Tensor, half_keys_H2nQ: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Scores (float32, float64 for float64 inputs) and slots (int64) of the k best pairs, both (T, H, K)."""
-    halves_H2nT = half_scores(queries_TH2Q, half_keys_H2nQ)
-    heads, _, n, num_tokens = halves_H2nT.shape
-    if num_tokens < FEW_TOKENS or halves_H2nT.dtype != torch.float32 or not halves_H2nT.is_cpu:
-        halves_2Yn = halves_H2nT.permute(1, 0, 3, 2).reshape(2, heads * num_tokens, n)
-        scores_HTK, slots_HTK = (best.view(heads, num_tokens, k) for best in search_lists(*halves_2Yn, k))
-    else:
-        scores_HTK, slots_HTK, unsure_HT = _search_blocks(halves_H2nT, k)
-        head_Y, token_Y = unsure_HT.nonzero(as_tuple=True)
-        halves_2Yn = halves_H2nT[head_Y, :, :, token_Y].transpose(0, 1)
-        scores_HTK[head_Y, token_Y], slots_HTK[head_Y, token_Y] = search_lists(*halves_2Yn, k)
-    return scores_HTK.transpose(0, 1).contiguous(), slots_HTK.transpose(0, 1).contiguous()
-
-
-def half_scores(queries_TH2Q: Tensor, half_keys_H2nQ: Tensor) -> Tensor:
-    """Dot products of the half-keys of each head and half with query halves, (H, 2, n, T), float32 or 64."""
+    num_tokens, heads, _, _ = queries_TH2Q.shape
     dtype = torch.promote_types(queries_TH2Q.dtype, torch.float32)
-    half_keys_H2nQ = half_keys_H2nQ.detach().to(dtype)
-    queries_H2QT = queries_TH2Q.detach().to(dtype).permute(1, 2, 3, 0)
-    if not half_keys_H2nQ.is_cpu:
-        return half_keys_H2nQ @ queries_H2QT
-    heads, _, n, _ = half_keys_H2nQ.shape
-    num_tokens = queries_TH2Q.shape[0]
-    halves_H2nT = empty_rows(heads * 2 * n, num_tokens, dtype).view(heads, 2, n, num_tokens)
-    return torch.matmul(half_keys_H2nQ, queries_H2QT, out=halves_H2nT)
+    queries_TH2Q, half_keys_H2nQ = queries_TH2Q.detach().to(dtype), half_keys_H2nQ.detach().to(dtype)
+    if num_tokens >= FEW_TOKENS and dtype == torch.float32 and queries_TH2Q.is_cpu:
+        return BlockSearch(num_tokens, half_keys_H2nQ, k).search(queries_TH2Q)
+    halves_H2Tn = queries_TH2Q.permute(1, 2, 0, 3) @ half_keys_H2nQ.transpose(-1, -2)
+    scores_YK, slots_YK = search_lists(*halves_H2Tn.permute(1, 2, 0, 3).flatten(1, 2), k)
+    return scores_YK.view(num_tokens, heads, k), slots_YK.view(num_tokens, heads, k)
+
+
+def scales(queries_TH2Q: Tensor, half_keys_H2nQ: Tensor) -> tuple[Tensor, Tensor]:
+    """Powers of two (T, H) that bring half scores between -1 and 1; 1 and True where there is none to be had.
+
+    A half score is at most the product of the lengths of query and half-key. Times a power of two it is rounded
+    as it was, so nothing else changes.
+    """
+    longest_H2 = half_keys_H2nQ.norm(dim=-1).amax(-1)
+    bound_TH = (queries_TH2Q.norm(dim=-1) * longest_H2).amax(-1) * 1.001  # itself rounded
+    exponent_TH = (bound_TH.view(torch.int32) >> 23) - 127  # the bound is below 2 ** (exponent + 1)
+    odd_TH = exponent_TH.abs() > EXPONENTS
+    exponent_TH = torch.where(odd_TH, 0, -1 - exponent_TH)
+    return ((exponent_TH + 127) << 23).view(torch.float32), odd_TH
 
 
 def search_lists(first_Yn: Tensor, second_Yn: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -94,47 +87,64 @@ def candidate_pairs(k: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return first_C, second_C
 
 
-def _search_blocks(halves_H2nT: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores and slots of the k best pairs, both (H, T, K), by networks; and which of them are unsure (H, T)."""
-    heads, _, n, num_tokens = halves_H2nT.shape
-    num_blocks = -(-num_tokens // (BLOCK * torch.get_num_threads()))
-    width = -(-num_tokens // num_blocks)
-    rank_i_C, rank_j_C = candidate_pairs(k, halves_H2nT.device)
-    find_halves = _best_halves(n, width, k)
-    find_pairs = ColumnTopK(len(rank_i_C), width, k)
+class BlockSearch:
+    """Searches by networks, a block of tokens that stays in the cache at a time.
 
-    def pairs(first_KB: Tensor, second_KB: Tensor) -> Tensor:
-        return first_KB.index_select(0, rank_i_C).add_(second_KB.index_select(0, rank_j_C))
+    Args:
+        num_tokens: T.
+        half_keys_H2nQ: half-keys, float32.
+        k: pairs to find.
+    """
 
-    scores_HTK = halves_H2nT.new_empty(heads, num_tokens, k)
-    slots_HTK = scores_HTK.new_empty(scores_HTK.shape, dtype=torch.int64)
-    unsure_HT = scores_HTK.new_empty(heads, num_tokens, dtype=torch.bool)
-    for head in range(heads):
+    def __init__(self, num_tokens: int, half_keys_H2nQ: Tensor, k: int) -> None:
+        heads, _, n, _ = half_keys_H2nQ.shape
+        num_blocks = -(-num_tokens * heads * 2 * n // (BLOCK_SCORES * torch.get_num_threads()))
+        # All blocks have one width, so the last may repeat some tokens of the one before.
+        width = -(-num_tokens // num_blocks)
+        self.half_keys_H2nQ, self.k = half_keys_H2nQ, k
+        self.halves_n2HB = torch.empty(n, 2, heads, width)
+        self.rank_i_C, self.rank_j_C = candidate_pairs(k, torch.device("cpu"))
+        self.find_halves = column_topk(n, 2 * heads * width, k, bound=1)
+        self.find_pairs = ColumnTopK(len(self.rank_i_C), heads * width, k, bound=2)
+        self.slot_dtype = torch.int32 if n * n <= 2**31 else torch.int64
+
+    def search(self, queries_TH2Q: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores and slots of the k best pairs, both (T, H, K)."""
+        num_tokens, heads, _, _ = queries_TH2Q.shape
+        width = self.halves_n2HB.shape[-1]
+        scale_TH, odd_TH = scales(queries_TH2Q, self.half_keys_H2nQ)
+        queries_TH2Q = queries_TH2Q * scale_TH[:, :, None, None]
+        scores_THK = queries_TH2Q.new_empty(num_tokens, heads, self.k)
+        slots_THK = scores_THK.new_empty(scores_THK.shape, dtype=torch.int64)
+        unsure, lists = [], []
         for start in range(0, num_tokens, width):
-            # All blocks have one width, so the last may repeat some tokens of the one before.
-            tokens = slice(min(start, num_tokens - width), min(start + width, num_tokens))
-            first_nB, second_nB = halves_H2nT[head, :, :, tokens]
-            (i_KB, unsure_i_B), (j_KB, unsure_j_B) = find_halves(first_nB), find_halves(second_nB)
-            sums_CB = pairs(first_nB.gather(0, i_KB), second_nB.gather(0, j_KB))
-            pair_KB, unsure_B = find_pairs(sums_CB)
-            scores_HTK[head, tokens] = sums_CB.gather(0, pair_KB).t()
-            slots_HTK[head, tokens] = pairs(i_KB * n, j_KB).gather(0, pair_KB).t()
-            unsure_HT[head, tokens] = unsure_B | unsure_i_B | unsure_j_B
-    return scores_HTK, slots_HTK, unsure_HT
+            start = min(start, num_tokens - width)
+            block = slice(start, start + width)
+            self._multiply(queries_TH2Q[block])
+            scores_THK[block], slots_THK[block], unsure_HB = self._search_block()
+            token_Y, head_Y = (unsure_HB.t() | odd_TH[block]).nonzero(as_tuple=True)
+            unsure.append((token_Y + start, head_Y))
+            lists.append(self.halves_n2HB[:, :, head_Y, token_Y])
+        token_Y, head_Y = (torch.cat(numbers) for numbers in zip(*unsure))
+        halves_2Yn = torch.cat(lists, 2).permute(1, 2, 0)
+        scores_THK[token_Y, head_Y], slots_THK[token_Y, head_Y] = search_lists(*halves_2Yn, self.k)
+        return scores_THK.div_(scale_TH.unsqueeze(-1)), slots_THK
 
+    def _multiply(self, queries_BH2Q: Tensor) -> None:
+        """Half scores of a block."""
+        for half in range(2):
+            halves_HnB = self.halves_n2HB[:, half].transpose(0, 1)
+            torch.bmm(self.half_keys_H2nQ[:, half], queries_BH2Q[:, :, half].permute(1, 2, 0), out=halves_HnB)
 
-def _best_halves(n: int, width: int, k: int) -> FindBest:
-    """A network over n half scores; where k are few of them, over the groups of neighbours with the k best maxima."""
-    if n < MANY_KEYS * k or n % GROUP:
-        return ColumnTopK(n, width, k)
-    find_groups = ColumnTopK(n // GROUP, width, k)
-    find_members = ColumnTopK(k * GROUP, width, k)
-    place_G1 = torch.arange(GROUP).unsqueeze(1)
+    def _search_block(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores and slots of the k best pairs, both (B, H, K), and which of them are unsure (H, B)."""
+        index_K2HB, unsure_2HB = self.find_halves(self.halves_n2HB)
+        sums_CHB = self._pairs(*pick(self.halves_n2HB, places(index_K2HB)).unbind(1))
+        i_KHB, j_KHB = index_K2HB.to(self.slot_dtype).unbind(1)
+        slots_CHB = self._pairs(i_KHB * len(self.halves_n2HB), j_KHB)
+        pair_KHB, unsure_HB = self.find_pairs(sums_CHB)
+        place_BHK = places(pair_KHB).permute(2, 1, 0).contiguous()
+        return pick(sums_CHB, place_BHK), pick(slots_CHB, place_BHK), unsure_HB | unsure_2HB.any(0)
 
-    def find(scores_nB: Tensor) -> tuple[Tensor, Tensor]:
-        group_KB, unsure_B = find_groups(scores_nB.unflatten(0, (-1, GROUP)).amax(1))
-        index_MB = (group_KB.unsqueeze(1) * GROUP + place_G1).flatten(0, 1)
-        member_KB, also_unsure_B = find_members(scores_nB.gather(0, index_MB))
-        return index_MB.gather(0, member_KB), unsure_B | also_unsure_B
-
-    return find
+    def _pairs(self, first_KHB: Tensor, second_KHB: Tensor) -> Tensor:
+        return first_KHB.index_select(0, self.rank_i_C).add_(second_KHB.index_select(0, self.rank_j_C))

@@ -6,7 +6,7 @@ must then carry its position: scores are rounded to what of 31 bits the position
 that rounding may have decided are named, for the caller to sort exactly; they are one in some hundreds,
 unless scores tie.
 
-Shapes: C scores of a column, X columns, K kept, R runs of L places.
+Shapes: C scores of a column, X columns, K kept, G groups of scores, M members of the groups chosen.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,26 @@ from functools import partial
 import torch
 from torch import Tensor
 
-LEVEL_BITS = 30  # of an int32, shared by rounded score and position; the sign is that of the padding
+SIGNIFICANT_BITS = 23  # of a float32, that of the leading one included
+GROUP = 4  # scores of which at first only the best counts, where there are many
+MANY_SCORES = 16  # scores for each one kept
+
+
+def column_topk(num_scores: int, num_columns: int, k: int, bound: float) -> "ColumnTopK | GroupTopK":
+    """What finds the k best of so many scores with least work; see ColumnTopK."""
+    grouped = num_scores >= MANY_SCORES * k and num_scores % GROUP == 0
+    return (GroupTopK if grouped else ColumnTopK)(num_scores, num_columns, k, bound)
+
+
+def places(position_KX: Tensor) -> Tensor:
+    """Where in memory positions of contiguous columns are, int64; X may be several dimensions."""
+    columns_X = torch.arange(position_KX[0].numel()).view(position_KX.shape[1:])
+    return columns_X.add(position_KX, alpha=columns_X.numel())
+
+
+def pick(values_CX: Tensor, place: Tensor) -> Tensor:
+    """The values in these places; gather would take twice as long."""
+    return values_CX.flatten().index_select(0, place.flatten()).view(place.shape)
 
 
 class ColumnTopK:
@@ -25,97 +44,115 @@ class ColumnTopK:
         num_scores: of a column.
         num_columns: looked at at once.
         k: scores to find, at most num_scores.
+        bound: a power of two above the magnitude of every score. A column in which one is larger, or no number,
+            still gets positions that exist, but neither right ones nor unsure.
     """
 
-    def __init__(self, num_scores: int, num_columns: int, k: int) -> None:
-        top = max(2, _power_of_two(k))
+    def __init__(self, num_scores: int, num_columns: int, k: int, bound: float) -> None:
         self.k = k
         self.position_bits = (num_scores - 1).bit_length()
-        self.last_position = (1 << self.position_bits) - 1
-        self.positions_C1 = self.last_position - torch.arange(num_scores, dtype=torch.int32).unsqueeze(1)
-        padded_CX = torch.full((max(top, _power_of_two(num_scores)), num_columns), -1, dtype=torch.int32)
+        level_bits = min(SIGNIFICANT_BITS, 31 - self.position_bits)
+        # The sum of a score and this has the score, rounded to so many bits, in its last bits.
+        self.round_by = 1.5 * 2**SIGNIFICANT_BITS * 2 * bound / 2**level_bits
+        lowest_level = torch.tensor(self.round_by - bound, dtype=torch.float32).view(torch.int32).item()
+        self.positions_C1 = _wrapped(torch.arange(num_scores) - (lowest_level << self.position_bits)).unsqueeze(1)
+        top = max(2, _power_of_two(k))
+        padding = -(2**31)  # below every score; were it found, its position would be 0
+        padded_CX = torch.full((max(top, _power_of_two(num_scores)), num_columns), padding, dtype=torch.int32)
         self.packed_CX = padded_CX[:num_scores]
-        self.spare_CX = torch.empty(num_scores, num_columns)
-        self.best_KX, self.steps = sorting_network(padded_CX, top)
+        self.best_KX, self.steps, spare_CX = sorting_network(padded_CX, top)
+        self.spare_CX = spare_CX[:num_scores]
 
     def __call__(self, scores_CX: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions (K, X) int64 of the best scores, descending; whether they are unsure (X,)."""
-        self._pack(scores_CX)
+        """Positions (K, X) int32 of the best of float32 scores, descending; whether they are unsure (X,).
+
+        X may be several dimensions, in all three alike.
+        """
+        torch.add(scores_CX, self.round_by, out=self.packed_CX.view(torch.float32).view(scores_CX.shape))
+        torch.add(self.positions_C1, self.packed_CX, alpha=1 << self.position_bits, out=self.packed_CX)
         for step in self.steps:
             step()
-        best_KX = self.best_KX[: self.k]
-        # Equal levels may stand in the wrong order, or one of them outside, so the one after the last counts too.
-        if self.k < len(self.packed_CX):
-            best_KX = torch.cat([best_KX, self._next(best_KX[-1]).unsqueeze(0)])
-        level_KX = best_KX >> self.position_bits
-        unsure_X = (level_KX[1:] == level_KX[:-1]).any(0)
-        best_KX = best_KX[: self.k]
-        return (self.last_position - (best_KX & self.last_position)).long(), unsure_X
+        best_KX, shape = self.best_KX[: self.k], scores_CX.shape[1:]
+        position_KX = best_KX & ((1 << self.position_bits) - 1)
+        # Equal levels may stand in the wrong order, or one of them outside, so the one after the last counts too,
+        # if there is one.
+        next_X = self._next(best_KX[-1]) if self.k < len(self.packed_CX) else best_KX[-1] ^ (2**31 - 1)
+        difference_KX = best_KX ^ torch.cat([best_KX[1:], next_X.unsqueeze(0)])
+        unsure_X = difference_KX.amin(0) < 1 << self.position_bits
+        return position_KX.view(self.k, *shape), unsure_X.view(shape)
 
     def _next(self, last_X: Tensor) -> Tensor:
         """The largest packed number below last, which is not the smallest."""
         # Less last, those below are negative: with the sign bit turned they are above all others.
         turn_X = -(2**31) - last_X
-        return torch.add(self.packed_CX, turn_X, out=self.spare_CX.view(torch.int32)).amax(0) - turn_X
-
-    def _pack(self, scores_CX: Tensor) -> None:
-        """Levels and positions into packed. Every operation keeps order: what is larger does not become smaller."""
-        # Two reductions: aminmax over the outer dimension is ten times slower than both.
-        low_X, high_X = scores_CX.amin(0), scores_CX.amax(0)
-        scale_X = 2.0 ** (LEVEL_BITS - self.position_bits) / (high_X - low_X)
-        # Where scores are all equal or not all finite, all levels are to be equal: NaN becomes 0 or -2**31,
-        # either of which is 0 once shifted.
-        scale_X.masked_fill_(~scale_X.isfinite(), 0)
-        self.packed_CX.copy_(torch.sub(scores_CX, low_X, out=self.spare_CX).mul_(scale_X))
-        # The lower of two positions is the larger number.
-        torch.add(self.positions_C1, self.packed_CX, alpha=1 << self.position_bits, out=self.packed_CX)
+        return torch.add(self.packed_CX, turn_X, out=self.spare_CX).amax(0) - turn_X
 
 
-def sorting_network(values_CX: Tensor, top: int) -> tuple[Tensor, list[Callable[[], object]]]:
-    """Calls that find the top largest of each column, and where these then stand, (top, X), descending.
+class GroupTopK:
+    """The same by way of the groups of neighbours with the k best maxima, which hold the k best."""
 
-    Runs of sorted places are merged two by two (bitonic: one run is turned round, so that the larger at each
-    place are the larger half); once they have length top, only the larger half is kept.
+    def __init__(self, num_scores: int, num_columns: int, k: int, bound: float) -> None:
+        self.find_groups = ColumnTopK(num_scores // GROUP, num_columns, k, bound)
+        self.find_members = ColumnTopK(k * GROUP, num_columns, k, bound)
+
+    def __call__(self, scores_CX: Tensor) -> tuple[Tensor, Tensor]:
+        group_KX, unsure_X = self.find_groups(scores_CX.unflatten(0, (-1, GROUP)).amax(1))
+        index_MX = torch.stack([group_KX * GROUP + place for place in range(GROUP)], 1).flatten(0, 1)
+        member_KX, also_unsure_X = self.find_members(pick(scores_CX, places(index_MX)))
+        return pick(index_MX, places(member_KX)), unsure_X | also_unsure_X
+
+
+def sorting_network(values_CX: Tensor, top: int) -> tuple[Tensor, list[Callable[[], object]], Tensor]:
+    """Calls that find the top largest of each column, where these then stand, (top, X), descending; memory to spare.
+
+    A bitonic sort: runs are put in order, the first descending, the next ascending and so on, until they have
+    length top; then of each two the larger at each place are kept, and put in order again.
 
     Args:
         values_CX: what each run of the calls sorts; C and top are powers of two, C >= top. Not changed.
         top: how many are wanted.
+
+    Returns:
+        What is found, the calls, and memory like values that nothing is kept in between two runs.
     """
-    num_columns = values_CX.shape[1]
-    into, other = torch.empty_like(values_CX), torch.empty_like(values_CX)
-    runs_RLX = values_CX.unsqueeze(1)
+    memory = torch.empty_like(values_CX), torch.empty_like(values_CX)
     steps: list[Callable[[], object]] = []
-    while len(runs_RLX) > 1:
-        num_runs, length, _ = runs_RLX.shape
-        first, second = runs_RLX.view(num_runs // 2, 2, length, num_columns).unbind(1)
-        merged = into[: num_runs * length].view(num_runs // 2, 2, length, num_columns)
-        larger, smaller = merged.unbind(1)
-        if length < top:
-            steps.append(partial(_compare, first, second, larger, smaller, turn=True))
-            runs_RLX = merged.flatten(1, 2)
-        else:
-            steps.append(partial(_compare, first, second, larger, None, turn=True))
-            runs_RLX = larger
-        into, other = other, into
+    turn, length = 0, 1
+    while length < top or len(values_CX) > top:
+        if length == top:
+            first, second = values_CX.view(-1, 2, top, values_CX.shape[1]).unbind(1)
+            values_CX, turn = memory[turn][: len(values_CX) // 2], 1 - turn
+            steps.append(partial(torch.maximum, first, second, out=values_CX.view(first.shape)))
+        length = min(2 * length, top)
         span = length // 2
         while span:
-            blocks = (runs_RLX.shape[1] // (2 * span), 2, span)
-            cleaned_RLX = into[: len(runs_RLX) * runs_RLX.shape[1]].view(runs_RLX.shape)
-            first, second = runs_RLX.unflatten(1, blocks).unbind(2)
-            larger, smaller = cleaned_RLX.unflatten(1, blocks).unbind(2)
-            steps.append(partial(_compare, first, second, larger, smaller))
-            runs_RLX = cleaned_RLX
-            into, other = other, into
-            span //= 2
-    return runs_RLX[0], steps
+            places_CX = memory[turn][: len(values_CX)]
+            steps += _exchange(values_CX, places_CX, span, length)
+            values_CX, turn, span = places_CX, 1 - turn, span // 2
+    return values_CX, steps, memory[turn]
 
 
-def _compare(first: Tensor, second: Tensor, larger: Tensor, smaller: Tensor | None, turn: bool = False) -> None:
-    if turn and second.shape[1] > 1:
-        second = second.flip(1)
-    torch.maximum(first, second, out=larger)
-    if smaller is not None:
-        torch.minimum(first, second, out=smaller)
+def _exchange(values_CX: Tensor, places_CX: Tensor, span: int, length: int) -> list[Callable[[], object]]:
+    """Calls that order places span apart; runs of length are descending and ascending in turn."""
+    num_columns = values_CX.shape[1]
+    if len(values_CX) == length:
+        shape = (length // (2 * span), 2, span, num_columns)
+        (first, second), (larger, smaller) = values_CX.view(shape).unbind(1), places_CX.view(shape).unbind(1)
+    else:
+        shape = (len(values_CX) // (2 * length), 2, length // (2 * span), 2, span, num_columns)
+        first, second = values_CX.view(shape).unbind(3)
+        # The larger goes to the first of both places in descending runs, to the second in ascending ones.
+        strides = (2 * length, length + span, 2 * span, 1), (2 * length, length - span, 2 * span, 1)
+        larger, smaller = (
+            places_CX.as_strided(first.shape, (*(s * num_columns for s in stride), 1), start * num_columns)
+            for stride, start in zip(strides, (0, span))
+        )
+    return [partial(torch.maximum, first, second, out=larger), partial(torch.minimum, first, second, out=smaller)]
+
+
+def _wrapped(numbers: Tensor) -> Tensor:
+    """int32 that differ from int64 by a multiple of 2**32."""
+    return ((numbers + 2**31) % 2**32 - 2**31).int()
 
 
 def _power_of_two(number: int) -> int:

@@ -62,6 +62,24 @@ def test_equals_the_reference_where_groups_of_half_keys_are_looked_at_first(n, k
     check(*draw(n, MANY_TOKENS, 2, n, 8, whole=whole), k)
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_blocks_of_tokens_of_which_the_last_overlaps_give_what_one_block_gives(monkeypatch, whole):
+    monkeypatch.setattr(product_key_cpu, "BLOCK_SCORES", 2 * 2 * 37 * 40 // torch.get_num_threads())
+    assert MANY_TOKENS % 40
+    check(*draw(3, MANY_TOKENS, 2, 37, 16, whole=whole), 5)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-18, 1e-3, 1e12, 1e17])
+def test_queries_and_half_keys_of_any_length_give_what_the_reference_gives(size):
+    queries, half_keys = (tensor.detach() for tensor in draw(1, MANY_TOKENS, 2, 12, 3))
+    queries[::3] *= size
+    queries[1] = 0
+    for factor in (1.0, size):
+        found, expected = (op.product_key_topk(queries, half_keys * factor, 4) for op in (ops, reference))
+        assert torch.equal(found[1], expected[1])
+        assert torch.equal(found[0], expected[0])
+
+
 def test_where_every_score_is_equal_the_lowest_slots_win():
     for num_tokens in (3, MANY_TOKENS):
         queries, half_keys = torch.zeros(num_tokens, 2, 2, 4), torch.randn(2, 2, 9, 4)

@@ -5,7 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memlayer_kernels.topk_cpu import ColumnTopK, sorting_network
+from memlayer_kernels.topk_cpu import ColumnTopK, GroupTopK, column_topk, pick, places, sorting_network
+
+BOUND = 8.0  # above the magnitude of every number drawn
 
 
 def draw(seed, num_scores, num_columns):
@@ -20,32 +22,61 @@ def best(scores_CX, k):
 @given(data=st.data(), num_scores=st.integers(1, 70), num_columns=st.integers(1, 9), decimals=st.integers(0, 7))
 def test_columns_that_are_sure_are_right(data, num_scores, num_columns, decimals):
     k = data.draw(st.integers(1, num_scores))
-    find = ColumnTopK(num_scores, num_columns, k)
+    find = column_topk(num_scores, num_columns, k, BOUND)
     for seed in data.draw(st.tuples(st.integers(0, 99), st.integers(0, 99))):  # one after the other, in one memory
         scores_CX = draw(seed, num_scores, num_columns).round(decimals=decimals)
         position_KX, unsure_X = find(scores_CX)
         assert ((position_KX == best(scores_CX, k)).all(0) | unsure_X).all()
 
 
-@pytest.mark.parametrize(("num_scores", "k"), [(256, 32), (119, 32), (1024, 128), (37, 37), (40, 1), (1, 1)])
-def test_few_columns_of_random_scores_are_unsure(num_scores, k):
-    position_KX, unsure_X = ColumnTopK(num_scores, 2048, k)(draw(0, num_scores, 2048))
+@pytest.mark.parametrize("kind", [ColumnTopK, GroupTopK])
+@pytest.mark.parametrize(("num_scores", "k"), [(256, 32), (120, 32), (1024, 128), (40, 1), (4096, 16)])
+def test_few_columns_of_random_scores_are_unsure(kind, num_scores, k):
+    if kind is GroupTopK and num_scores < 4 * k:
+        pytest.skip("fewer groups than scores to find")
+    scores_CX = draw(0, num_scores, 2048)
+    position_KX, unsure_X = kind(num_scores, 2048, k, BOUND)(scores_CX)
     assert unsure_X.float().mean() < 0.05
     assert position_KX.shape == (k, 2048)
-    assert position_KX.dtype == torch.int64
+    assert torch.equal(position_KX[:, ~unsure_X].long(), best(scores_CX, k)[:, ~unsure_X])
+
+
+def test_all_scores_can_be_found():
+    assert not ColumnTopK(37, 50, 37, BOUND)(draw(0, 37, 50))[1].any()
+    assert ColumnTopK(1, 5, 1, BOUND)(draw(0, 1, 5))[1].tolist() == [False] * 5
 
 
 def test_equal_scores_are_unsure_wherever_they_decide():
     scores_CX = torch.tensor([[4.0, 4.0, 4.0], [3.0, 3.0, 4.0], [2.0, 3.0, 2.0], [2.0, 1.0, 2.0]])
-    assert ColumnTopK(4, 3, 2)(scores_CX)[1].tolist() == [False, True, True]
-    assert ColumnTopK(4, 3, 3)(scores_CX)[1].tolist() == [True, True, True]
+    assert ColumnTopK(4, 3, 2, BOUND)(scores_CX)[1].tolist() == [False, True, True]
+    assert ColumnTopK(4, 3, 3, BOUND)(scores_CX)[1].tolist() == [True, True, True]
 
 
-@pytest.mark.parametrize("strange", [float("nan"), float("inf"), -float("inf")])
-def test_scores_that_are_not_finite_are_unsure_and_the_other_columns_are_not(strange):
+@pytest.mark.parametrize("bound", [2.0**-40, 1.0, 2.0**40])
+def test_scores_next_to_the_bound_are_told_apart(bound):
+    scores_CX = torch.tensor([[-0.999], [0.998], [0.999], [-0.998], [0.0]]) * bound
+    position_KX, unsure_X = ColumnTopK(5, 1, 5, bound)(scores_CX)
+    assert position_KX.flatten().tolist() == [2, 1, 4, 3, 0]
+    assert not unsure_X.any()
+
+
+@pytest.mark.parametrize("strange", [float("nan"), float("inf"), -float("inf"), 1e30])
+def test_scores_past_the_bound_or_no_numbers_give_positions_that_exist_and_leave_other_columns_alone(strange):
     scores_CX = draw(0, 9, 4)
-    scores_CX[5, 1] = strange
-    assert ColumnTopK(9, 4, 3)(scores_CX)[1].tolist() == [False, True, False, False]
+    scores_CX[2:6, 1] = strange
+    position_KX, _ = ColumnTopK(9, 4, 7, BOUND)(scores_CX)
+    assert position_KX.min() >= 0
+    assert position_KX.max() < 9
+    others = [0, 2, 3]
+    assert torch.equal(position_KX[:, others].long(), best(scores_CX[:, others], 7))
+
+
+def test_pick_takes_the_named_number_of_each_column():
+    values_CX, position_KX = draw(0, 6, 20), torch.randint(6, (3, 20), dtype=torch.int32)
+    expected = values_CX.gather(0, position_KX.long())
+    assert torch.equal(pick(values_CX, places(position_KX)), expected)
+    values, position = values_CX.view(6, 4, 5), position_KX.view(3, 4, 5)
+    assert torch.equal(pick(values, places(position).permute(2, 0, 1)), expected.view(3, 4, 5).permute(2, 0, 1))
 
 
 @pytest.mark.parametrize("num_values", [2, 8, 64])
@@ -54,8 +85,9 @@ def test_a_network_sorts_and_leaves_its_input_as_it_is(num_values, top):
     top = min(top, num_values)
     values_CX = torch.randint(-9, 9, (num_values, 50), generator=torch.Generator().manual_seed(0))
     before = values_CX.clone()
-    best_KX, steps = sorting_network(values_CX, top)
+    best_KX, steps, spare_CX = sorting_network(values_CX, top)
     for step in steps:
         step()
+    spare_CX.fill_(99)
     assert torch.equal(best_KX, values_CX.sort(dim=0, descending=True).values[:top])
     assert torch.equal(values_CX, before)
