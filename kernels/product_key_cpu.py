@@ -19,8 +19,6 @@ from .topk_cpu import ColumnTopK, column_topk, pick, places
 
 BLOCK_SCORES = 1 << 18  # half scores a thread looks at at a time: fewer leave it idle, more leave its cache
 FEW_TOKENS = 128  # take torch.topk as long as it takes to set the networks up
-# Queries and half-keys so long or short that their half scores may be no ordinary float32 go to torch.topk.
-EXPONENTS = 60
 
 
 def search(queries_TH2Q: Tensor, half_keys_H2nQ: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -33,20 +31,6 @@ def search(queries_TH2Q: Tensor, half_keys_H2nQ: Tensor, k: int) -> tuple[Tensor
     halves_H2Tn = queries_TH2Q.permute(1, 2, 0, 3) @ half_keys_H2nQ.transpose(-1, -2)
     scores_YK, slots_YK = search_lists(*halves_H2Tn.permute(1, 2, 0, 3).flatten(1, 2), k)
     return scores_YK.view(num_tokens, heads, k), slots_YK.view(num_tokens, heads, k)
-
-
-def scales(queries_TH2Q: Tensor, half_keys_H2nQ: Tensor) -> tuple[Tensor, Tensor]:
-    """Powers of two (T, H) that bring half scores between -1 and 1; 1 and True where there is none to be had.
-
-    A half score is at most the product of the lengths of query and half-key. Times a power of two it is rounded
-    as it was, so nothing else changes.
-    """
-    longest_H2 = half_keys_H2nQ.norm(dim=-1).amax(-1)
-    bound_TH = (queries_TH2Q.norm(dim=-1) * longest_H2).amax(-1) * 1.001  # itself rounded
-    exponent_TH = (bound_TH.view(torch.int32) >> 23) - 127  # the bound is below 2 ** (exponent + 1)
-    odd_TH = exponent_TH.abs() > EXPONENTS
-    exponent_TH = torch.where(odd_TH, 0, -1 - exponent_TH)
-    return ((exponent_TH + 127) << 23).view(torch.float32), odd_TH
 
 
 def search_lists(first_Yn: Tensor, second_Yn: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -104,16 +88,14 @@ class BlockSearch:
         self.half_keys_H2nQ, self.k = half_keys_H2nQ, k
         self.halves_n2HB = torch.empty(n, 2, heads, width)
         self.rank_i_C, self.rank_j_C = candidate_pairs(k, torch.device("cpu"))
-        self.find_halves = column_topk(n, 2 * heads * width, k, bound=1)
-        self.find_pairs = ColumnTopK(len(self.rank_i_C), heads * width, k, bound=2)
+        self.find_halves = column_topk(n, 2 * heads * width, k)
+        self.find_pairs = ColumnTopK(len(self.rank_i_C), heads * width, k)
         self.slot_dtype = torch.int32 if n * n <= 2**31 else torch.int64
 
     def search(self, queries_TH2Q: Tensor) -> tuple[Tensor, Tensor]:
         """Scores and slots of the k best pairs, both (T, H, K)."""
         num_tokens, heads, _, _ = queries_TH2Q.shape
         width = self.halves_n2HB.shape[-1]
-        scale_TH, odd_TH = scales(queries_TH2Q, self.half_keys_H2nQ)
-        queries_TH2Q = queries_TH2Q * scale_TH[:, :, None, None]
         scores_THK = queries_TH2Q.new_empty(num_tokens, heads, self.k)
         slots_THK = scores_THK.new_empty(scores_THK.shape, dtype=torch.int64)
         unsure, lists = [], []
@@ -122,13 +104,13 @@ class BlockSearch:
             block = slice(start, start + width)
             self._multiply(queries_TH2Q[block])
             scores_THK[block], slots_THK[block], unsure_HB = self._search_block()
-            token_Y, head_Y = (unsure_HB.t() | odd_TH[block]).nonzero(as_tuple=True)
+            token_Y, head_Y = unsure_HB.t().nonzero(as_tuple=True)
             unsure.append((token_Y + start, head_Y))
             lists.append(self.halves_n2HB[:, :, head_Y, token_Y])
         token_Y, head_Y = (torch.cat(numbers) for numbers in zip(*unsure))
         halves_2Yn = torch.cat(lists, 2).permute(1, 2, 0)
         scores_THK[token_Y, head_Y], slots_THK[token_Y, head_Y] = search_lists(*halves_2Yn, self.k)
-        return scores_THK.div_(scale_TH.unsqueeze(-1)), slots_THK
+        return scores_THK, slots_THK
 
     def _multiply(self, queries_BH2Q: Tensor) -> None:
         """Half scores of a block."""

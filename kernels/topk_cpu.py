@@ -2,11 +2,12 @@
 
 torch.topk looks at one row at a time, number by number. A network makes the same comparisons for every
 column, so that one call compares 16 columns at once: a column of 256 takes 1 us instead of 4. A number
-must then carry its position: scores are rounded to what of 31 bits the position leaves. Columns in which
-that rounding may have decided are named, for the caller to sort exactly; they are one in some hundreds,
-unless scores tie.
+must then carry its position: scores are rounded to levels, as many as the position leaves of 31 bits, from
+a number that k scores reach to the largest. Columns in which that rounding may have decided are named, for the
+caller to sort exactly; they are one in some hundreds, unless scores tie.
 
-Shapes: C scores of a column, X columns, K kept, G groups of scores, M members of the groups chosen.
+Shapes: C scores of a column, X columns, K kept, P parts of scores, G groups,
+M members of the groups chosen.
 """
 
 from collections.abc import Callable
@@ -15,15 +16,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-SIGNIFICANT_BITS = 23  # of a float32, that of the leading one included
+MANTISSA_BITS = 23  # of a float32, without the leading one
+MARGIN = 16  # levels from either end to what counts, so that rounding does not make it one with what is beyond
 GROUP = 4  # scores of which at first only the best counts, where there are many
 MANY_SCORES = 16  # scores for each one kept
 
 
-def column_topk(num_scores: int, num_columns: int, k: int, bound: float) -> "ColumnTopK | GroupTopK":
+def column_topk(num_scores: int, num_columns: int, k: int) -> "ColumnTopK | GroupTopK":
     """What finds the k best of so many scores with least work; see ColumnTopK."""
     grouped = num_scores >= MANY_SCORES * k and num_scores % GROUP == 0
-    return (GroupTopK if grouped else ColumnTopK)(num_scores, num_columns, k, bound)
+    return (GroupTopK if grouped else ColumnTopK)(num_scores, num_columns, k)
 
 
 def places(position_KX: Tensor) -> Tensor:
@@ -44,18 +46,16 @@ class ColumnTopK:
         num_scores: of a column.
         num_columns: looked at at once.
         k: scores to find, at most num_scores.
-        bound: a power of two above the magnitude of every score. A column in which one is larger, or no number,
-            still gets positions that exist, but neither right ones nor unsure.
     """
 
-    def __init__(self, num_scores: int, num_columns: int, k: int, bound: float) -> None:
+    def __init__(self, num_scores: int, num_columns: int, k: int) -> None:
         self.k = k
         self.position_bits = (num_scores - 1).bit_length()
-        level_bits = min(SIGNIFICANT_BITS, 31 - self.position_bits)
-        # The sum of a score and this has the score, rounded to so many bits, in its last bits.
-        self.round_by = 1.5 * 2**SIGNIFICANT_BITS * 2 * bound / 2**level_bits
-        lowest_level = torch.tensor(self.round_by - bound, dtype=torch.float32).view(torch.int32).item()
-        self.positions_C1 = _wrapped(torch.arange(num_scores) - (lowest_level << self.position_bits)).unsqueeze(1)
+        level_bits = min(MANTISSA_BITS, 31 - self.position_bits)
+        # The sum of a level and the first of these has the level in its last bits.
+        self.lowest, self.highest = 2.0**MANTISSA_BITS, 2.0**MANTISSA_BITS + 2**level_bits - 1
+        lowest = torch.tensor(self.lowest, dtype=torch.float32).view(torch.int32).item()
+        self.positions_C1 = _wrapped(torch.arange(num_scores) - (lowest << self.position_bits)).unsqueeze(1)
         top = max(2, _power_of_two(k))
         padding = -(2**31)  # below every score; were it found, its position would be 0
         padded_CX = torch.full((max(top, _power_of_two(num_scores)), num_columns), padding, dtype=torch.int32)
@@ -66,20 +66,44 @@ class ColumnTopK:
     def __call__(self, scores_CX: Tensor) -> tuple[Tensor, Tensor]:
         """Positions (K, X) int32 of the best of float32 scores, descending; whether they are unsure (X,).
 
-        X may be several dimensions, in all three alike.
+        Scores are contiguous. X may be several dimensions, in all three alike.
         """
-        torch.add(scores_CX, self.round_by, out=self.packed_CX.view(torch.float32).view(scores_CX.shape))
-        torch.add(self.positions_C1, self.packed_CX, alpha=1 << self.position_bits, out=self.packed_CX)
+        shape = scores_CX.shape[1:]
+        flat_X = self._pack(scores_CX.flatten(1))
         for step in self.steps:
             step()
-        best_KX, shape = self.best_KX[: self.k], scores_CX.shape[1:]
+        best_KX = self.best_KX[: self.k]
         position_KX = best_KX & ((1 << self.position_bits) - 1)
         # Equal levels may stand in the wrong order, or one of them outside, so the one after the last counts too,
         # if there is one.
         next_X = self._next(best_KX[-1]) if self.k < len(self.packed_CX) else best_KX[-1] ^ (2**31 - 1)
-        difference_KX = best_KX ^ torch.cat([best_KX[1:], next_X.unsqueeze(0)])
-        unsure_X = difference_KX.amin(0) < 1 << self.position_bits
+        difference_X = best_KX[-1] ^ next_X
+        if self.k > 1:
+            difference_X = torch.minimum(difference_X, (best_KX[1:] ^ best_KX[:-1]).amin(0))
+        unsure_X = (difference_X < 1 << self.position_bits) | flat_X
         return position_KX.view(self.k, *shape), unsure_X.view(shape)
+
+    def _pack(self, scores_CX: Tensor) -> Tensor:
+        """Levels and positions into packed; True for columns without levels (X,). Every operation keeps order."""
+        low_X, high_X = self._range(scores_CX)
+        range_X = high_X - low_X
+        scale_X = (self.highest - self.lowest - 2 * MARGIN) / range_X
+        flat_X = (range_X + scale_X) * 0 != 0  # one is infinite or no number: scores are all equal, or not all finite
+        offset_X = self.lowest + MARGIN - low_X * scale_X
+        level_CX = torch.addcmul(offset_X, scores_CX, scale_X, out=self.packed_CX.view(torch.float32))
+        level_CX.clamp_(self.lowest, self.highest)
+        torch.add(self.positions_C1, self.packed_CX, alpha=1 << self.position_bits, out=self.packed_CX)
+        return flat_X
+
+    def _range(self, scores_CX: Tensor) -> tuple[Tensor, Tensor]:
+        """A number that at least k scores reach, the smallest maximum of k parts of them, and the largest score."""
+        parts = min(max(2, self.k), len(scores_CX))  # of one part the smallest would be the largest
+        whole = len(scores_CX) // parts * parts
+        best_PX = scores_CX[:whole].unflatten(0, (-1, parts)).amax(0)
+        low_X, high_X = best_PX.amin(0), best_PX.amax(0)
+        if whole < len(scores_CX):
+            high_X = torch.maximum(high_X, scores_CX[whole:].amax(0))
+        return low_X, high_X
 
     def _next(self, last_X: Tensor) -> Tensor:
         """The largest packed number below last, which is not the smallest."""
@@ -91,9 +115,9 @@ class ColumnTopK:
 class GroupTopK:
     """The same by way of the groups of neighbours with the k best maxima, which hold the k best."""
 
-    def __init__(self, num_scores: int, num_columns: int, k: int, bound: float) -> None:
-        self.find_groups = ColumnTopK(num_scores // GROUP, num_columns, k, bound)
-        self.find_members = ColumnTopK(k * GROUP, num_columns, k, bound)
+    def __init__(self, num_scores: int, num_columns: int, k: int) -> None:
+        self.find_groups = ColumnTopK(num_scores // GROUP, num_columns, k)
+        self.find_members = ColumnTopK(k * GROUP, num_columns, k)
 
     def __call__(self, scores_CX: Tensor) -> tuple[Tensor, Tensor]:
         group_KX, unsure_X = self.find_groups(scores_CX.unflatten(0, (-1, GROUP)).amax(1))
@@ -134,19 +158,18 @@ def sorting_network(values_CX: Tensor, top: int) -> tuple[Tensor, list[Callable[
 
 def _exchange(values_CX: Tensor, places_CX: Tensor, span: int, length: int) -> list[Callable[[], object]]:
     """Calls that order places span apart; runs of length are descending and ascending in turn."""
-    num_columns = values_CX.shape[1]
-    if len(values_CX) == length:
-        shape = (length // (2 * span), 2, span, num_columns)
-        (first, second), (larger, smaller) = values_CX.view(shape).unbind(1), places_CX.view(shape).unbind(1)
-    else:
-        shape = (len(values_CX) // (2 * length), 2, length // (2 * span), 2, span, num_columns)
-        first, second = values_CX.view(shape).unbind(3)
-        # The larger goes to the first of both places in descending runs, to the second in ascending ones.
-        strides = (2 * length, length + span, 2 * span, 1), (2 * length, length - span, 2 * span, 1)
-        larger, smaller = (
-            places_CX.as_strided(first.shape, (*(s * num_columns for s in stride), 1), start * num_columns)
-            for stride, start in zip(strides, (0, span))
-        )
+    num_values, num_columns = values_CX.shape
+    runs = min(2, num_values // length)
+    shape = (num_values // (runs * length), runs, length // (2 * span), span * num_columns)
+
+    def every_other(memory_CX: Tensor, first: int, shift: int) -> Tensor:
+        """Each second block of span rows from the first on; in ascending runs, those shift rows further."""
+        strides = (runs * length, length + shift, 2 * span)
+        return memory_CX.as_strided(shape, (*(rows * num_columns for rows in strides), 1), first * num_columns)
+
+    first, second = every_other(values_CX, 0, 0), every_other(values_CX, span, 0)
+    # The larger goes to the first of both places in descending runs, to the second in ascending ones.
+    larger, smaller = every_other(places_CX, 0, span), every_other(places_CX, span, -span)
     return [partial(torch.maximum, first, second, out=larger), partial(torch.minimum, first, second, out=smaller)]
 
 
