@@ -57,10 +57,12 @@ class ColumnTopK:
         lowest = torch.tensor(self.lowest, dtype=torch.float32).view(torch.int32).item()
         self.positions_C1 = _wrapped(torch.arange(num_scores) - (lowest << self.position_bits)).unsqueeze(1)
         top = max(2, _power_of_two(k))
-        padding = -(2**31)  # below every score; were it found, its position would be 0
-        padded_CX = torch.full((max(top, _power_of_two(num_scores)), num_columns), padding, dtype=torch.int32)
-        self.packed_CX = padded_CX[:num_scores]
-        self.best_KX, self.steps, spare_CX = sorting_network(padded_CX, top)
+        rows = max(top, _power_of_two(num_scores))
+        memory_3CX = torch.empty(3, rows, num_columns, dtype=torch.int32)
+        # Below every score; were it found, its position would be 0.
+        memory_3CX[0, num_scores:] = -(2**31)
+        self.packed_CX = memory_3CX[0, :num_scores]
+        self.best_KX, self.steps, spare_CX = sorting_network(*memory_3CX, top)
         self.spare_CX = spare_CX[:num_scores]
 
     def __call__(self, scores_CX: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,20 +128,24 @@ class GroupTopK:
         return pick(index_MX, places(member_KX)), unsure_X | also_unsure_X
 
 
-def sorting_network(values_CX: Tensor, top: int) -> tuple[Tensor, list[Callable[[], object]], Tensor]:
-    """Calls that find the top largest of each column, where these then stand, (top, X), descending; memory to spare.
+def sorting_network(
+    values_CX: Tensor, some_CX: Tensor, more_CX: Tensor, top: int
+) -> tuple[Tensor, list[Callable[[], object]], Tensor]:
+    """Calls that find the top largest of each column, descending.
 
     A bitonic sort: runs are put in order, the first descending, the next ascending and so on, until they have
     length top; then of each two the larger at each place are kept, and put in order again.
 
     Args:
         values_CX: what each run of the calls sorts; C and top are powers of two, C >= top. Not changed.
+        some_CX: memory to sort in.
+        more_CX: likewise.
         top: how many are wanted.
 
     Returns:
-        What is found, the calls, and memory like values that nothing is kept in between two runs.
+        What is found, (top, X), the calls, and that memory of the two which it is not in.
     """
-    memory = torch.empty_like(values_CX), torch.empty_like(values_CX)
+    memory = some_CX, more_CX
     steps: list[Callable[[], object]] = []
     turn, length = 0, 1
     while length < top or len(values_CX) > top:
@@ -165,7 +171,8 @@ def _exchange(values_CX: Tensor, places_CX: Tensor, span: int, length: int) -> l
     def every_other(memory_CX: Tensor, first: int, shift: int) -> Tensor:
         """Each second block of span rows from the first on; in ascending runs, those shift rows further."""
         strides = (runs * length, length + shift, 2 * span)
-        return memory_CX.as_strided(shape, (*(rows * num_columns for rows in strides), 1), first * num_columns)
+        start = memory_CX.storage_offset() + first * num_columns
+        return memory_CX.as_strided(shape, (*(rows * num_columns for rows in strides), 1), start)
 
     first, second = every_other(values_CX, 0, 0), every_other(values_CX, span, 0)
     # The larger goes to the first of both places in descending runs, to the second in ascending ones.

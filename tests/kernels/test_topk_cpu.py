@@ -86,7 +86,7 @@ def test_a_network_sorts_and_leaves_its_input_as_it_is(num_values, top):
     top = min(top, num_values)
     values_CX = torch.randint(-9, 9, (num_values, 50), generator=torch.Generator().manual_seed(0))
     before = values_CX.clone()
-    best_KX, steps, spare_CX = sorting_network(values_CX, top)
+    best_KX, steps, spare_CX = sorting_network(values_CX, *torch.empty(2, *values_CX.shape, dtype=torch.int64), top)
     for step in steps:
         step()
     spare_CX.fill_(99)
