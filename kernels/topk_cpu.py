@@ -6,8 +6,7 @@ must then carry its position: scores are rounded to levels, as many as the posit
 a number that k scores reach to the largest. Columns in which that rounding may have decided are named, for the
 caller to sort exactly; they are one in some hundreds, unless scores tie.
 
-Shapes: C scores of a column, X columns, K kept, P parts of scores, G groups,
-M members of the groups chosen.
+Shapes: C scores of a column, X columns, K kept, P parts of scores, G groups, M members of the groups chosen.
 """
 
 from collections.abc import Callable
@@ -90,7 +89,8 @@ class ColumnTopK:
         low_X, high_X = self._range(scores_CX)
         range_X = high_X - low_X
         scale_X = (self.highest - self.lowest - 2 * MARGIN) / range_X
-        flat_X = (range_X + scale_X) * 0 != 0  # one is infinite or no number: scores are all equal, or not all finite
+        # One of them is infinite or no number where scores are all equal, or not all finite.
+        flat_X = (range_X + scale_X) * 0 != 0
         offset_X = self.lowest + MARGIN - low_X * scale_X
         level_CX = torch.addcmul(offset_X, scores_CX, scale_X, out=self.packed_CX.view(torch.float32))
         level_CX.clamp_(self.lowest, self.highest)

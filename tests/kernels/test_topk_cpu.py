@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from memlayer_kernels.topk_cpu import ColumnTopK, GroupTopK, column_topk, pick, places, sorting_network
 
+
 def draw(seed, num_scores, num_columns):
     return torch.randn(num_scores, num_columns, generator=torch.Generator().manual_seed(seed))
 
