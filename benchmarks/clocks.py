@@ -1,12 +1,14 @@
 """Time functions that do one job in several ways, and measure what the machine can do in the same run.
 
-Ways alternate, so that a slow moment of the machine meets all of them. On a GPU a run is timed by events,
-after the second-level cache was overwritten; on a CPU by the clock. What can be done is the speed of a large
-copy (bytes read plus bytes written), measured between the repeats as one more way, and the rate of a large
-matrix product on random numbers.
+Ways alternate, so that a slow moment of the machine meets all of them, in an order drawn anew for each repeat, so
+that none always finds the caches as the same other left them. On a GPU a run is timed by events, after the
+second-level cache was overwritten; on a CPU by the clock. What can be done is the speed of a large copy (bytes read
+plus bytes written), measured between the others as one more way, and the rate of a large matrix product on random
+numbers.
 """
 
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -32,8 +34,8 @@ class Clock:
         ways = ways | {"copy": lambda: self._target.copy_(self._source)}
         spans = {name: [] for name in ways}
         for repeat in range(repeats + 1):
-            for name, way in ways.items():
-                seconds = self._seconds(way)
+            for name in random.Random(repeat).sample(list(ways), len(ways)):
+                seconds = self._seconds(ways[name])
                 if repeat > 0:  # the first is the warm-up
                     spans[name].append(seconds)
         medians = {name: statistics.median(runs) for name, runs in spans.items()}
