@@ -72,7 +72,7 @@ def lookup_gradients(
 def _(grad_TV, slots_TK, weights_TK, values_NV, num_slots, dtype):
     nothing = grad_TV.new_empty(0)
     values_grad = nothing if dtype is None else grad_TV.new_empty(num_slots, grad_TV.shape[1], dtype=dtype)
-    return values_grad, grad_TV.new_empty(0) if values_NV is None else torch.empty_like(weights_TK)
+    return values_grad, nothing.clone() if values_NV is None else weights_TK.new_empty(weights_TK.shape)
 
 
 @torch.library.custom_op("memlayer::row_sums", mutates_args=())
@@ -160,8 +160,10 @@ def _sparse_gradients(
     num_slots: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
-    """As lookup_gradients, the values' as a coalesced sparse tensor of the distinct slots; its size depends on the
-    data, so it is no operation."""
+    """As lookup_gradients, that of the values coalesced and sparse.
+
+    No operation: how many distinct slots it holds depends on the data.
+    """
     reads = sort_reads(slots_TK.flatten(), slots_TK.shape[1])
     slots_U, bounds_U1 = distinct_segments(reads.labels_M)
     sums_UV = _segment_sums(grad_TV, weights_TK, reads, bounds_U1, dtype)
