@@ -28,8 +28,8 @@ def column_topk(num_scores: int, num_columns: int, k: int) -> "ColumnTopK | Grou
 
 
 def places(position_KX: Tensor) -> Tensor:
-    """Where in memory positions of contiguous columns are, int64; X may be several dimensions."""
-    columns_X = torch.arange(position_KX[0].numel()).view(position_KX.shape[1:])
+    """Where in memory int32 positions of contiguous columns are; X may be several dimensions."""
+    columns_X = torch.arange(position_KX[0].numel(), dtype=torch.int32).view(position_KX.shape[1:])
     return columns_X.add(position_KX, alpha=columns_X.numel())
 
 
@@ -70,6 +70,8 @@ class ColumnTopK:
         Scores are contiguous. X may be several dimensions, in all three alike.
         """
         shape = scores_CX.shape[1:]
+        if len(scores_CX) == 1:  # the pairs where one slot is read: nothing to decide
+            return torch.zeros_like(scores_CX, dtype=torch.int32), torch.zeros(shape, dtype=torch.bool)
         flat_X = self._pack(scores_CX.flatten(1))
         for step in self.steps:
             step()
