@@ -71,7 +71,7 @@ class PretrainConfig:
 
     def __post_init__(self):
         check_at_least(1, "pretrain", self, "steps", "batch_size")
-        check_at_least(0, "pretrain", self, "learning_rate", "table_learning_rate", "weight_decay")
+        check_at_least(0, "pretrain", self, "learning_rate", "table_learning_rate", "weight_decay", "warmup_steps")
         check_choice("pretrain.loss_on", self.loss_on, LOSS_ON)
 
 
@@ -178,7 +178,8 @@ class RetrofitConfig:
     def __post_init__(self):
         check_choice("retrofit.dtype", self.dtype, ("float32", "bfloat16", "float16"))
         check_at_least(1, "retrofit", self, "steps", "batch_size", "num_background")
-        check_at_least(0, "retrofit", self, "learning_rate", "table_learning_rate", "weight_decay", "margin")
+        check_at_least(0, "retrofit", self, "learning_rate", "table_learning_rate", "weight_decay", "warmup_steps")
+        check_at_least(0, "retrofit", self, "margin")
 
 
 @dataclass

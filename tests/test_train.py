@@ -136,7 +136,7 @@ PRETRAIN_REFUSALS = [
     ("pretrain.learning_rate=-1", "pretrain.learning_rate is -1.0, must be at least 0"),
     ("pretrain.table_learning_rate=-1", "pretrain.table_learning_rate is -1.0, must be at least 0"),
     ("pretrain.loss_on=some", "pretrain.loss_on is 'some', must be 'all' or 'answer'"),
-    ("pretrain.warmup_steps=-1", "warmup_steps = -1"),
+    ("pretrain.warmup_steps=-1", "pretrain.warmup_steps is -1, must be at least 0"),
     ("count.sequences_per_document=0", "count.sequences_per_document is 0, must be at least 1"),
     ("pretrain.steps", "override 'pretrain.steps' is not of the form section.key=value"),
     ("job=dance", "job is 'dance', must be one of ['learn', 'pretrain', 'retrofit']"),
