@@ -68,6 +68,7 @@ def main() -> None:
         sys.exit(f"train.py: {error}")
     if PartialState().is_main_process:
         print(f"wrote {config.output}")
+    PartialState().destroy_process_group()  # left to the end of the process, its threads sometimes abort it
     sys.exit(status)
 
 

@@ -234,6 +234,7 @@ pretrained = t.pretrained(folder, per_device_train_batch_size=4)
 rank = torch.distributed.get_rank()
 assert torch.distributed.get_world_size() == 2
 torch.save({{"slots": slots, "table": table, "pretrained": pretrained}}, f"{{folder}}/rank{{rank}}.pt")
+torch.distributed.destroy_process_group()  # left to the end of the process, its threads sometimes abort it
 """
 
 
