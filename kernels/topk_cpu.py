@@ -94,8 +94,9 @@ class ColumnTopK:
         # One of them is infinite or no number where scores are all equal, or not all finite.
         flat_X = (range_X + scale_X) * 0 != 0
         offset_X = self.lowest + MARGIN - low_X * scale_X
-        level_CX = torch.addcmul(offset_X, scores_CX, scale_X, out=self.packed_CX.view(torch.float32))
-        level_CX.clamp_(self.lowest, self.highest)
+        # No addcmul: it may round once in vector code and twice at the end of a row, which would not keep order.
+        level_CX = torch.mul(scores_CX, scale_X, out=self.packed_CX.view(torch.float32))
+        level_CX.add_(offset_X).clamp_(self.lowest, self.highest)
         torch.add(self.positions_C1, self.packed_CX, alpha=1 << self.position_bits, out=self.packed_CX)
         return flat_X
 

@@ -75,6 +75,14 @@ def test_scores_of_any_size_and_around_any_number_are_mostly_sure(size, away):
     assert torch.equal(position_KX[:, ~unsure_X].long(), best(scores_CX, 8)[:, ~unsure_X])
 
 
+def test_a_score_has_one_level_wherever_in_memory_it_lies():
+    """Vector and scalar code must round alike, or scores next to each other would change places unnoticed."""
+    scores_CX = (draw(0, 64, 1) + 30).expand(64, 37).contiguous()
+    find = ColumnTopK(64, 37, 8)
+    find(scores_CX)
+    assert torch.equal(find.packed_CX, find.packed_CX[:, :1].expand(64, 37))
+
+
 def test_pick_takes_the_named_number_of_each_column():
     values_CX, position_KX = draw(0, 6, 20), torch.randint(6, (3, 20), dtype=torch.int32)
     expected = values_CX.gather(0, position_KX.long())
