@@ -26,8 +26,8 @@ def product_key_topk(queries_TH2Q: Tensor, half_keys_H2nQ: Tensor, k: int) -> tu
         slots_THK: int64.
     """
     dtype = torch.promote_types(queries_TH2Q.dtype, torch.float32)
-    halves_H2nT = half_keys_H2nQ.to(dtype) @ queries_TH2Q.to(dtype).permute(1, 2, 3, 0)
-    first_HTn, second_HTn = halves_H2nT.transpose(-1, -2).double().unbind(1)
+    halves_H2Tn = queries_TH2Q.to(dtype).permute(1, 2, 0, 3) @ half_keys_H2nQ.to(dtype).transpose(-1, -2)
+    first_HTn, second_HTn = halves_H2Tn.double().unbind(1)
     sums_THN = (first_HTn.unsqueeze(-1) + second_HTn.unsqueeze(-2)).flatten(-2).transpose(0, 1)
     scores_THN, slots_THN = sums_THN.sort(dim=-1, descending=True, stable=True)
     return scores_THN[..., :k].to(dtype), slots_THN[..., :k]

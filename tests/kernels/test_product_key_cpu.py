@@ -10,7 +10,7 @@ from memlayer_kernels.product_key_cpu import candidate_pairs, exact_topk
 
 # float32 sums over at most a few hundred terms, in two orders
 GRADIENT = {torch.float32: {"rtol": 1e-4, "atol": 1e-5}, torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2}}
-MANY_TOKENS = 150  # enough for the networks
+MANY_TOKENS = 150
 
 
 def draw(seed, num_tokens, heads, n, width, dtype=torch.float32, whole=False):
@@ -54,12 +54,6 @@ def test_equals_the_reference(data, num_tokens, heads, n, whole):
 @pytest.mark.parametrize("k", [1, 8, 32, 37])
 def test_equals_the_reference_at_a_working_size(dtype, k):
     check(*draw(k, 65, 2, 37, 16, dtype), k)
-
-
-@pytest.mark.parametrize("whole", [False, True])
-@pytest.mark.parametrize(("n", "k"), [(64, 3), (80, 5), (66, 3), (64, 4)])
-def test_equals_the_reference_where_groups_of_half_keys_are_looked_at_first(n, k, whole):
-    check(*draw(n, MANY_TOKENS, 2, n, 8, whole=whole), k)
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -110,14 +104,6 @@ def check_half_scores(scores, half, k):
 def test_half_scores_next_to_each_other_are_told_apart(half):
     """Neighbouring float32 numbers beside large ones, which no rounding to fewer bits tells apart."""
     check_half_scores(torch.tensor([-1e6, 1.0, 1.0 + 2**-23, 1.0 + 2**-22, 1.0 + 2**-21]), half, 2)
-
-
-@pytest.mark.parametrize("half", [0, 1])
-def test_groups_next_to_each_other_are_told_apart(half):
-    """As above, but once the groups are chosen nothing large is left to show that the choice was a coarse one."""
-    scores = 1 + torch.arange(64) * 2.0**-20
-    scores[:4] = -1e6
-    check_half_scores(scores, half, 3)
 
 
 @pytest.mark.parametrize("num_tokens", [2, MANY_TOKENS])
