@@ -17,6 +17,18 @@ def test_sorted_by_label_and_then_by_number(device, dtype):
     assert found.tokens_M.tolist() == [0, 2, 1, 0, 1, 2]
 
 
+@pytest.mark.parametrize("num_reads", [0, 1, 1000, reads.RADIX_READS - 1, reads.RADIX_READS + 1])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16])
+def test_few_reads_and_many_are_sorted_alike(dtype, num_reads, device):
+    low, high = (-300, 2**15) if dtype == torch.int16 else (-300, 2**31 - 1)
+    for highest in (3, high):
+        labels = torch.randint(low, highest, (num_reads,), generator=torch.Generator().manual_seed(0)).to(dtype)
+        found = reads.sort_reads(labels.to(device), top_k=7)
+        order = sorted(range(num_reads), key=labels.tolist().__getitem__)
+        assert found.reads_M.tolist() == order
+        assert found.labels_M.tolist() == labels[order].tolist()
+
+
 @pytest.mark.parametrize("labels", [[], [2], [0, 0, 1, 4], [4, 4, 4]])
 def test_bounds_of_all_labels_and_of_the_distinct_ones(device, labels):
     labels_M = torch.tensor(labels, dtype=torch.int32, device=device)
