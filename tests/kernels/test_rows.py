@@ -246,3 +246,21 @@ def test_stochastic_rounding_keeps_a_nan_whatever_its_bits(device):
         values = torch.ones(2, 64, dtype=torch.bfloat16, device=where)
         backend.sgd_rows_(values, torch.tensor([1], device=where), grad.to(where), 1.0, 5)
         assert values[1].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("offset", [0, 1, 2, 4])
+def test_rows_are_put_in_place_with_their_bits_at_any_width_and_address(dtype, width, offset):
+    bits = torch.randint(0, 256, (10 * 8 * 8 + 64,), dtype=torch.uint8)
+    table = bits.view(dtype)[offset : offset + 10 * width].view(10, width)
+    rows = torch.randint(0, 256, (3 * width * dtype.itemsize,), dtype=torch.uint8).view(dtype).view(3, width)
+    slots = torch.tensor([1, 4, 9])
+    before, expected = bits.clone(), bits.clone()
+    start = offset * dtype.itemsize
+    row_bytes = width * dtype.itemsize
+    for slot, row in zip(slots.tolist(), rows.view(torch.uint8).view(3, row_bytes)):
+        expected[start + slot * row_bytes : start + (slot + 1) * row_bytes] = row
+    rows_cpu._put(table, slots, rows)
+    assert torch.equal(bits, expected)
+    assert not torch.equal(bits, before)
