@@ -105,19 +105,19 @@ class SortedSearch:
             start = min(start, num_tokens - self.width)
             block = slice(start, start + self.width)
             scores_YK, slots_YK = self._search_block(queries_TH2Q[block])
-            scores_THK[block] = scores_YK.view(heads, -1, self.k).transpose(0, 1)
-            slots_THK[block] = slots_YK.view(heads, -1, self.k).transpose(0, 1)
+            scores_THK[block] = scores_YK.view(-1, heads, self.k)
+            slots_THK[block] = slots_YK.view(-1, heads, self.k)
         return scores_THK, slots_THK
 
     def _search_block(self, queries_BH2Q: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores and slots of the k best pairs, both (H * B, K)."""
+        """Scores and slots of the k best pairs, both (B * H, K)."""
         heads, _, n, _ = self.half_keys_H2nQ.shape
         queries_XBQ, half_keys_XnQ = queries_BH2Q.flatten(1, 2).transpose(0, 1), self.half_keys_H2nQ.flatten(0, 1)
         torch.bmm(queries_XBQ, half_keys_XnQ.transpose(1, 2), out=self.halves_XBn)
-        best, index = row_topk(self.halves_XBn.flatten(0, 1), self.k, self.memory_M)
-        first_YK, second_YK = (scores.flatten(0, 1) for scores in best.view(heads, 2, -1, self.k).unbind(1))
-        i_YK, j_YK = (numbers.flatten(0, 1) for numbers in index.view(heads, 2, -1, self.k).unbind(1))
-        i_YK *= n
+        found = row_topk(self.halves_XBn.flatten(0, 1), self.k, self.memory_M)
+        best_2YK, index_2YK = (t.view(heads, 2, -1, self.k).permute(1, 2, 0, 3).flatten(1, 2) for t in found)
+        (first_YK, second_YK), (i_YK, j_YK) = best_2YK, index_2YK
+        i_YK = i_YK * n
         torch.index_select(first_YK, 1, self.rank_i_C, out=self.sums_YC)
         self.sums_YC.add_(second_YK.index_select(1, self.rank_j_C))
         # Equal sums may have been unequal before they were rounded, so the one after the last counts too.
