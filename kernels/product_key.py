@@ -8,8 +8,8 @@ are apart because the second needs both halves of a token, and the registers of 
 Trades: selection is a sorting network over packed (score, index) integers. That is exact, has no branch
 that depends on data and needs no scratch memory, but takes about 131 instructions per half score and 35 for the
 pairs (counted in the machine code for sm_90, 32 of 1024 kept), where the matrix product takes a fraction of one:
-it, not memory, bounds the search. Groups of half-keys of which at first only the best counts, as on CPUs, would
-sort half as much; they need the scores a second time, which on a GPU means multiplying twice or writing them.
+it, not memory, bounds the search. Groups of half-keys of which at first only the best counts would sort half as
+much; they need the scores a second time, which on a GPU means multiplying twice or writing them.
 
 Shapes: T tokens, H heads, n half-keys, K slots read, Q key width of a half, C candidate pairs.
 """

@@ -15,6 +15,7 @@ from torch import Tensor
 
 MAGNITUDE = 2**31 - 1  # of a float32, as int32: all bits but the sign
 LOWER_HALF = 2**32 - 1
+NANS = 2**23 - 1  # float32 of each sign that are no numbers; by their bits the negative ones rank below -inf
 THREAD_SCORES = 1 << 16  # scores that are worth a thread
 REGISTER_KEYS = 256  # sorted by numpy as fast as parted, with AVX-512; with AVX2 a sort takes three times as long
 
@@ -22,8 +23,8 @@ REGISTER_KEYS = 256  # sorted by numpy as fast as parted, with AVX-512; with AVX
 def row_topk(scores_YC: Tensor, k: int, memory_M: Tensor) -> tuple[Tensor, Tensor]:
     """The k best scores of each row, descending, and their positions (int64), both (Y, K).
 
-    Of equal scores, 0 and -0 among them, the first comes first. A score that is no number counts as more than
-    infinity, or as less than minus infinity, by its sign.
+    Of equal scores, 0 and -0 among them, the first comes first. What is no number counts as more than infinity, so
+    that it shows.
 
     Args:
         scores_YC: contiguous float32; written over.
@@ -34,10 +35,11 @@ def row_topk(scores_YC: Tensor, k: int, memory_M: Tensor) -> tuple[Tensor, Tenso
     order_YC, keys_YC = scores_YC.view(torch.int32), memory_M[:size].view(shape)
     _change_order(order_YC, memory_M.view(torch.int32)[:size].view(shape))
     ranks_C = torch.arange(shape[1] - 1, -1, -1)  # of equal scores the first has the largest key
-    keys_YC.copy_(order_YC).bitwise_left_shift_(32).bitwise_or_(ranks_C)
+    # Less NANS in the upper half, what is below -inf wraps round to the top.
+    keys_YC.copy_(order_YC).bitwise_left_shift_(32).add_(ranks_C - (NANS << 32))
     best_YK = torch.from_numpy(_largest(keys_YC.numpy(), k)).flip(1)
     position_YK = (shape[1] - 1) - (best_YK & LOWER_HALF)
-    order_YK = best_YK.bitwise_right_shift_(32).int()
+    order_YK = best_YK.bitwise_right_shift_(32).int().add_(NANS)
     _change_order(order_YK, torch.empty_like(order_YK))
     return order_YK.view(torch.float32), position_YK
 

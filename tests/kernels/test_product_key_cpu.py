@@ -119,6 +119,18 @@ def test_scores_that_are_not_finite_never_give_a_slot_that_does_not_exist(num_to
         assert torch.equal(slots, ops.product_key_topk(queries, broken, 6)[1])
 
 
+@pytest.mark.parametrize("strange", [float("nan"), -float("nan"), float("inf")])
+def test_a_score_that_is_not_a_number_ranks_first(strange):
+    """Or a model whose half-keys went astray would go on as if they were merely never read."""
+    queries, half_keys = (tensor.detach() for tensor in draw(0, MANY_TOKENS, 2, 12, 3))
+    half_keys[:, 0, 3] = strange  # inf times numbers of both signs, added, is none
+    queries[..., 0], queries[..., 1] = 1.0, -1.0
+    for op in (ops, reference):
+        scores, slots = op.product_key_topk(queries, half_keys, 4)
+        assert scores.isnan().all()
+        assert (slots // 12 == 3).all()
+
+
 def test_half_keys_at_minus_infinity_are_never_chosen_while_others_are_left():
     queries, half_keys = (tensor.detach() for tensor in draw(0, MANY_TOKENS, 2, 12, 3))
     queries[..., 0], half_keys[..., 0] = 1.0, 0.0

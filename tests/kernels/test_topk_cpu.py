@@ -56,9 +56,11 @@ def test_scores_of_any_size_keep_their_order():
             check(scores_YC[order_YC], k)
 
 
-def test_what_is_no_number_is_first_or_last_by_its_sign_and_takes_no_place_twice():
-    nan = torch.tensor(float("nan")).abs()
-    scores_YC = torch.stack([torch.tensor(1.0), nan, -nan, torch.tensor(float("inf")), -torch.tensor(float("inf"))])
-    scores_YK, position_YK = find(scores_YC.unsqueeze(0), 5)
-    assert position_YK.tolist() == [[1, 3, 0, 4, 2]]
-    assert scores_YK.isnan().tolist() == [[True, False, False, False, True]]
+def test_what_is_no_number_comes_first_whatever_its_sign_and_takes_no_place_twice():
+    nan, infinity = torch.tensor(float("nan")).abs(), torch.tensor(float("inf"))
+    scores_YC = torch.stack([torch.tensor(1.0), nan, -nan, infinity, -infinity, nan]).unsqueeze(0)
+    for k in range(1, 7):
+        scores_YK, position_YK = find(scores_YC, k)
+        assert position_YK.tolist() == [[2, 1, 5, 3, 0, 4][:k]]
+        assert torch.equal(scores_YK.isnan(), torch.arange(k).unsqueeze(0) < 3)
+        assert torch.equal(scores_YK[:, 3:], scores_YC[:, position_YK[0, 3:]])
