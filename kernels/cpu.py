@@ -9,7 +9,6 @@ GPU side of the same three functions is gather.py and scatter.py.
 Shapes: T tokens, N slots, K slots read, V value width, M reads, U distinct slots, S segments.
 """
 
-import mmap
 import warnings
 from collections.abc import Iterator
 
@@ -17,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .pages import empty_rows
 from .reads import SortedReads, all_segments, distinct_segments
 
 # Torch says so once per process for any CSR tensor; nothing here depends on what may change.
@@ -25,10 +25,7 @@ warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta"
 # A block of rows stays in cache between being written and being read. Smaller ones would fit better,
 # but each costs two parallel regions, in which threads wait for each other.
 BLOCK_BYTES = 4 << 20
-# Larger allocations come fresh from the system; touching them for the first time by 4 KB pages costs
-# 25 ms per 64 MB.
-LARGE_BYTES = 32 << 20
-HUGE_PAGE_BYTES = 2 << 20
+IN_PLACE_BYTES = 32 << 20  # larger sums are written by a sparse product, in place
 
 
 def weighted_sum(values_NV: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Tensor:
@@ -62,7 +59,7 @@ def segment_sums(
     num_segments = bounds_S1.numel() - 1
     weights_M, bounds_S1 = weights_M.to(grad_TV.dtype), bounds_S1.int()
     sums_SV = empty_rows(num_segments, grad_TV.shape[1], dtype)
-    if sums_SV.nbytes > LARGE_BYTES and dtype == grad_TV.dtype and _has_sparse_product(num_segments, grad_TV, reads):
+    if sums_SV.nbytes > IN_PLACE_BYTES and dtype == grad_TV.dtype and _has_sparse_product(num_segments, grad_TV, reads):
         weights_ST = _sparse(bounds_S1, reads.tokens_M, weights_M, grad_TV.shape[0])
         # Written in place: 6 ms for 64 MB instead of 10 ms.
         return torch.addmm(sums_SV, weights_ST, grad_TV, beta=0.0, out=sums_SV)
@@ -129,18 +126,6 @@ def _sampled_products(rows_BV: Tensor, grad_TV: Tensor, bounds_B1: Tensor, token
             return (rows_BV @ grad_TV.t())[row_M, tokens_M]
     wanted_BT = _sparse(bounds_B1, tokens_M, grad_TV.new_zeros(tokens_M.numel()), num_tokens)
     return torch.sparse.sampled_addmm(wanted_BT, rows_BV, grad_TV.t(), beta=0.0, out=wanted_BT).values()
-
-
-def empty_rows(num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
-    """Uninitialised (num_rows, width) memory, on huge pages where it is large and the system has them."""
-    num_bytes = num_rows * width * dtype.itemsize
-    if num_bytes <= LARGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(num_rows, width, dtype=dtype)
-    # Whole huge pages: a part of one would be made of small ones.
-    num_pages = -(-num_bytes // HUGE_PAGE_BYTES)
-    pages = mmap.mmap(-1, num_pages * HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=dtype, count=num_rows * width).view(num_rows, width)
 
 
 def _bags(values_NV: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Tensor:

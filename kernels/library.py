@@ -58,7 +58,7 @@ def lookup_gradients(
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the values, dense, in a dtype, and of the weights; empty ones without a dtype and without values."""
-    reads = sort_reads(slots_TK.flatten(), slots_TK.shape[1])
+    reads = sort_reads(slots_TK.flatten(), slots_TK.shape[1], labels=range(num_slots))
     values_grad, weights_grad, bounds_N1 = grad_TV.new_empty(0), grad_TV.new_empty(0), None
     if dtype is not None:
         bounds_N1 = all_segments(reads.labels_M, num_slots)
@@ -164,7 +164,7 @@ def _sparse_gradients(
 
     No operation: how many distinct slots it holds depends on the data.
     """
-    reads = sort_reads(slots_TK.flatten(), slots_TK.shape[1])
+    reads = sort_reads(slots_TK.flatten(), slots_TK.shape[1], labels=range(num_slots))
     slots_U, bounds_U1 = distinct_segments(reads.labels_M)
     sums_UV = _segment_sums(grad_TV, weights_TK, reads, bounds_U1, dtype)
     size = (num_slots, grad_TV.shape[1])

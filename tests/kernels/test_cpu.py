@@ -1,4 +1,4 @@
-"""The CPU path where size matters: blocks of rows, huge pages, tables past 2**31 elements, memory in use."""
+"""The CPU path where size matters: blocks of rows, tables past 2**31 elements, memory in use."""
 
 import mmap
 
@@ -29,7 +29,7 @@ def test_blocks_change_no_bit(monkeypatch, dtype):
 @pytest.mark.parametrize("num_slots", [3, 50, 400])
 def test_large_sums_written_in_place_equal_the_reference(monkeypatch, dtype, sparse_grad, num_slots):
     """Slots never read, repeated in a read and read by every token; what is there before is not looked at."""
-    monkeypatch.setattr(cpu, "LARGE_BYTES", -1)
+    monkeypatch.setattr(cpu, "IN_PLACE_BYTES", -1)
     poisoned = lambda rows, width, dtype: torch.full((rows, width), torch.nan, dtype=dtype)  # noqa: E731
     monkeypatch.setattr(cpu, "empty_rows", poisoned)
     random = torch.Generator().manual_seed(num_slots)
@@ -46,17 +46,6 @@ def test_large_sums_written_in_place_equal_the_reference(monkeypatch, dtype, spa
     ]
     torch.testing.assert_close(runs[0].to_dense(), expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(runs[0].to_dense(), runs[1].to_dense())
-
-
-def test_large_results_are_ordinary_memory(monkeypatch):
-    monkeypatch.setattr(cpu, "LARGE_BYTES", 0)
-    rows = cpu.empty_rows(1000, 33, torch.float32)
-    assert rows.shape == (1000, 33)
-    rows.fill_(1.5)
-    kept = rows[10:20]
-    del rows
-    assert (kept == 1.5).all()
-    assert cpu.empty_rows(0, 33, torch.float32).shape == (0, 33)
 
 
 def test_a_table_past_2_to_the_31_elements():

@@ -29,6 +29,27 @@ def test_few_reads_and_many_are_sorted_alike(dtype, num_reads, device):
         assert found.labels_M.tolist() == labels[order].tolist()
 
 
+@pytest.mark.parametrize("num_reads", [0, 1, 1000, reads.RADIX_READS + 1])
+@pytest.mark.parametrize("labels", [range(2**16), range(-1, 2**16 - 1), range(-(2**15), 2**15), range(2**16 + 1)])
+def test_labels_of_16_bits_are_sorted_as_others_are(labels, num_reads, device):
+    """Both ends of what fits, and one more than fits."""
+    some = torch.randint(labels.start, labels.stop, (num_reads,), generator=torch.Generator().manual_seed(0))
+    some[: num_reads // 4], some[num_reads // 2 : num_reads // 2 + 9] = labels.start, labels.stop - 1
+    found = reads.sort_reads(some.to(device), top_k=7, labels=labels)
+    expected = some.sort(stable=True)
+    assert found.labels_M.dtype == torch.int32
+    assert torch.equal(found.labels_M.cpu().long(), expected.values)
+    assert torch.equal(found.reads_M.cpu(), expected.indices)
+    assert torch.equal(found.tokens_M.cpu(), (expected.indices // 7).int())
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 127, 128, 2**31 - 1])
+def test_tokens_are_whole_quotients_up_to_the_largest_read(top_k, device):
+    last = torch.tensor([2**31 - 1, 2**31 - 2, 2**31 - 128, 2**31 - 129, 2**24 + 1, 127, 126, 3, 2, 0])
+    found = reads.sort_reads(torch.arange(10, device=device), top_k, last.to(device))
+    assert found.tokens_M.tolist() == [number // top_k for number in last.tolist()]
+
+
 @pytest.mark.parametrize("labels", [[], [2], [0, 0, 1, 4], [4, 4, 4]])
 def test_bounds_of_all_labels_and_of_the_distinct_ones(device, labels):
     labels_M = torch.tensor(labels, dtype=torch.int32, device=device)
@@ -39,17 +60,17 @@ def test_bounds_of_all_labels_and_of_the_distinct_ones(device, labels):
     assert [labels[a:b] for a, b in pairwise(bounds)] == [[n] * labels.count(n) for n in distinct]
 
 
-@pytest.mark.parametrize("num_rows", [1, 4, 2**15])
+@pytest.mark.parametrize("num_rows", [1, 4, 2**15, 2**16])
 def test_sorting_all_reads_by_row_gives_those_with_a_row_last(device, num_rows):
     row_M = torch.randint(-2, min(num_rows, 6), (50,), dtype=torch.int32, device=device)
-    expected, found = reads.reads_with_a_row(row_M, 5), reads.all_reads_by_row(row_M, 5, num_rows)
+    expected, found = (sort(row_M, 5, num_rows) for sort in (reads.reads_with_a_row, reads.all_reads_by_row))
     num_ignored = int((row_M < 0).sum())
     for right, tensor in zip(expected, found):
         assert torch.equal(tensor[num_ignored:], right.to(tensor.dtype))
     assert (found.labels_M[:num_ignored] < 0).all()
 
 
-@pytest.mark.parametrize("num_rows", [3, 2**15 - 1])
+@pytest.mark.parametrize("num_rows", [3, 2**15 - 1, 2**15])
 def test_rows_that_do_not_exist_are_in_no_segment_however_large(device, num_rows):
     row_M = torch.tensor([2**15, 2, -(2**15) - 1, 2**16 + 1, 0, -(2**31), 2**31 - 1], dtype=torch.int32, device=device)
     found = reads.all_reads_by_row(row_M, 1, num_rows)
