@@ -13,6 +13,14 @@ GRADIENT = {torch.float32: {"rtol": 1e-4, "atol": 1e-5}, torch.bfloat16: {"rtol"
 MANY_TOKENS = 150
 
 
+@pytest.fixture(scope="module", autouse=True, params=["sorted", "few scores by torch.topk"])
+def way(request):
+    """Both ways have to give everything here; left alone, most of these sizes would meet one of them only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(product_key_cpu, "FEW_SCORES", 0 if request.param == "sorted" else 1 << 14)
+        yield
+
+
 def draw(seed, num_tokens, heads, n, width, dtype=torch.float32, whole=False):
     """Queries and half-keys; whole numbers make most scores tie."""
     random = torch.Generator().manual_seed(seed)
