@@ -49,8 +49,9 @@ def _stable_sort(labels_M: Tensor, labels: range) -> tuple[Tensor, Tensor]:
         return (keys_M >> 32).int(), keys_M & (2**32 - 1)
     if len(labels) > 2**16:
         return labels_M.int().sort(stable=True)
+    # 16 bits take half the passes of 32, and wrap, so that each label becomes its distance from the middle.
     middle = labels.start + 2**15
-    sorted_M, order_M = (labels_M - middle).short().sort(stable=True)  # half the passes of 32 bits
+    sorted_M, order_M = labels_M.short().sub_((middle + 2**15) % 2**16 - 2**15).sort(stable=True)
     return sorted_M.int().add_(middle), order_M
 
 
