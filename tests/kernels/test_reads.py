@@ -30,9 +30,11 @@ def test_few_reads_and_many_are_sorted_alike(dtype, num_reads, device):
 
 
 @pytest.mark.parametrize("num_reads", [0, 1, 1000, reads.RADIX_READS + 1])
-@pytest.mark.parametrize("labels", [range(2**16), range(-1, 2**16 - 1), range(-(2**15), 2**15), range(10**6, 10**6 + 2**16), range(2**16 + 1)])
-def test_labels_of_16_bits_are_sorted_as_others_are(labels, num_reads, device):
-    """Both ends of what fits, and one more than fits."""
+@pytest.mark.parametrize("num_labels", [2**16, 2**16 + 1])
+@pytest.mark.parametrize("start", [0, -1, -(2**15), 10**6])
+def test_labels_of_16_bits_are_sorted_as_others_are(start, num_labels, num_reads, device):
+    """As many as fit, and one more."""
+    labels = range(start, start + num_labels)
     some = torch.randint(labels.start, labels.stop, (num_reads,), generator=torch.Generator().manual_seed(0))
     some[: num_reads // 4], some[num_reads // 2 : num_reads // 2 + 9] = labels.start, labels.stop - 1
     found = reads.sort_reads(some.to(device), top_k=7, labels=labels)
