@@ -18,7 +18,7 @@ from torch import Tensor
 
 LARGE_BYTES = 32 << 20  # the C library keeps smaller memory itself
 HUGE_PAGE_BYTES = 2 << 20
-KEPT_BYTES = 256 << 20  # marking costs 10 us a huge page, 2 % of a step of the lookup: small change is spared that
+KEPT_BYTES = 256 << 20  # kept as it is: marking costs 10 us a huge page, 2 % of a lookup and its backward
 MAY_BE_KEPT = hasattr(mmap, "MADV_HUGEPAGE") and hasattr(mmap, "MADV_FREE")
 
 _spare_pages: list[mmap.mmap] = []
