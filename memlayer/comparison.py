@@ -96,7 +96,7 @@ def run_trial(trial: Trial) -> None:
     """Learn, ask, and write the outcome; the answers go last and mark the trial as done."""
     (trial.folder / ANSWERS).unlink(missing_ok=True)
     if trial.method == CONTROL:
-        learned = Learned(trial.config, *modeling.load(trial.config.checkpoint), None, 0.0, 0, 0)
+        learned = Learned(trial.config, *modeling.load(trial.config.checkpoint), None, 0.0, 0, 0, 0)
     else:
         learned = learn(trial.config)
     save_learned(learned, trial.folder, with_model=False)

@@ -53,8 +53,10 @@ def training_arguments(config: RunConfig, folder: str = "trainer", **ours) -> Tr
     for name in config.trainer:
         if name in SET_ELSEWHERE:
             raise ValueError(f"trainer.{name} cannot be set, it follows from {SET_ELSEWHERE[name]}")
+    # YAML takes a bare no for false.
+    theirs = {k: "no" if v is False and k.endswith("_strategy") else v for k, v in config.trainer.items()}
     try:
-        arguments = TrainingArguments(**{**defaults, **ours, **config.trainer, **fixed})
+        arguments = TrainingArguments(**{**defaults, **ours, **theirs, **fixed})
     except TypeError as error:
         raise ValueError(f"trainer: {error}") from error
     _share_batch(arguments)
@@ -118,14 +120,19 @@ def checkpoint_to_resume(arguments: TrainingArguments, config: RunConfig) -> Pat
     started = folder / "config.yaml"
     # The Trainer writes its state last: a checkpoint without it, or with half of it, was cut short.
     states = filter(_is_json, folder.glob("checkpoint-*/trainer_state.json"))
-    complete = {int(state.parent.name.split("-")[1]): state.parent for state in states}
+    complete = [state.parent for state in states]
     if not complete:
         if PartialState().is_main_process:
             started.write_text(to_yaml(config))
         return None
     if not started.is_file() or started.read_text() != to_yaml(config):
         raise ValueError(f"{folder} holds checkpoints of another config: name another output, or delete it")
-    return complete[max(complete)]
+    return max(complete, key=step_of)
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """The step after which the Trainer wrote a checkpoint; 0 where there is none."""
+    return int(checkpoint.name.split("-")[1]) if checkpoint else 0
 
 
 def _is_json(file: Path) -> bool:

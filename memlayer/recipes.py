@@ -52,6 +52,7 @@ from memlayer.preflight import (
     check_output,
     checkpoint_to_resume,
     refuse_unused,
+    step_of,
     training_arguments,
 )
 from memlayer.trainer import MemoryTrainer
@@ -217,7 +218,7 @@ class Learned:
     Attributes:
         model: the model that has learned, an ordinary one again.
         patch: the rows changed, where the method changes memory rows only.
-        seconds: time of the learning alone.
+        seconds: time of the learning alone, from step ``resumed_at``.
         parameters_changed: numbers in the model that are not what they were.
     """
 
@@ -227,11 +228,14 @@ class Learned:
     patch: MemoryPatch | None
     seconds: float
     steps: int
+    resumed_at: int
     parameters_changed: int
 
 
 def learn(config: RunConfig) -> Learned:
     """Teach the new facts one after the other; see ``save_learned`` for writing the outcome.
+
+    Goes on from the newest checkpoint that an interrupted run of this very config left, where there is one.
 
     Raises:
         FileNotFoundError, ValueError: the checkpoint, its background counts, the facts or a setting do not fit.
@@ -254,9 +258,9 @@ def learn(config: RunConfig) -> Learned:
         train_sampling_strategy="sequential",
         max_grad_norm=0.0,
     )
-    if arguments.save_strategy != "no":
-        raise ValueError(f"trainer.save_strategy is {arguments.save_strategy.value!r}: a learning run is not resumed")
-    check_output(config.output)
+    resumable = arguments.save_strategy != "no"
+    check_output(arguments.output_dir if resumable else config.output)
+    checkpoint = checkpoint_to_resume(arguments, config) if resumable else None
     model, tokenizer = modeling.load(config.checkpoint)
     encoded = encode(tokenizer, lessons)
     check_lengths(encoded, model.config.max_position_embeddings)
@@ -277,13 +281,15 @@ def learn(config: RunConfig) -> Learned:
     if arguments.disable_tqdm:
         trainer.remove_callback(PrinterCallback)  # what stands in for the bar would print a line a run
     start = time.perf_counter()
-    trainer.train()
+    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     seconds = time.perf_counter() - start
     patch = prepared.finish()
     if patch is not None:
         patch.provenance = provenance
     changed = modeling.numbers_changed(model, config.checkpoint)
-    return Learned(config, model.eval(), tokenizer, patch, seconds, trainer.state.global_step, changed)
+    return Learned(
+        config, model.eval(), tokenizer, patch, seconds, trainer.state.global_step, step_of(checkpoint), changed
+    )
 
 
 def _provenance(config: RunConfig) -> dict:
@@ -335,7 +341,7 @@ def _write_learned(learned: Learned, folder: Path, with_model: bool) -> None:
         learned.patch.save(folder / "patch")
     elif with_model:
         modeling.save(learned.model, learned.tokenizer, folder / "model")
-    took = {key: getattr(learned, key) for key in ("seconds", "steps", "parameters_changed")}
+    took = {key: getattr(learned, key) for key in ("seconds", "steps", "resumed_at", "parameters_changed")}
     (folder / "learned.json").write_text(json.dumps(took, indent=2) + "\n")
     (folder / "config.yaml").write_text(to_yaml(learned.config))
 

@@ -30,7 +30,7 @@ from memlayer.dense_control import add_dense, touched_per_token
 from memlayer.evaluation.healing import BASE, DENSE, MEMORY, gate, write_healing_report
 from memlayer.evaluation.provenance import provenance
 from memlayer.patch.fingerprint import fingerprint
-from memlayer.preflight import check_output, checkpoint_to_resume, refuse_unused, training_arguments
+from memlayer.preflight import check_output, checkpoint_to_resume, refuse_unused, step_of, training_arguments
 from memlayer.recipes import COUNTS, count, train_to_end
 from memlayer.trainer import MemoryTrainer
 
@@ -237,8 +237,7 @@ def _train(config: RunConfig, model: nn.Module, text: Text, kind: Callable[..., 
     train_to_end(trainer, checkpoint)
     seconds = time.perf_counter() - start
     after = trainer.evaluate()["eval_loss"]
-    resumed_at = int(checkpoint.name.split("-")[1]) if checkpoint else 0
-    return Trained(before, after, _curves(before, trainer.state.log_history), seconds, resumed_at)
+    return Trained(before, after, _curves(before, trainer.state.log_history), seconds, step_of(checkpoint))
 
 
 def _curves(before: float, log: list[dict]) -> dict[str, list]:

@@ -6,6 +6,7 @@ Trainer's own.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -14,6 +15,8 @@ from transformers import Trainer
 from memlayer.attach import memory_tables
 from memlayer.methods.sparse_memory import SparseMemoryFinetuner
 from memlayer.optimizer import RowAdamW
+
+FINETUNER = "finetuner.pt"  # in a checkpoint: what a sparse memory finetuner has written so far
 
 
 class MemoryTrainer(Trainer):
@@ -93,6 +96,20 @@ class MemoryTrainer(Trainer):
             return super().compute_loss(model, inputs, **kwargs)
         with self.finetuner.selecting(counted):
             return super().compute_loss(model, inputs, **kwargs)
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """The Trainer's; of a finetuner's run a checkpoint holds what was written, not the whole model again."""
+        if self.finetuner is None or not _internal_call:
+            super().save_model(output_dir, _internal_call)
+        elif self.args.should_save:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            torch.save(self.finetuner.state_dict(), Path(output_dir) / FINETUNER)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if self.finetuner is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self.finetuner.load_state_dict(torch.load(Path(resume_from_checkpoint) / FINETUNER, weights_only=True))
 
     def _clip_grad_norm(self, model):
         """Clip the dense gradients; a table's sparse gradient is left to its own optimizer rule."""

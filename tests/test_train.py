@@ -15,6 +15,7 @@ from memlayer.config import describe_fields, load_config
 from memlayer.counts import load_counts
 from memlayer.methods import METHODS
 from memlayer.patch import state_fingerprint
+from memlayer.preflight import training_arguments
 
 __all__ = ["checkpoint"]  # a fixture
 COUNTED = {"memory.0": 64}
@@ -107,6 +108,42 @@ def test_a_killed_run_goes_on_by_itself_and_ends_with_the_same_bits(tmp_path):
     assert outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_a_killed_learning_run_goes_on_and_ends_with_what_an_uninterrupted_one_writes(tmp_path, checkpoint, method):
+    settings = {"learn": LEARN["learn"] | {"method": method, "learning_rate": 0.01, "steps_per_fact": 30, "protect": 2}}
+    settings["trainer"] = {"disable_tqdm": True, "save_strategy": "steps", "save_steps": 6}
+
+    def learned(name):
+        model, _ = recipes.load_learned(checkpoint, tmp_path / name)
+        return state_fingerprint(model)
+
+    paths = {
+        name: write_config(
+            tmp_path / f"{name}.yaml", LEARN, output=str(tmp_path / name), checkpoint=str(checkpoint), **settings
+        )
+        for name in ("whole", "stopped")
+    }
+    assert run("train.py", paths["whole"]).returncode == 0
+    first = tmp_path / "stopped" / "trainer" / "checkpoint-6"
+    process = start("train.py", paths["stopped"], folder=tmp_path)
+    while process.is_alive() and not is_written(first / "trainer_state.json"):
+        time.sleep(0.005)
+    process.kill()
+    process.join()
+    assert not (tmp_path / "stopped" / "learned.json").exists(), "the run ended before it was killed"
+    done = run("train.py", paths["stopped"])
+    assert done.returncode == 0, done.stderr
+    took = json.loads((tmp_path / "stopped" / "learned.json").read_text())
+    assert took["steps"] == 60
+    assert took["resumed_at"] >= 6
+    assert learned("stopped") == learned("whole")
+    # Killed after its last step, a run has nothing left to learn.
+    (tmp_path / "stopped" / "learned.json").unlink()
+    assert run("train.py", paths["stopped"]).returncode == 0
+    assert json.loads((tmp_path / "stopped" / "learned.json").read_text())["resumed_at"] == 60
+    assert learned("stopped") == learned("whole")
+
+
 def test_a_finished_run_is_left_alone_by_another_config_and_kept_by_the_same(tmp_path):
     settings = {"trainer": {"save_strategy": "steps", "save_steps": 2}}
     path = write_config(tmp_path / "pretrain.yaml", TINY, output=str(tmp_path / "out"), **settings)
@@ -117,6 +154,12 @@ def test_a_finished_run_is_left_alone_by_another_config_and_kept_by_the_same(tmp
     assert result_files(tmp_path / "out") == finished
     assert run("train.py", path).returncode == 0
     assert outcome(tmp_path / "out") == trained
+
+
+def test_a_bare_no_which_yaml_takes_for_false_is_a_strategy(tmp_path):
+    config = load_config(write_config(tmp_path / "pretrain.yaml", TINY, output="out"), ["trainer.save_strategy=no"])
+    assert config.trainer["save_strategy"] is False
+    assert training_arguments(config).save_strategy == "no"
 
 
 def test_a_refused_config_leaves_an_earlier_result_in_the_same_folder_as_it_was(tmp_path):

@@ -123,6 +123,28 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(tmp_path, interrup
     assert_same(whole.lr_scheduler.get_last_lr(), resumed.lr_scheduler.get_last_lr())
 
 
+@pytest.mark.parametrize("interrupted_at", [3, 5])
+def test_a_finetuner_goes_on_from_a_checkpoint_that_holds_what_it_wrote_and_no_more(tmp_path, interrupted_at):
+    def learner(seed=0):
+        model = tiny.memory_model(num_keys=16)
+        finetuner = SparseMemoryFinetuner(model, tiny.background(model), num_rows=5)
+        optimizer = finetuner.watch(torch.optim.Adam(finetuner.parameters(), lr=0.01))
+        settings = {"num_train_epochs": 1, "save_strategy": "steps", "save_steps": interrupted_at, "seed": seed}
+        settings |= {"train_sampling_strategy": "sequential", "max_grad_norm": 0.0}
+        return trainer_of(model, tmp_path, examples(), finetuner, optimizer, **settings)
+
+    whole = learner()
+    whole.train()
+    assert whole.state.global_step == 10
+    checkpoint = tmp_path / f"checkpoint-{interrupted_at}"
+    assert not list(checkpoint.glob("*.safetensors"))
+    resumed = learner(seed=1)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    ours, theirs = whole.finetuner.detach(), resumed.finetuner.detach()
+    assert_same(dict(whole.model.state_dict()), dict(resumed.model.state_dict()))
+    assert_same(vars(ours.tables[tiny.TABLE]), vars(theirs.tables[tiny.TABLE]))
+
+
 def first_moments(folder, **settings):
     """(1 - beta1) times the gradient of every parameter in one step, by name."""
     model = tiny.memory_model()

@@ -9,7 +9,6 @@ DistributedDataParallel sees an ordinary parameter.
 Source: arXiv:2510.15103, section 4. Left out: choosing by gradient, choosing per sequence.
 """
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -19,9 +18,9 @@ from torch import Tensor, nn
 from memlayer.attach import Reads, memory_tables, record_reads
 from memlayer.counts import SlotCounts
 from memlayer.memory import MemoryTable
+from memlayer.methods.open_table import OpenTable
 from memlayer.methods.prepared import Prepared
-from memlayer.patch import MemoryPatch, TablePatch, product_key_fingerprints
-from memlayer.selection import tf_idf, top_slots
+from memlayer.patch import MemoryPatch, product_key_fingerprints
 
 
 class SparseMemoryFinetuner:
@@ -38,7 +37,8 @@ class SparseMemoryFinetuner:
         patch = finetuner.detach()
 
     With several micro-batches, or ranks, per optimizer step call ``select(micro_batches)`` before the first
-    backward pass; the choice is then made over all of them.
+    backward pass; the choice is then made over all of them. A run that saves ``state_dict()`` and the optimizer's
+    between steps can go on from both, over the model that it began with.
 
     Args:
         model: a causal language model with memory; every parameter of it is frozen until ``detach``.
@@ -74,7 +74,7 @@ class SparseMemoryFinetuner:
         self._trainable = [p for p in model.parameters() if p.requires_grad]
         model.requires_grad_(False)
         self._tables = {
-            name: _OpenTable(name, table, background[name], num_rows) for name, table in tables.items()
+            name: OpenTable(name, table, background[name], num_rows) for name, table in tables.items()
         }
         self._selected = False
 
@@ -149,6 +149,30 @@ class SparseMemoryFinetuner:
         product_keys = product_key_fingerprints(self.model)
         return MemoryPatch({name: table.patch(product_keys[name]) for name, table in self._tables.items()})
 
+    def state_dict(self) -> dict[str, dict]:
+        """What later steps depend on, beside the model that the first one began with and the optimizer's own state.
+
+        Of each table the rows ever selected and their originals, the optimizer's state of these slots, and the
+        background as ``protect`` has left it: tensors and strings, for ``torch.save``.
+        """
+        product_keys = product_key_fingerprints(self.model)
+        return {name: table.state_dict(product_keys[name]) for name, table in self._tables.items()}
+
+    def load_state_dict(self, state: Mapping[str, Mapping]) -> None:
+        """Go on where the finetuner that gave ``state`` was; this one has to be new, with the same settings.
+
+        Raises:
+            ValueError: the state is of other tables, or of a model that is not this one to the bit; nothing is
+                changed then.
+        """
+        if state.keys() != self._tables.keys():
+            raise ValueError(f"the state is of tables {sorted(state)}, the model has {sorted(self._tables)}")
+        product_keys = product_key_fingerprints(self.model)
+        for name, table in self._tables.items():
+            table.check_state_dict(state[name], product_keys[name])
+        for name, table in self._tables.items():
+            table.load_state_dict(state[name])
+
     def _slots_read(self, reads: Reads, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Slots read at the positions that count; int32, as tables hold fewer than 2**31 and micro-batches add up."""
         if self._mask_key not in batch:
@@ -167,11 +191,11 @@ class SparseMemoryFinetuner:
                 "optimizer.step() before any batch was read: call loss(batch) or select(batches) first"
             )
         for table in self._tables.values():
-            table.load_state(optimizer.state.get(table.rows, {}))
+            table.load_moments(optimizer.state.get(table.rows, {}))
 
     def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
         for table in self._tables.values():
-            table.save_state(optimizer.state.get(table.rows, {}))
+            table.save_moments(optimizer.state.get(table.rows, {}))
             table.write()
         self._selected = False
 
@@ -194,119 +218,6 @@ def _check_table(name: str, table: MemoryTable, background: Mapping[str, SlotCou
         )
     if not 1 <= num_rows <= num_slots:
         raise ValueError(f"num_rows is {num_rows}, must be between 1 and the table's {num_slots} slots")
-
-
-class _OpenTable:
-    """One table while it is being learned into: the rows of this step and the originals of all steps."""
-
-    def __init__(self, name: str, table: MemoryTable, background: SlotCounts, num_rows: int):
-        self.name, self.table, self.background = name, table, background.to(table.weight.device)
-        weight = table.weight
-        # DistributedDataParallel expects sparse gradients of every parameter of a sparse embedding, rows included.
-        self._was_sparse, table.sparse = table.sparse, False
-        table.rows = nn.Parameter(
-            torch.zeros(num_rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
-        )
-        table.row_of_slot = torch.full((len(weight),), -1, dtype=torch.int32, device=weight.device)
-        self.slots_R = torch.empty(0, dtype=torch.int64, device=weight.device)
-        self._unprotected: set[int] = set()
-        self._originals: dict[int, Tensor] = {}
-        self._state: dict[str, dict[int, Tensor]] = {}
-        self._warned = False
-
-    @property
-    def rows(self) -> nn.Parameter:
-        return self.table.rows
-
-    @torch.no_grad()
-    def choose(self, slots: Tensor, idf_power: float) -> None:
-        """Make the top slots of these reads, int32 and sorted here in place, the rows of this step."""
-        slots_U, reads_U = _over_ranks(*_count_reads(slots))
-        self.table.row_of_slot[self.slots_R] = -1
-        self.slots_R = top_slots(slots_U, tf_idf(slots_U, reads_U, self.background, idf_power), len(self.rows))
-        if len(slots_U) <= len(self.rows) and not self._warned:
-            warnings.warn(
-                f"a step may change {len(self.rows)} slots of table {self.name!r} and its batch reads only "
-                f"{len(slots_U)}: every slot read is selected",
-                stacklevel=4,
-            )
-            self._warned = True
-        count = len(self.slots_R)
-        self.rows[:count] = self.table.weight[self.slots_R]
-        self.table.row_of_slot[self.slots_R] = torch.arange(
-            count, dtype=torch.int32, device=self.slots_R.device
-        )
-
-    @torch.no_grad()
-    def write(self) -> None:
-        """Copy the stepped rows into the table, keeping the originals of slots never written before."""
-        slots = self.slots_R.tolist()
-        self._unprotected.update(slots)
-        fresh = [i for i, slot in enumerate(slots) if slot not in self._originals]
-        originals = self.table.weight[self.slots_R[fresh]]
-        self._originals.update({slots[i]: row for i, row in zip(fresh, originals, strict=True)})
-        self.table.weight.index_copy_(0, self.slots_R, self.rows[: len(slots)])
-        self.table.row_of_slot[self.slots_R] = -1
-        self.slots_R = self.slots_R[:0]
-
-    def protect(self, documents: int) -> None:
-        slots_W = torch.tensor(sorted(self._unprotected), dtype=torch.int64, device=self.table.weight.device)
-        self.background = self.background.with_documents(slots_W, documents)
-        self._unprotected.clear()
-
-    def load_state(self, state: dict) -> None:
-        """Give the optimizer the moments of the selected slots; zero for a slot never selected."""
-        for key, tensor in self._row_shaped(state):
-            kept = self._state.get(key, {})
-            tensor.zero_()
-            for row, slot in enumerate(self.slots_R.tolist()):
-                if slot in kept:
-                    tensor[row] = kept[slot]
-
-    def save_state(self, state: dict) -> None:
-        """Keep the moments of the selected slots."""
-        for key, tensor in self._row_shaped(state):
-            kept = tensor[: len(self.slots_R)].clone()
-            self._state.setdefault(key, {}).update(zip(self.slots_R.tolist(), kept, strict=True))
-
-    def _row_shaped(self, state: dict):
-        return [(k, v) for k, v in state.items() if isinstance(v, Tensor) and v.shape == self.rows.shape]
-
-    def patch(self, product_keys: dict[str, str]) -> TablePatch:
-        slots = sorted(self._originals)
-        slots_R = torch.tensor(slots, dtype=torch.int64)
-        weight = self.table.weight.detach()
-        originals = torch.stack([self._originals[s] for s in slots]) if slots else weight[:0]
-        rows = weight[slots_R.to(weight.device)].cpu()
-        return TablePatch.of_changed(
-            slots_R, rows, originals.cpu(), num_slots=len(weight), product_keys=product_keys
-        )
-
-    def close(self) -> None:
-        self.table.rows, self.table.row_of_slot = None, None
-        self.table.sparse = self._was_sparse
-
-
-def _count_reads(slots: Tensor) -> tuple[Tensor, Tensor]:
-    """Distinct slots, int64 ascending, and how often each was read; sorts ``slots`` on CPUs."""
-    if slots.is_cpu:
-        slots.numpy().sort()  # torch's sort makes indices too, and takes five times the time and memory
-    else:
-        slots = slots.sort().values
-    slots_U, reads_U = torch.unique_consecutive(slots, return_counts=True)
-    return slots_U.long(), reads_U
-
-
-def _over_ranks(slots_U: Tensor, reads_U: Tensor) -> tuple[Tensor, Tensor]:
-    """The reads of all ranks together; a step's choice must be the same on each."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return slots_U, reads_U
-    gathered: list = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, (slots_U.cpu(), reads_U.cpu()))
-    slots = torch.cat([s for s, _ in gathered]).to(slots_U.device)
-    reads = torch.cat([r for _, r in gathered]).to(reads_U.device)
-    distinct_U, position = slots.unique(return_inverse=True)
-    return distinct_U, torch.zeros_like(distinct_U).index_add_(0, position, reads)
 
 
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
