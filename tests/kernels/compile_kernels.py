@@ -95,10 +95,8 @@ def launch_lookup(shape: Shape, dtype: torch.dtype) -> None:
     slots[: shape.tokens // 2] = 3  # a run of reads long enough to be split
     weights = torch.rand(slots.shape).to(dtype)
     gather.weighted_sum(values, slots, weights)
-    # A GPU sorts slots as int32, and the rows of slots as int16.
-    for labels in (slots.flatten().short(), slots.flatten()):
-        reads = sort_reads(labels, shape.reads_per_token)
-        scatter.segment_sums(grad, reads, weights.flatten(), all_segments(reads.labels_M, SLOTS), dtype)
+    reads = sort_reads(slots.flatten(), shape.reads_per_token, labels=range(SLOTS))
+    scatter.segment_sums(grad, reads, weights.flatten(), all_segments(reads.labels_M, SLOTS), dtype)
     scatter.read_products(grad, values, reads)
 
 
