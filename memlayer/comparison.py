@@ -64,7 +64,16 @@ def run_trials(trials: Sequence[Trial], workers: int, progress: Callable[[Trial]
 
     Args:
         progress: called with each trial when its result is there.
+
+    Raises:
+        ValueError: a trial is to save checkpoints.
     """
+    for trial in trials:
+        if trial.config.trainer.get("save_strategy", "no") not in ("no", False):
+            raise ValueError(
+                f"trainer.save_strategy is {trial.config.trainer['save_strategy']!r}: a trial of a comparison is "
+                "timed from its first step, so one that was interrupted starts again"
+            )
     missing = [trial for trial in trials if not is_done(trial)]
     for trial in trials:
         if trial not in missing:
@@ -96,7 +105,8 @@ def run_trial(trial: Trial) -> None:
     """Learn, ask, and write the outcome; the answers go last and mark the trial as done."""
     (trial.folder / ANSWERS).unlink(missing_ok=True)
     if trial.method == CONTROL:
-        learned = Learned(trial.config, *modeling.load(trial.config.checkpoint), None, 0.0, 0, 0, 0)
+        nothing = {"patch": None, "seconds": 0.0, "steps": 0, "resumed_at": 0, "parameters_changed": 0}
+        learned = Learned(trial.config, *modeling.load(trial.config.checkpoint), **nothing)
     else:
         learned = learn(trial.config)
     save_learned(learned, trial.folder, with_model=False)

@@ -5,7 +5,7 @@ A mistake found after an hour of training costs the hour, and one found while wr
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -110,23 +110,30 @@ def check_lengths(encoded: Sequence[dict], max_length: int) -> None:
         raise ValueError(f"the longest example has {longest} tokens, model.max_length is {max_length}")
 
 
-def checkpoint_to_resume(arguments: TrainingArguments, config: RunConfig) -> Path | None:
+def checkpoint_to_resume(
+    arguments: TrainingArguments, config: RunConfig, inputs: Mapping[str, str] | None = None
+) -> Path | None:
     """The newest complete checkpoint that an interrupted run of this very config left.
 
+    Args:
+        inputs: name and SHA-256 of files that the run starts from, which have to be the same too.
+
     Raises:
-        ValueError: the checkpoints there are another config's.
+        ValueError: the checkpoints there are of another config, or of other inputs.
     """
     folder = Path(arguments.output_dir)
     started = folder / "config.yaml"
+    told = to_yaml(config) + "".join(f"# SHA-256 of {name}: {digest}\n" for name, digest in (inputs or {}).items())
     # The Trainer writes its state last: a checkpoint without it, or with half of it, was cut short.
     states = filter(_is_json, folder.glob("checkpoint-*/trainer_state.json"))
     complete = [state.parent for state in states]
     if not complete:
         if PartialState().is_main_process:
-            started.write_text(to_yaml(config))
+            started.write_text(told)
         return None
-    if not started.is_file() or started.read_text() != to_yaml(config):
-        raise ValueError(f"{folder} holds checkpoints of another config: name another output, or delete it")
+    if not started.is_file() or started.read_text() != told:
+        other = "another config or of other files" if inputs else "another config"
+        raise ValueError(f"{folder} holds checkpoints of {other}: name another output, or delete it")
     return max(complete, key=step_of)
 
 

@@ -260,7 +260,6 @@ def learn(config: RunConfig) -> Learned:
     )
     resumable = arguments.save_strategy != "no"
     check_output(arguments.output_dir if resumable else config.output)
-    checkpoint = checkpoint_to_resume(arguments, config) if resumable else None
     model, tokenizer = modeling.load(config.checkpoint)
     encoded = encode(tokenizer, lessons)
     check_lengths(encoded, model.config.max_position_embeddings)
@@ -268,6 +267,7 @@ def learn(config: RunConfig) -> Learned:
     tables = {name: table.num_embeddings for name, table in memory_tables(model).items()}
     background = load_counts(Path(config.checkpoint) / COUNTS, tables)
     provenance = _provenance(config)
+    checkpoint = checkpoint_to_resume(arguments, config, provenance["sha256"]) if resumable else None
     prepared = METHODS[settings.method](model, background, settings)
     trainer = MemoryTrainer(
         prepared.model,
@@ -281,7 +281,7 @@ def learn(config: RunConfig) -> Learned:
     if arguments.disable_tqdm:
         trainer.remove_callback(PrinterCallback)  # what stands in for the bar would print a line a run
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    train_to_end(trainer, checkpoint)
     seconds = time.perf_counter() - start
     patch = prepared.finish()
     if patch is not None:

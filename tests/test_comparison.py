@@ -29,6 +29,16 @@ def trial(base, folder, method="sparse memory", rate=1.0):
     return Trial(method, "" if method == CONTROL else f"lr {rate}", config, KNOWN)
 
 
+def test_a_trial_that_would_save_checkpoints_is_refused_before_any_is_run(checkpoint, tmp_path):
+    """Resumed, it would be timed from the middle."""
+    one = trial(checkpoint, tmp_path / "one")
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    other = replace(one, config=replace(one.config, trainer=one.config.trainer | saving))
+    with pytest.raises(ValueError, match="save_strategy is 'steps': a trial of a comparison is timed"):
+        run_trials([one, other], workers=1, progress=print)
+    assert not one.folder.exists()
+
+
 @pytest.fixture(scope="module")
 def one_by_one(checkpoint, tmp_path_factory):
     """The control and two strengths, run in this process."""

@@ -12,7 +12,7 @@ from commands import LEARN, REPO, TINY, checkpoint, is_written, refusal, run, st
 
 from memlayer import modeling, recipes
 from memlayer.config import describe_fields, load_config
-from memlayer.counts import load_counts
+from memlayer.counts import load_counts, save_counts
 from memlayer.methods import METHODS
 from memlayer.patch import state_fingerprint
 from memlayer.preflight import training_arguments
@@ -142,6 +142,20 @@ def test_a_killed_learning_run_goes_on_and_ends_with_what_an_uninterrupted_one_w
     assert run("train.py", paths["stopped"]).returncode == 0
     assert json.loads((tmp_path / "stopped" / "learned.json").read_text())["resumed_at"] == 60
     assert learned("stopped") == learned("whole")
+
+
+def test_a_learning_run_does_not_go_on_over_another_model_or_other_facts(tmp_path, checkpoint):
+    base = shutil.copytree(checkpoint, tmp_path / "base")
+    settings = {"trainer": {"disable_tqdm": True, "save_strategy": "steps", "save_steps": 2}}
+    out = tmp_path / "out"
+    path = write_config(tmp_path / "learn.yaml", LEARN, output=str(out), checkpoint=str(base), **settings)
+    assert run("train.py", path).returncode == 0
+    finished = result_files(out)
+    counts = load_counts(base / recipes.COUNTS, COUNTED)
+    counts["memory.0"].reads_N[0] += 1
+    save_counts(counts, base / recipes.COUNTS)
+    assert "holds checkpoints of another config or of other files" in refusal("train.py", path)
+    assert result_files(out) == finished
 
 
 def test_a_finished_run_is_left_alone_by_another_config_and_kept_by_the_same(tmp_path):

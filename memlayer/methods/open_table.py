@@ -70,7 +70,7 @@ class OpenTable:
         self.slots_R = self.slots_R[:0]
 
     def protect(self, documents: int) -> None:
-        slots_W = torch.tensor(sorted(self._unprotected), dtype=torch.int64, device=self.table.weight.device)
+        slots_W = _slots(sorted(self._unprotected)).to(self.table.weight.device)
         self.background = self.background.with_documents(slots_W, documents)
         self._unprotected.clear()
 
@@ -98,11 +98,10 @@ class OpenTable:
     def _written(self, product_keys: dict[str, str]) -> TablePatch:
         """Every row that was ever selected, whether it moved or not."""
         slots = sorted(self._originals)
-        slots_R = torch.tensor(slots, dtype=torch.int64)
-        weight = self.table.weight.detach()
+        slots_W, weight = _slots(slots), self.table.weight.detach()
         originals = torch.stack([self._originals[s] for s in slots]) if slots else weight[:0]
-        rows = weight[slots_R.to(weight.device)].cpu()
-        return TablePatch(slots_R, rows, originals.cpu(), len(weight), product_keys)
+        rows = weight[slots_W.to(weight.device)].cpu()
+        return TablePatch(slots_W, rows, originals.cpu(), len(weight), product_keys)
 
     def state_dict(self, product_keys: dict[str, str]) -> dict:
         moments = {

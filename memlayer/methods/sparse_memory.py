@@ -169,7 +169,10 @@ class SparseMemoryFinetuner:
             raise ValueError(f"the state is of tables {sorted(state)}, the model has {sorted(self._tables)}")
         product_keys = product_key_fingerprints(self.model)
         for name, table in self._tables.items():
-            table.check_state_dict(state[name], product_keys[name])
+            try:
+                table.check_state_dict(state[name], product_keys[name])
+            except ValueError as error:
+                raise ValueError(f"the state does not go with this model: {error}") from error
         for name, table in self._tables.items():
             table.load_state_dict(state[name])
 

@@ -1,11 +1,11 @@
 """Sparse memory finetuning: what a step changes, to what, and that it changes nothing else."""
 
 import warnings
-from functools import partial
 
 import pytest
 import tiny
 import torch
+from finetuning import OPTIMIZERS, finetuner_of, learn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -14,30 +14,6 @@ from memlayer.config import LearnConfig
 from memlayer.methods import METHODS
 from memlayer.methods.sparse_memory import SparseMemoryFinetuner
 from memlayer.patch import state_fingerprint
-
-OPTIMIZERS = {
-    "sgd": partial(torch.optim.SGD, lr=1.0),
-    "sgd_momentum_decay": partial(torch.optim.SGD, lr=1.0, momentum=0.9, weight_decay=0.1),
-    "adam": partial(torch.optim.Adam, lr=0.01),
-    "adamw": partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1),
-}
-
-
-def finetuner_of(model, num_rows=5, **settings):
-    return SparseMemoryFinetuner(model, tiny.background(model), num_rows, **settings)
-
-
-def learn(model, batches, make=OPTIMIZERS["sgd"], **settings):
-    """Take one step a batch; returns the finetuner and the slots selected in each step."""
-    finetuner = finetuner_of(model, **settings)
-    optimizer = finetuner.watch(make(finetuner.parameters()))
-    selected = []
-    for batch in batches:
-        finetuner.loss(batch).backward()
-        selected.append({name: slots.clone() for name, slots in finetuner.selected.items()})
-        optimizer.step()
-        optimizer.zero_grad()
-    return finetuner, selected
 
 
 def table_of(model):
@@ -387,63 +363,3 @@ def test_the_method_refuses_an_optimizer_it_does_not_know():
     model = tiny.memory_model()
     with pytest.raises(ValueError, match=r"optimizer is 'lion', must be one of \['adam', 'sgd'\]"):
         METHODS["sparse_memory"](model, tiny.background(model), LearnConfig(optimizer="lion", num_rows=5))
-
-
-def steps(finetuner, optimizer, batches):
-    """A step a batch, which is then counted as background."""
-    for batch in batches:
-        finetuner.loss(batch).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        finetuner.protect(3)
-
-
-@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_a_run_that_goes_on_from_its_state_ends_with_the_same_bits(tmp_path, make):
-    batches = [tiny.batch(seed=seed % 4) for seed in range(7)]  # slots are selected again, moments go on
-    whole = tiny.memory_model(layers=[0, 2], share=False)
-    finetuner = finetuner_of(whole)
-    optimizer = finetuner.watch(make(finetuner.parameters()))
-    steps(finetuner, optimizer, batches[:4])
-    finetuner.loss(batches[4]).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    # In the middle of a fact: what is written since the last one is not protected yet.
-    torch.save([finetuner.state_dict(), optimizer.state_dict()], tmp_path / "state.pt")
-    finetuner.protect(3)
-    steps(finetuner, optimizer, batches[5:])
-
-    resumed = tiny.memory_model(layers=[0, 2], share=False)
-    goes_on = finetuner_of(resumed)
-    other = goes_on.watch(make(goes_on.parameters()))
-    state, optimizer_state = torch.load(tmp_path / "state.pt", weights_only=True)
-    goes_on.load_state_dict(state)
-    other.load_state_dict(optimizer_state)
-    goes_on.protect(3)
-    steps(goes_on, other, batches[5:])
-    ours, theirs = finetuner.detach(), goes_on.detach()
-    assert state_fingerprint(resumed) == state_fingerprint(whole)
-    for name, table in ours.tables.items():
-        for part in ("slots", "rows", "originals"):
-            assert torch.equal(getattr(table, part), getattr(theirs.tables[name], part)), (name, part)
-
-
-def test_a_state_of_another_model_or_other_tables_is_refused_and_changes_nothing():
-    finetuner, _ = learn(tiny.memory_model(), [tiny.batch()])
-    state = finetuner.state_dict()
-    slot = int(state[tiny.TABLE]["slots"][0])
-    other = tiny.memory_model()
-    with torch.no_grad():
-        memory_tables(other)[tiny.TABLE].weight[slot] += 1
-    for model, named in [
-        (other, f"1 of 5 rows of table 'memory.0' are not the patch's originals, at slot {slot}"),
-        (tiny.memory_model(seed=1), "other product keys"),
-        (tiny.memory_model(layers=[0, 2], share=False), "the state is of tables"),
-        (tiny.memory_model(num_keys=16), "the patch changes 64 slots"),
-    ]:
-        before = tiny.snapshot(model)
-        refusing = finetuner_of(model)
-        with pytest.raises(ValueError, match=named):
-            refusing.load_state_dict(state)
-        refusing.detach()
-        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

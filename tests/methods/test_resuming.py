@@ -1,0 +1,69 @@
+"""A sparse memory finetuner that goes on from its state ends where it would have ended."""
+
+import pytest
+import tiny
+import torch
+from finetuning import OPTIMIZERS, finetuner_of, learn
+
+from memlayer.attach import memory_tables
+from memlayer.patch import state_fingerprint
+
+
+def steps(finetuner, optimizer, batches):
+    """A step a batch, which is then counted as background."""
+    for batch in batches:
+        finetuner.loss(batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        finetuner.protect(3)
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_a_run_that_goes_on_from_its_state_ends_with_the_same_bits(tmp_path, make):
+    batches = [tiny.batch(seed=seed % 4) for seed in range(7)]  # slots are selected again, moments go on
+    whole = tiny.memory_model(layers=[0, 2], share=False)
+    finetuner = finetuner_of(whole)
+    optimizer = finetuner.watch(make(finetuner.parameters()))
+    steps(finetuner, optimizer, batches[:4])
+    finetuner.loss(batches[4]).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    # In the middle of a fact: what is written since the last one is not protected yet.
+    torch.save([finetuner.state_dict(), optimizer.state_dict()], tmp_path / "state.pt")
+    finetuner.protect(3)
+    steps(finetuner, optimizer, batches[5:])
+
+    resumed = tiny.memory_model(layers=[0, 2], share=False)
+    goes_on = finetuner_of(resumed)
+    other = goes_on.watch(make(goes_on.parameters()))
+    state, optimizer_state = torch.load(tmp_path / "state.pt", weights_only=True)
+    goes_on.load_state_dict(state)
+    other.load_state_dict(optimizer_state)
+    goes_on.protect(3)
+    steps(goes_on, other, batches[5:])
+    ours, theirs = finetuner.detach(), goes_on.detach()
+    assert state_fingerprint(resumed) == state_fingerprint(whole)
+    for name, table in ours.tables.items():
+        for part in ("slots", "rows", "originals"):
+            assert torch.equal(getattr(table, part), getattr(theirs.tables[name], part)), (name, part)
+
+
+def test_a_state_of_another_model_or_other_tables_is_refused_and_changes_nothing():
+    finetuner, _ = learn(tiny.memory_model(), [tiny.batch()])
+    state = finetuner.state_dict()
+    slot = int(state[tiny.TABLE]["slots"][0])
+    other = tiny.memory_model()
+    with torch.no_grad():
+        memory_tables(other)[tiny.TABLE].weight[slot] += 1
+    for model, named in [
+        (other, f"1 of 5 rows of table 'memory.0' are not the patch's originals, at slot {slot}"),
+        (tiny.memory_model(seed=1), "other product keys"),
+        (tiny.memory_model(layers=[0, 2], share=False), "the state is of tables"),
+        (tiny.memory_model(num_keys=16), "the patch changes 64 slots"),
+    ]:
+        before = tiny.snapshot(model)
+        refusing = finetuner_of(model)
+        with pytest.raises(ValueError, match=named):
+            refusing.load_state_dict(state)
+        refusing.detach()
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
