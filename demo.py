@@ -75,7 +75,7 @@ def pretrained(folder: Path, seed: int) -> RunConfig:
     """The config of the pretrained model of a seed, pretraining it if it is not there."""
     config = load_config("configs/pretrain.yaml", [f"output={folder}", f"seed={seed}"])
     done = folder / "config.yaml"
-    if done.is_file() and done.read_text() == to_yaml(config):
+    if done.is_file() and done.read_text(encoding="utf-8") == to_yaml(config):
         print(f"seed {seed}: pretrained model found in {folder}")
     else:
         print(f"seed {seed}: pretraining on {len(recipes.facts_of(config).known)} known facts")

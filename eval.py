@@ -52,7 +52,7 @@ def main() -> None:
 def evaluate(arguments: argparse.Namespace) -> None:
     """Ask before and after, print the table, write the report."""
     taught = [load_config(folder / "config.yaml") for folder in arguments.learned]
-    costs = [json.loads((folder / "learned.json").read_text()) for folder in arguments.learned]
+    costs = [json.loads((folder / "learned.json").read_text(encoding="utf-8")) for folder in arguments.learned]
     base = load_config(arguments.checkpoint / "config.yaml")
     asked = deepcopy(taught[0] if taught else base)
     for config, folder in zip(taught, arguments.learned, strict=True):

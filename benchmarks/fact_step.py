@@ -187,7 +187,8 @@ def peak_memory(options: argparse.Namespace) -> dict[str, int]:
         with finetuner.selecting(batch):
             loss = model(**batch).loss
             before = resident("VmRSS")
-            high_water_reset.write_text("5")  # what forward holds by now, and held on the way, are activations
+            # What forward holds by now, and held on the way, are activations.
+            high_water_reset.write_text("5", encoding="utf-8")
         loss.backward()
         optimizer.step()
         transient = resident("VmHWM") - before
@@ -203,7 +204,7 @@ def make_batch(options: argparse.Namespace) -> dict[str, Tensor]:
 
 def resident(field: str) -> int:
     """Bytes by a field of /proc/self/status: VmRSS is resident now, VmHWM the most since it was reset."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"/proc/self/status has no {field}")

@@ -91,13 +91,13 @@ def run_trials(trials: Sequence[Trial], workers: int, progress: Callable[[Trial]
 def is_done(trial: Trial) -> bool:
     """Whether the folder holds the answers of exactly this trial."""
     told = trial.folder / TOLD
-    return (trial.folder / ANSWERS).is_file() and told.is_file() and told.read_text() == _told(trial)
+    return (trial.folder / ANSWERS).is_file() and told.is_file() and told.read_text(encoding="utf-8") == _told(trial)
 
 
 def _told(trial: Trial) -> str:
     """All that a trial's answers depend on: its config, the questions, and how its checkpoint was made."""
     base = Path(trial.config.checkpoint) / "config.yaml"
-    made = base.read_text() if base.is_file() else ""
+    made = base.read_text(encoding="utf-8") if base.is_file() else ""
     return f"{to_yaml(trial.config)}---\nknown: {list(trial.known)}\n---\n{made}"
 
 
@@ -110,13 +110,13 @@ def run_trial(trial: Trial) -> None:
     else:
         learned = learn(trial.config)
     save_learned(learned, trial.folder, with_model=False)
-    (trial.folder / TOLD).write_text(_told(trial))
+    (trial.folder / TOLD).write_text(_told(trial), encoding="utf-8")
     write_answers(ask(learned.model, learned.tokenizer, trial.config, trial.known), trial.folder)
 
 
 def row(trial: Trial, before: Iterable[Answered], chosen: bool = False) -> dict:
     """The trial's row of a report."""
-    took = json.loads((trial.folder / "learned.json").read_text())
+    took = json.loads((trial.folder / "learned.json").read_text(encoding="utf-8"))
     return result_row(
         trial.method,
         trial.strength,
@@ -147,14 +147,15 @@ def write_answers(answered: Iterable[Answered], folder: Path) -> None:
     """One JSON line an answer, moved into place when complete."""
     folder.mkdir(parents=True, exist_ok=True)
     beside = folder / f".{ANSWERS}"
-    beside.write_text("".join(json.dumps(asdict(each), ensure_ascii=False) + "\n" for each in answered))
+    lines = (json.dumps(asdict(each), ensure_ascii=False) + "\n" for each in answered)
+    beside.write_text("".join(lines), encoding="utf-8")
     beside.replace(folder / ANSWERS)
 
 
 def read_answers(folder: Path) -> list[Answered]:
     """What ``write_answers`` wrote."""
     answered = []
-    for line in (folder / ANSWERS).read_text().splitlines():
+    for line in (folder / ANSWERS).read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         question = record.pop("question")
         answered.append(Answered(Question(**question | {"answers": tuple(question["answers"])}), **record))

@@ -36,7 +36,8 @@ def write_code(folder: str | Path) -> None:
         if here.stem == FILES["export"]:
             shutil.copyfile(here.with_name(target.name), target)
         else:
-            target.write_text(HEADER + _relative(here.with_name(f"{name}.py").read_text()))
+            source = here.with_name(f"{name}.py").read_text(encoding="utf-8")
+            target.write_text(HEADER + _relative(source), encoding="utf-8")
 
 
 def _relative(source: str) -> str:

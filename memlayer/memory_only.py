@@ -48,7 +48,7 @@ def save_memory(
     Path(folder).mkdir(parents=True, exist_ok=True)
     weights = {name: parameter.detach() for name, parameter in parameters.items()}
     save_torch_state_dict(weights, folder, filename_pattern=WEIGHTS_PATTERN, max_shard_size=max_shard_size)
-    (Path(folder) / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (Path(folder) / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def load_memory(folder: str | Path, base_model: str | None = None, **loading) -> PreTrainedModel:
@@ -65,7 +65,7 @@ def load_memory(folder: str | Path, base_model: str | None = None, **loading) ->
     folder = Path(folder)
     if not (folder / CONFIG_FILE).is_file():
         raise FileNotFoundError(f"no memory in {folder}: {CONFIG_FILE} is missing")
-    config = json.loads((folder / CONFIG_FILE).read_text())
+    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     if config.get("format_version") != FORMAT:
         raise ValueError(f"{folder / CONFIG_FILE} has format {config.get('format_version')}, expected {FORMAT}")
     base_model = base_model or config["base_model"]

@@ -129,9 +129,9 @@ def checkpoint_to_resume(
     complete = [state.parent for state in states]
     if not complete:
         if PartialState().is_main_process:
-            started.write_text(told)
+            started.write_text(told, encoding="utf-8")
         return None
-    if not started.is_file() or started.read_text() != told:
+    if not started.is_file() or started.read_text(encoding="utf-8") != told:
         other = "another config or of other files" if inputs else "another config"
         raise ValueError(f"{folder} holds checkpoints of {other}: name another output, or delete it")
     return max(complete, key=step_of)
@@ -144,7 +144,7 @@ def step_of(checkpoint: Path | None) -> int:
 
 def _is_json(file: Path) -> bool:
     try:
-        json.loads(file.read_text())
+        json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
         return False
     return True

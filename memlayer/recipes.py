@@ -132,7 +132,7 @@ def pretrain(config: RunConfig) -> Path:
     if PartialState().is_main_process:
         modeling.save(model, tokenizer, output)
         save_counts(_count_facts(config, model, tokenizer, encoded), output / COUNTS)
-        (output / "config.yaml").write_text(to_yaml(config))
+        (output / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     PartialState().wait_for_everyone()
     return output
 
@@ -342,8 +342,8 @@ def _write_learned(learned: Learned, folder: Path, with_model: bool) -> None:
     elif with_model:
         modeling.save(learned.model, learned.tokenizer, folder / "model")
     took = {key: getattr(learned, key) for key in ("seconds", "steps", "resumed_at", "parameters_changed")}
-    (folder / "learned.json").write_text(json.dumps(took, indent=2) + "\n")
-    (folder / "config.yaml").write_text(to_yaml(learned.config))
+    (folder / "learned.json").write_text(json.dumps(took, indent=2) + "\n", encoding="utf-8")
+    (folder / "config.yaml").write_text(to_yaml(learned.config), encoding="utf-8")
 
 
 def load_learned(checkpoint: str | Path, folder: str | Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:

@@ -122,7 +122,7 @@ def _write_model(config: RunConfig, model: PreTrainedModel, tokenizer: PreTraine
 
 def _write_report(config: RunConfig, results: dict) -> None:
     write_healing_report(config.output, results)
-    (Path(config.output) / "config.yaml").write_text(to_yaml(config))
+    (Path(config.output) / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
 
 
 def _check_folders(config: RunConfig) -> None:

@@ -65,7 +65,7 @@ def start(script: str, *arguments: object, folder: Path, cwd: Path = REPO):
 def is_written(path: Path) -> bool:
     """Whether a JSON file is there, and whole."""
     try:
-        json.loads(path.read_text())
+        json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return False
     return True
@@ -113,7 +113,7 @@ def write_config(path: Path, base: dict, /, **changes: object) -> Path:
     merged = dict(base)
     for key, value in changes.items():
         merged[key] = base.get(key, {}) | value if isinstance(value, dict) else value
-    path.write_text(yaml.safe_dump(merged))
+    path.write_text(yaml.safe_dump(merged), encoding="utf-8")
     return path
 
 

@@ -90,7 +90,7 @@ def _config_sha256(config: dict) -> str:
 def _finish_earlier(folder: Path) -> None:
     """Rename rows that a crash left waiting, if the config is theirs already: they are the only copy."""
     waiting, config = folder / WAITING_FILE, folder / CONFIG_FILE
-    if waiting.is_file() and config.is_file() and _sha256_of(waiting) in config.read_text():
+    if waiting.is_file() and config.is_file() and _sha256_of(waiting) in config.read_text(encoding="utf-8"):
         os.replace(waiting, folder / ROWS_FILE)
 
 
@@ -113,7 +113,7 @@ def _replace(path: Path, text: str) -> None:
 
 def _read_config(path: Path) -> dict:
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(config, dict) or config.get("patch_type") != PATCH_TYPE:

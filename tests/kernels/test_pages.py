@@ -83,7 +83,7 @@ def lazily_free() -> int:
     """Bytes of this process that the system may take."""
     gc.collect()
     told = Path("/proc/self/smaps_rollup")
-    lines = told.read_text().splitlines() if told.exists() else []
+    lines = told.read_text(encoding="utf-8").splitlines() if told.exists() else []
     found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("LazyFree:")]
     return found[0] if found else pytest.skip("the system does not tell")
 
