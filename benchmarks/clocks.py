@@ -18,7 +18,9 @@ import torch
 
 COPY_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
 FLUSH_BYTES = 512 << 20  # several times the largest second-level cache
-MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
+SMALLEST_MATMUL = 256
+LARGEST_MATMUL = {"cpu": 2048, "cuda": 8192}
+MATMUL_SECONDS = 0.5  # for one product at most: without bf16 instructions 2048 cubed takes a CPU 20 s
 
 
 class Clock:
@@ -42,11 +44,22 @@ class Clock:
         return medians, 2 * self._source.nbytes / medians.pop("copy")
 
     def operations_per_second(self, dtype: torch.dtype) -> float:
-        """Of a square matrix product in this dtype; float32 without reduced precision."""
-        size = MATMUL_SIZE[self.device.type]
+        """Of a square matrix product in this dtype; float32 without reduced precision.
+
+        The product grows up to LARGEST_MATMUL for as long as the next one promises to take at most MATMUL_SECONDS.
+        """
+        size = SMALLEST_MATMUL
+        seconds = self._product_seconds(size, dtype, runs=2)
+        while size < LARGEST_MATMUL[self.device.type] and 8 * seconds <= MATMUL_SECONDS:
+            size *= 2
+            seconds = self._product_seconds(size, dtype, runs=2)
+        return 2 * size**3 / self._product_seconds(size, dtype, runs=6)
+
+    def _product_seconds(self, size: int, dtype: torch.dtype, runs: int) -> float:
+        """Median seconds of a square product; the first half of the runs is the warm-up."""
         left, right = (torch.randn(size, size, device=self.device).to(dtype) for _ in range(2))
-        runs = [self._seconds(lambda: left @ right) for _ in range(8)]
-        return 2 * size**3 / statistics.median(runs[3:])
+        spans = [self._seconds(lambda: left @ right) for _ in range(runs)]
+        return statistics.median(spans[runs // 2 :])
 
     def _seconds(self, way: Callable[[], object]) -> float:
         if self.device.type == "cpu":
