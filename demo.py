@@ -6,6 +6,9 @@
 Everything goes to runs/demo; what is there already is not done again.
 """
 
+import memlayer_kernels.short_waits  # noqa: F401, before anything loads torch
+
+# isort: split
 import argparse
 import dataclasses
 import sys

@@ -8,6 +8,9 @@ facts. Known facts are those the model was pretrained on; new facts are those it
 --first-new and --num-new say otherwise. Writes results.json, report.md, pareto.png and samples.jsonl.
 """
 
+import memlayer_kernels.short_waits  # noqa: F401, before anything loads torch
+
+# isort: split
 import argparse
 import json
 import sys

@@ -9,6 +9,9 @@ The config is YAML; every setting can be overridden as section.key=value. --prin
 configuration and stops. Exit status: 0 done, 1 refused, 3 retrofitted and written but not healed.
 """
 
+import memlayer_kernels.short_waits  # noqa: F401, before anything loads torch
+
+# isort: split
 import argparse
 import sys
 

@@ -13,6 +13,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from memlayer.checks import check_at_least, check_choice
+from memlayer.machine import resolve_precision
 from memlayer.memory_config import MemoryConfig
 
 LOSS_ON = ("all", "answer")
@@ -191,7 +192,7 @@ class RunConfig:
         output: folder to write.
         base: folder or hub id of a pretrained decoder without memory, for "retrofit".
         checkpoint: folder of a pretrained or healed memory model, for "learn".
-        trainer: passed on to transformers.TrainingArguments.
+        trainer: passed on to transformers.TrainingArguments; ``bf16: auto`` is settled when the config is loaded.
     """
 
     job: str = MISSING
@@ -226,11 +227,13 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
         merged = OmegaConf.merge(
             OmegaConf.structured(RunConfig), OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides))
         )
-        return OmegaConf.to_object(merged)
+        config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ValueError(f"{path}: {str(error).splitlines()[0]}" + _where(error)) from error
     except Exception as error:  # yaml's own errors have no common base with OmegaConf's
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+    config.trainer = resolve_precision(config.trainer)
+    return config
 
 
 def _where(error: OmegaConfBaseException) -> str:

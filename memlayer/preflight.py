@@ -4,6 +4,7 @@ A mistake found after an hour of training costs the hour, and one found while wr
 """
 
 import json
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from accelerate import PartialState
 from transformers import TrainingArguments
 
 from memlayer.config import RunConfig, to_yaml
+from memlayer.machine import use_threads
 
 # Settings of transformers.TrainingArguments that would be overruled, and what they follow from.
 SET_ELSEWHERE = {
@@ -53,14 +55,37 @@ def training_arguments(config: RunConfig, folder: str = "trainer", **ours) -> Tr
     for name in config.trainer:
         if name in SET_ELSEWHERE:
             raise ValueError(f"trainer.{name} cannot be set, it follows from {SET_ELSEWHERE[name]}")
+    _refuse_engines(config)
     # YAML takes a bare no for false.
     theirs = {k: "no" if v is False and k.endswith("_strategy") else v for k, v in config.trainer.items()}
     try:
         arguments = TrainingArguments(**{**defaults, **ours, **theirs, **fixed})
     except TypeError as error:
         raise ValueError(f"trainer: {error}") from error
+    _refuse_devices(arguments, trains_tables=config.job != "learn" or config.learn.method == "full")
     _share_batch(arguments)
+    use_threads()
     return arguments
+
+
+def _refuse_engines(config: RunConfig) -> None:
+    for engine in ("fsdp", "deepspeed"):
+        launched = os.environ.get(f"ACCELERATE_USE_{engine.upper()}", "false").lower() == "true"
+        if config.trainer.get(engine) or launched:
+            raise ValueError(f"{engine} would split memory tables, which memlayer cannot train yet: leave it out")
+
+
+def _refuse_devices(arguments: TrainingArguments, trains_tables: bool) -> None:
+    if arguments.n_gpu > 1:
+        raise ValueError(
+            f"{arguments.n_gpu} GPUs are visible, and one process would spread each batch over them: "
+            "show it one with CUDA_VISIBLE_DEVICES=0"
+        )
+    if trains_tables and arguments.world_size > 1 and arguments.device.type != "cpu":
+        raise ValueError(
+            f"{arguments.world_size} processes on GPUs: a table's gradient holds only the rows read, "
+            "which NCCL does not reduce; train in one process"
+        )
 
 
 def _share_batch(arguments: TrainingArguments) -> None:

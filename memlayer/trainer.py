@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
 from memlayer.attach import memory_tables
+from memlayer.machine import describe
 from memlayer.methods.sparse_memory import SparseMemoryFinetuner
 from memlayer.optimizer import RowAdamW
 
@@ -37,6 +38,12 @@ class MemoryTrainer(Trainer):
     ):
         super().__init__(*args, **kwargs)
         self.table_learning_rate, self.finetuner = table_learning_rate, finetuner
+
+    def train(self, *args, **kwargs):
+        """The Trainer's, after one line that says what of the machine is used."""
+        if self.is_world_process_zero() and not self.args.disable_tqdm:
+            print(describe(self.args))
+        return super().train(*args, **kwargs)
 
     def create_optimizer(self, model=None):
         """AdamW in three groups: tables (constant rate, no decay), decayed matrices, the rest."""

@@ -21,6 +21,7 @@ FLOORS = {
     "memlayer.config": 1,
     "memlayer.optimizer": 1,
     "memlayer.checks": 1,
+    "memlayer.machine": 1,
     "memlayer.memory_config": 1,
     "memlayer.structure": 2,
     "memlayer.decoders": 2,

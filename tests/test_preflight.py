@@ -1,0 +1,39 @@
+"""What cannot be trained on several devices is refused in one sentence, before anything is trained."""
+
+import pytest
+import torch
+from transformers import TrainingArguments
+
+from memlayer.config import load_config
+from memlayer.preflight import training_arguments
+
+
+def arguments_of(recipe, tmp_path, *overrides):
+    config = load_config(f"configs/{recipe}.yaml", [f"output={tmp_path}", *overrides])
+    return training_arguments(config, per_device_train_batch_size=6)
+
+
+def test_one_process_with_several_gpus_is_refused_before_it_doubles_the_batch(monkeypatch, tmp_path):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda _arguments: 2))
+    with pytest.raises(ValueError, match=r"2 GPUs are visible, .* CUDA_VISIBLE_DEVICES=0"):
+        arguments_of("learn_sparse_memory", tmp_path)
+
+
+def test_tables_are_not_trained_by_several_processes_on_gpus_but_rows_and_lora_are(monkeypatch, tmp_path):
+    monkeypatch.setattr(TrainingArguments, "world_size", property(lambda _arguments: 2))
+    monkeypatch.setattr(TrainingArguments, "device", property(lambda _arguments: torch.device("cuda", 0)))
+    for recipe in ("pretrain", "learn_full"):
+        with pytest.raises(ValueError, match=r"2 processes on GPUs: .* NCCL does not reduce"):
+            arguments_of(recipe, tmp_path)
+    for recipe in ("learn_sparse_memory", "learn_lora"):
+        assert arguments_of(recipe, tmp_path).per_device_train_batch_size == 3
+
+
+def test_engines_that_split_tables_are_refused(monkeypatch, tmp_path):
+    for engine in ("fsdp", "deepspeed"):
+        with pytest.raises(ValueError, match=f"{engine} would split memory tables"):
+            arguments_of("pretrain", tmp_path, f"trainer.{engine}=settings.json")
+        with monkeypatch.context() as patched:
+            patched.setenv(f"ACCELERATE_USE_{engine.upper()}", "true")
+            with pytest.raises(ValueError, match=f"{engine} would split memory tables"):
+                arguments_of("pretrain", tmp_path)
