@@ -1,6 +1,6 @@
 """Checks at the door of ops.py: every mistake a caller can make, named with its numbers, as a ValueError.
 
-What only the numbers in a tensor can tell (slots and rows in range) is asked inside the registered
+What only the numbers in a tensor can tell (slots and rows in range and in order) is asked inside the registered
 operations, since torch.compile traces the door without numbers. On a GPU that question makes the host
 wait for the device at every call, so it is asked there only with MEMLAYER_CHECK_SLOTS=1 in the environment.
 """
@@ -12,6 +12,7 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32)
+DEVICES = ("cpu", "cuda", "meta")  # torch calls AMD's GPUs cuda too; a meta tensor has a shape and no numbers
 CHECK_ON_GPUS = os.environ.get("MEMLAYER_CHECK_SLOTS") == "1"
 
 
@@ -23,6 +24,7 @@ def check_search(queries_TH2Q: Tensor, half_keys_H2nQ: Tensor, k: int) -> None:
     """
     _check_tensor("queries", queries_TH2Q, 4, FLOATS)
     _check_tensor("half_keys", half_keys_H2nQ, 4, FLOATS)
+    check_device("queries", queries_TH2Q)
     _check_same("half_keys", half_keys_H2nQ, "queries", queries_TH2Q, dtype=True)
     _, heads, halves, width = queries_TH2Q.shape
     num_half_keys = half_keys_H2nQ.shape[2]
@@ -44,6 +46,7 @@ def check_lookup(values_NV: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Non
     _check_tensor("values", values_NV, 2, FLOATS)
     _check_tensor("slots", slots_TK, 2, INTEGERS)
     _check_tensor("weights", weights_TK, 2, FLOATS)
+    check_device("values", values_NV)
     _check_same("slots", slots_TK, "values", values_NV)
     _check_same("weights", weights_TK, "values", values_NV)
     if weights_TK.shape != slots_TK.shape:
@@ -64,7 +67,7 @@ def check_slots(slots_TK: Tensor, num_slots: int) -> None:
     Raises:
         ValueError: one is not.
     """
-    if _may_ask(slots_TK):
+    if may_ask(slots_TK):
         lowest, highest = (bound.item() for bound in slots_TK.aminmax())
         if lowest < 0 or highest >= num_slots:
             raise ValueError(f"slots range from {lowest} to {highest}, values has slots 0 to {num_slots - 1}")
@@ -100,11 +103,43 @@ def check_row_numbers(row_M: Tensor, num_rows: int) -> None:
     Raises:
         ValueError: one is not.
     """
-    if _may_ask(row_M) and row_M.max() >= num_rows:
+    if may_ask(row_M) and row_M.max() >= num_rows:
         raise ValueError(f"row_of_slot names row {row_M.max().item()}, rows has {num_rows}")
 
 
-def _may_ask(tensor: Tensor) -> bool:
+def check_device(name: str, tensor: Tensor) -> None:
+    """A device that has kernels here.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if tensor.device.type not in DEVICES:
+        raise ValueError(
+            f"{name} is on {tensor.device}: memory runs on CPUs and on GPUs of NVIDIA and AMD (cuda); move the model"
+        )
+
+
+def check_chosen_slots(slots_U: Tensor, num_slots: int) -> None:
+    """Strictly ascending slots from 0 to num_slots - 1.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if not may_ask(slots_U):
+        return
+    if not ascending(slots_U):
+        raise ValueError(f"the {slots_U.numel()} slots are not strictly ascending")
+    if slots_U[0] < 0 or slots_U[-1] >= num_slots:
+        raise ValueError(f"slots range from {slots_U[0]} to {slots_U[-1]}, values has slots 0 to {num_slots - 1}")
+
+
+def ascending(slots_U: Tensor) -> bool:
+    """Whether each slot is above the one before it; the host waits for the answer."""
+    return bool((slots_U[1:] > slots_U[:-1]).all())
+
+
+def may_ask(tensor: Tensor) -> bool:
+    """Whether what the tensor holds may be looked at."""
     return tensor.numel() > 0 and (tensor.is_cpu or CHECK_ON_GPUS)
 
 

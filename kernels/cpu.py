@@ -2,9 +2,9 @@
 
 Trades: embedding_bag is used for both weighted sums (rows into tokens, tokens into rows) because it
 prefetches, and the weight gradient runs in order of slots rather than of tokens because the small
-matrix (tokens) then stays in cache while the large one (values) is read once. float32 and float64 run
-at full speed; bfloat16 and float16 are converted a block of rows at a time and summed in float32. The
-GPU side of the same three functions is gather.py and scatter.py.
+matrix (tokens) then stays in cache while the large one (values) is read once. All dtypes are summed in
+float32 or better; backward converts bfloat16 and float16 a block of rows at a time. The GPU side of the same
+three functions is gather.py and scatter.py.
 
 Shapes: T tokens, N slots, K slots read, V value width, M reads, U distinct slots, S segments.
 """
@@ -31,16 +31,19 @@ IN_PLACE_BYTES = 32 << 20  # larger sums are written by a sparse product, in pla
 def weighted_sum(values_NV: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """reads_TV[t] = sum over k of weights[t, k] * values[slots[t, k]], in the dtype of the values."""
     slots_TK = slots_TK.int()  # half the bytes: a tenth of the time at K = 128, V = 256
-    if values_NV.dtype in (torch.float32, torch.float64):
+    if values_NV.dtype in (torch.float32, torch.float64, weights_TK.dtype):
         return _bags(values_NV, slots_TK, weights_TK)
-    reads_TV = values_NV.new_empty(slots_TK.shape[0], values_NV.shape[1])
+    # Weights that values in 16 bits would round: rows are widened, all of them where more are read than there are.
+    if values_NV.shape[0] <= slots_TK.numel():
+        return _bags(values_NV.float(), slots_TK, weights_TK).to(values_NV.dtype)
+    out_TV = values_NV.new_empty(slots_TK.shape[0], values_NV.shape[1])
     top_k = slots_TK.shape[1]
     for start, end in _blocks(slots_TK.shape[0], top_k * values_NV.shape[1] * 4):
         slots_M = slots_TK[start:end].flatten()
         rows_MV = values_NV.index_select(0, slots_M).float()
         local_BK = torch.arange(slots_M.numel(), dtype=torch.int32).view(-1, top_k)
-        reads_TV[start:end] = _bags(rows_MV, local_BK, weights_TK[start:end])
-    return reads_TV
+        out_TV[start:end] = _bags(rows_MV, local_BK, weights_TK[start:end])
+    return out_TV
 
 
 def segment_sums(

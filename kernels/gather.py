@@ -1,8 +1,8 @@
 """Triton: weighted sum of value rows, one program per token and tile of columns.
 
-The K slots of a token are read ROWS at a time, so that several row loads are in flight before the first
-is used. Sums are taken in float32 (float64 for float64 values) in an order that depends on nothing but
-the shapes.
+The K slots of a token are read ROWS at a time, and the next groups of rows are asked for before one is summed, so that
+loads overlap. Sums are taken in float32 (float64 for float64 values) in an order that depends on nothing but the
+shapes.
 """
 
 import torch
@@ -10,8 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS = 4  # row loads in flight
-MAX_COLUMNS = 1024  # per program: 32 accumulators per thread at 4 rows and 4 warps
+from .launch import ROWS, accumulator, column_tile, launch, row_stages
 
 
 def weighted_sum(values_NV: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Tensor:
@@ -21,55 +20,49 @@ def weighted_sum(values_NV: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Ten
     """
     num_tokens, top_k = slots_TK.shape
     width = values_NV.shape[1]
-    reads_TV = torch.empty(num_tokens, width, dtype=values_NV.dtype, device=values_NV.device)
-    if reads_TV.numel() == 0:
-        return reads_TV
+    out_TV = torch.empty(num_tokens, width, dtype=values_NV.dtype, device=values_NV.device)
+    if out_TV.numel() == 0:
+        return out_TV
     columns = column_tile(width)
-    gather_kernel[(num_tokens, triton.cdiv(width, columns))](
+    launch(
+        gather_kernel,
+        (num_tokens, triton.cdiv(width, columns)),
         values_NV,
         slots_TK.contiguous(),
         weights_TK.contiguous(),
-        reads_TV,
+        out_TV,
         top_k,
         width,
         values_NV.stride(0),
         ACC=accumulator(values_NV.dtype),
         ROWS=ROWS,
         COLUMNS=columns,
+        STAGES=row_stages(values_NV.dtype),
     )
-    return reads_TV
+    return out_TV
 
 
-def column_tile(width: int) -> int:
-    """Columns per program: a power of two, of which a mask hides what is past the width."""
-    return min(max(16, triton.next_power_of_2(width)), MAX_COLUMNS)
-
-
-def accumulator(dtype: torch.dtype) -> tl.dtype:
-    """The dtype that sums over this one are taken in."""
-    return tl.float64 if dtype == torch.float64 else tl.float32
-
-
-# i_t token, i_v tile of columns, o_k reads of the token, o_v columns, b_acc one partial sum per row in flight
+# i_t token, i_v tile of columns, o_k reads of the token, o_v columns, b_acc one partial sum per row of a group
 @triton.jit
 def gather_kernel(
     values,  # (N, V) float
     slots,  # (T, K) int
     weights,  # (T, K) float
-    reads,  # (T, V) out, dtype of values
+    out,  # (T, V), dtype of values
     top_k,
     width,
     row_stride,  # from one row of values to the next
     ACC: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     i_t = tl.program_id(0).to(tl.int64)
     i_v = tl.program_id(1)
     o_v = i_v * COLUMNS + tl.arange(0, COLUMNS)
     m_v = o_v < width
     b_acc = tl.zeros([ROWS, COLUMNS], dtype=ACC)
-    for start in range(0, top_k, ROWS):
+    for start in tl.range(0, top_k, ROWS, num_stages=STAGES):
         o_k = start + tl.arange(0, ROWS)
         m_k = o_k < top_k
         b_slots = tl.load(slots + i_t * top_k + o_k, mask=m_k, other=0).to(tl.int64)  # [ROWS]
@@ -78,4 +71,4 @@ def gather_kernel(
         b_rows = tl.load(values + o_rows, mask=m_k[:, None] & m_v[None, :], other=0)  # [ROWS, COLUMNS]
         b_acc += b_weights[:, None] * b_rows.to(ACC)
     b_read = tl.sum(b_acc, 0)  # [COLUMNS]
-    tl.store(reads + i_t * width + o_v, b_read.to(reads.dtype.element_ty), mask=m_v)
+    tl.store(out + i_t * width + o_v, b_read.to(out.dtype.element_ty), mask=m_v)

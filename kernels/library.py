@@ -116,12 +116,9 @@ def _search_backward(ctx, grad_THK: Tensor, _) -> tuple[Tensor | None, Tensor | 
     grad_XK = grad_THK.unsqueeze(2).expand(-1, -1, 2, -1).reshape(-1, top_k)
     queries_grad = half_keys_grad = None
     if ctx.needs_input_grad[0]:
-        table_NQ = half_keys_H2nQ.to(grad_XK.dtype).reshape(-1, width)
-        queries_grad = lookup(table_NQ, slots_XK, grad_XK, False)
-        queries_grad = queries_grad.view(queries_TH2Q.shape).to(queries_TH2Q.dtype)
+        queries_grad = lookup(half_keys_H2nQ.reshape(-1, width), slots_XK, grad_XK, False).view(queries_TH2Q.shape)
     if ctx.needs_input_grad[1]:
-        queries_XQ = queries_TH2Q.to(grad_XK.dtype).reshape(-1, width)
-        num_keys = heads * 2 * num_half_keys
+        queries_XQ, num_keys = queries_TH2Q.reshape(-1, width), heads * 2 * num_half_keys
         half_keys_grad, _ = lookup_gradients(queries_XQ, slots_XK, grad_XK, None, num_keys, half_keys_H2nQ.dtype)
         half_keys_grad = half_keys_grad.view(half_keys_H2nQ.shape)
     return queries_grad, half_keys_grad, None

@@ -5,13 +5,18 @@ so each step pays for touching it for the first time: 25 ms for 64 MB by 4 KB pa
 times 80 ms on a virtual machine whose host has to find memory. Here it is kept, as torch keeps memory on GPUs;
 what goes beyond KEPT_BYTES is marked as free to take, so that the system has it back when it is short of memory.
 
-What is kept is the only state of a module in this package. No result depends on it, it is never more than was
-in use at one time, and a request that none of it fits gives all of it back.
+So memory that a monitor shows does not fall when gradients are dropped. That is no leak: it serves the next ones,
+and what PASSES requests in a row found unfit is given back. release() gives all of it back at once;
+MEMLAYER_KEEP_MEMORY=0 in the environment keeps none, and gradients are then ordinary tensors, which can be resized.
+
+What is kept is the only state of a module in this package. No result depends on it.
 """
 
 import contextlib
 import mmap
+import os
 import weakref
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,9 +24,23 @@ from torch import Tensor
 LARGE_BYTES = 32 << 20  # the C library keeps smaller memory itself
 HUGE_PAGE_BYTES = 2 << 20
 KEPT_BYTES = 256 << 20  # kept as it is: marking costs 10 us a huge page, 2 % of a lookup and its backward
-MAY_BE_KEPT = hasattr(mmap, "MADV_HUGEPAGE") and hasattr(mmap, "MADV_FREE")
+PASSES = 4  # so that up to five tables of different sizes stepped in turn have memory each
+MAY_BE_KEPT = (
+    hasattr(mmap, "MADV_HUGEPAGE")
+    and hasattr(mmap, "MADV_FREE")
+    and os.environ.get("MEMLAYER_KEEP_MEMORY", "1") != "0"
+)
 
-_spare_pages: list[mmap.mmap] = []
+
+@dataclass(eq=False)
+class Spare:
+    """Pages that nothing holds, and how many requests in a row they did not fit."""
+
+    pages: mmap.mmap
+    passed_over: int = 0
+
+
+_spares: list[Spare] = []
 
 
 def empty_rows(num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
@@ -36,15 +55,30 @@ def empty_rows(num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(view, dtype=dtype, count=num_rows * width).view(num_rows, width)
 
 
+def release() -> None:
+    """Give the memory that nothing holds back to the system."""
+    _spares.clear()
+
+
 def _take_spare(num_bytes: int) -> mmap.mmap | None:
     """Spare pages of this size or up to an eighth more, since the number of slots read varies from step to step."""
-    for pages in tuple(_spare_pages):
-        if num_bytes <= len(pages) <= num_bytes + num_bytes // 8 + HUGE_PAGE_BYTES:
-            with contextlib.suppress(ValueError):  # another thread was faster
-                _spare_pages.remove(pages)
-                return pages
-    _spare_pages.clear()
+    for spare in tuple(_spares):
+        if num_bytes <= len(spare.pages) <= num_bytes + num_bytes // 8 + HUGE_PAGE_BYTES:
+            if _take(spare):
+                return spare.pages
+        elif spare.passed_over == PASSES:
+            _take(spare)
+        else:
+            spare.passed_over += 1
     return None
+
+
+def _take(spare: Spare) -> bool:
+    """Whether this thread was the first to take it."""
+    with contextlib.suppress(ValueError):
+        _spares.remove(spare)
+        return True
+    return False
 
 
 def _new_pages(num_bytes: int) -> mmap.mmap:
@@ -59,6 +93,6 @@ def _new_pages(num_bytes: int) -> mmap.mmap:
 def _keep(pages: mmap.mmap) -> None:
     """Make pages spare, if they are few or the system can take them back."""
     with contextlib.suppress(OSError):
-        if len(pages) + sum(map(len, _spare_pages)) > KEPT_BYTES:
+        if len(pages) + sum(len(spare.pages) for spare in tuple(_spares)) > KEPT_BYTES:
             pages.madvise(mmap.MADV_FREE)
-        _spare_pages.append(pages)
+        _spares.append(Spare(pages))

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import product_key_cpu
+from .launch import launch
 
 MAX_TOP_K = 128  # lists of twice that no longer fit in registers
 # Half scores sorted at a time by a program: 32 per thread, 64 registers once packed. Without tensor cores
@@ -30,7 +31,8 @@ SCORES = {torch.float32: 2048, torch.bfloat16: 4096, torch.float16: 4096}
 COLUMNS = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 64}  # of queries and keys multiplied at a time
 CANDIDATES = 1024  # sorted at a time by a program
 WARPS = 4
-STAGES = 3  # tiles of queries and half-keys under way: 48 KB at 64 tokens, 64 half-keys and 64 columns
+STAGES = 3  # tiles of queries and half-keys under way
+SHARED_BYTES = 65536  # for them; the least that a GPU meant here has for a program (MI300, Turing)
 
 # What a position that holds no candidate is packed as: below every score, NaN and infinities included.
 NOTHING = tl.constexpr(-(2**63))
@@ -72,7 +74,9 @@ def search(queries_TH2Q: Tensor, half_keys_H2nQ: Tensor, k: int) -> tuple[Tensor
     if num_tokens == 0:
         return scores_THK, slots_THK
     half = half_tiles(n, width, k, queries_TH2Q.dtype)
-    half_topk_kernel[(triton.cdiv(num_tokens, half.TOKENS), heads * 2)](
+    launch(
+        half_topk_kernel,
+        (triton.cdiv(num_tokens, half.TOKENS), heads * 2),
         queries_TH2Q.contiguous(),
         half_keys_H2nQ.contiguous(),
         best_TH2K,
@@ -87,19 +91,35 @@ def search(queries_TH2Q: Tensor, half_keys_H2nQ: Tensor, k: int) -> tuple[Tensor
         num_stages=STAGES,
     )
     pair = pair_tiles(k)
-    pair_topk_kernel[(triton.cdiv(num_tokens * heads, pair.LISTS),)](
-        best_TH2K, index_TH2K, scores_THK, slots_THK, num_tokens * heads, n, k, **pair._asdict(), num_warps=WARPS
+    launch(
+        pair_topk_kernel,
+        (triton.cdiv(num_tokens * heads, pair.LISTS),),
+        best_TH2K,
+        index_TH2K,
+        scores_THK,
+        slots_THK,
+        num_tokens * heads,
+        n,
+        k,
+        **pair._asdict(),
+        num_warps=WARPS,
     )
     return scores_THK, slots_THK
 
 
 def half_tiles(n: int, width: int, k: int, dtype: torch.dtype) -> HalfTiles:
-    """Twice as many half-keys as are kept, if so many there are, and as many tokens (16 or more) as then fit."""
+    """Twice as many half-keys as are kept, if so many there are, and as many tokens (16 or more) as then fit.
+
+    Columns are halved where the tiles under way would need more than SHARED_BYTES.
+    """
     top = max(2, triton.next_power_of_2(k))
     keys = min(2 * max(top, 32), triton.next_power_of_2(n), SCORES[dtype] // 16)
     keys = max(16, top, keys)
+    tokens = SCORES[dtype] // max(64, keys)
     columns = max(16, min(triton.next_power_of_2(width), COLUMNS[dtype]))
-    return HalfTiles(SCORES[dtype] // max(64, keys), keys, columns, top)
+    while STAGES * (tokens + keys) * columns * dtype.itemsize > SHARED_BYTES:
+        columns //= 2
+    return HalfTiles(tokens, keys, columns, top)
 
 
 def pair_tiles(k: int) -> PairTiles:
@@ -130,7 +150,10 @@ def _log2(size):
 
 @triton.jit
 def _other(b_pairs):
-    """Of (R, B, 2, S), each number's partner: their sum less the number, whatever overflows on the way."""
+    """Of (R, B, 2, S), each number's partner: their sum less the number, whatever overflows on the way.
+
+    By maximum and minimum a sort of 64-bit keys takes 158 instructions a half score on sm_90, so 114.
+    """
     return tl.sum(b_pairs, 2, keep_dims=True) - b_pairs
 
 
@@ -244,7 +267,7 @@ def half_topk_kernel(
     tl.store(index + o_lists[:, None] * k + o_k[None, :], b_index, mask=m_k)
 
 
-# i_p group of lists (token and head), o_x lists, o_c candidates, all candidates of all lists in one row
+# o_x lists (token and head), o_c candidates of each
 @triton.jit(do_not_specialize=["num_lists"])
 def pair_topk_kernel(
     best,  # (X, 2, K) float32, descending

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import rows_cpu
+from .checks import ascending, check_chosen_slots, check_device
 
 
 def sparse_rows(grad_NV: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,7 +33,7 @@ def sparse_rows(grad_NV: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"gradient has layout {grad_NV.layout}, expected sparse COO over rows (sparse_dim 1)"
         )
-    if not _ascending(grad_NV._indices()[0]):
+    if not ascending(grad_NV._indices()[0]):
         grad_NV = grad_NV.coalesce()
     return grad_NV._indices()[0], grad_NV._values()
 
@@ -45,15 +46,16 @@ def sgd_rows_(
 
     Args:
         values_NV: the table.
-        slots_U: int64, strictly ascending.
+        slots_U: int64, strictly ascending. Checked on CPUs, on GPUs with MEMLAYER_CHECK_SLOTS=1 in the environment;
+            unchecked, a slot past the end writes what is not the table's, and of equal ones one step is lost.
         grad_UV: gradient of each of these rows.
         lr: learning rate.
         rounding_seed: of stochastic rounding, for bfloat16 tables, another one for every step; None
             rounds to the nearest.
 
     Raises:
-        ValueError: slots are out of order or out of range (asked on CPUs only), a shape or dtype does not
-            fit, a tensor is not contiguous, or a seed is given for a table that is not bfloat16.
+        ValueError: slots are out of order or out of range, a shape, dtype or device does not fit, a tensor is not
+            contiguous, or a seed is given for a table that is not bfloat16.
     """
     _check(values_NV, slots_U, grad_UV, {}, rounding_seed)
     _backend(values_NV).sgd_rows_(values_NV, slots_U, grad_UV, lr, rounding_seed)
@@ -82,7 +84,7 @@ def adam_rows_(
 
     Args:
         values_NV: the table.
-        slots_U: int64, strictly ascending.
+        slots_U: int64, strictly ascending; see sgd_rows_.
         grad_UV: gradient of each of these rows.
         exp_avg_NV: first moments, zero at the start, float32 (float64 for float64 values).
         exp_avg_sq_NV: second moments, likewise.
@@ -125,10 +127,6 @@ def _backend(values_NV: Tensor):
     return rows_cpu
 
 
-def _ascending(slots_U: Tensor) -> bool:
-    return bool((slots_U[1:] > slots_U[:-1]).all())
-
-
 def _check(
     values_NV: Tensor,
     slots_U: Tensor,
@@ -137,6 +135,7 @@ def _check(
     rounding_seed: int | None,
 ) -> None:
     num_slots, width = values_NV.shape
+    check_device("values", values_NV)
     if grad_UV.shape != (slots_U.numel(), width):
         raise ValueError(f"gradient has shape {tuple(grad_UV.shape)}, expected {(slots_U.numel(), width)}")
     if rounding_seed is not None and values_NV.dtype != torch.bfloat16:
@@ -148,13 +147,7 @@ def _check(
     for name, tensor in {"slots": slots_U, "gradient": grad_UV, **state}.items():
         if tensor.device != values_NV.device:
             raise ValueError(f"{name} is on {tensor.device}, values is on {values_NV.device}")
-    if slots_U.device.type == "cpu" and slots_U.numel():
-        if not _ascending(slots_U):
-            raise ValueError(f"the {slots_U.numel()} slots are not strictly ascending")
-        if slots_U[0] < 0 or slots_U[-1] >= num_slots:
-            raise ValueError(
-                f"slots range from {slots_U[0]} to {slots_U[-1]}, values has slots 0 to {num_slots - 1}"
-            )
+    check_chosen_slots(slots_U, num_slots)
 
 
 def _check_state(values_NV: Tensor, state: dict[str, Tensor]) -> None:

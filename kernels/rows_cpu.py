@@ -48,16 +48,22 @@ def adam_rows_(
         _put(exp_avg_NV, slots_B, mean_BV)
         square_BV = exp_avg_sq_NV.index_select(0, slots_B).mul_(beta2).addcmul_(grad_BV, grad_BV, value=1 - beta2)
         _put(exp_avg_sq_NV, slots_B, square_BV)
-        # float64, for one number a row: 1 - beta2 ** steps loses half its digits in float32.
-        steps_B1 = steps_B.double().unsqueeze(1)
-        correct1_B1 = (1 - beta1**steps_B1).to(grad_BV.dtype)
-        correct2_B1 = (1 - beta2**steps_B1).sqrt().to(grad_BV.dtype)
+        correct1_B1, correct2_B1 = bias_corrections(steps_B.unsqueeze(1), beta1, beta2, grad_BV.dtype)
         root_BV = square_BV.sqrt_().div_(correct2_B1).add_(eps)
         rows_BV = values_NV.index_select(0, slots_B).to(grad_BV.dtype)
         if weight_decay:
             rows_BV.mul_(1 - lr * weight_decay)
         rows_BV.addcdiv_(mean_BV.div_(correct1_B1), root_BV, value=-lr)
         _write(values_NV, slots_B, rows_BV, rounding_seed)
+
+
+def bias_corrections(steps_B: Tensor, beta1: float, beta2: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What the means, and the roots of the second moments, of rows stepped so often are divided by.
+
+    Taken in float64, one number a row: 1 - beta2 ** steps loses half its digits in float32.
+    """
+    steps_B = steps_B.double()
+    return (1 - beta1**steps_B).to(dtype), (1 - beta2**steps_B).sqrt().to(dtype)
 
 
 def random_bits(slots_B: Tensor, width: int, seed: int) -> Tensor:

@@ -4,15 +4,14 @@ Each number of a row, its gradient and its moments is read once and written once
 number in bfloat16 (12 in float32), Adam 22 (28). Steps are computed in float32.
 """
 
-import math
-
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import rows_cpu
-from .gather import column_tile
-from .rows_cpu import start_of
+from .launch import column_tile, launch
+from .rows_cpu import bias_corrections, start_of
 
 MIX1, MIX2, STEP = (tl.constexpr(number) for number in (rows_cpu.MIX1, rows_cpu.MIX2, rows_cpu.STEP))
 
@@ -23,7 +22,7 @@ def sgd_rows_(
     """See rows.sgd_rows_."""
     grid, sizes = _launch(values_NV, slots_U, rounding_seed)
     if all(grid):
-        sgd_rows_kernel[grid](values_NV, slots_U, grad_UV.contiguous(), values_NV.shape[1], lr, **sizes)
+        launch(sgd_rows_kernel, grid, values_NV, slots_U, grad_UV.contiguous(), values_NV.shape[1], lr, **sizes)
 
 
 def adam_rows_(
@@ -43,28 +42,24 @@ def adam_rows_(
     """See rows.adam_rows_; steps_U counts this step."""
     grid, sizes = _launch(values_NV, slots_U, rounding_seed)
     if all(grid):
-        adam_rows_kernel[grid](
+        launch(
+            adam_rows_kernel,
+            grid,
             values_NV,
             slots_U,
             grad_UV.contiguous(),
             exp_avg_NV,
             exp_avg_sq_NV,
-            steps_U,
+            *bias_corrections(steps_U, beta1, beta2, torch.float32),
             values_NV.shape[1],
             lr,
             # Differences from 1 are taken here, in float64: Triton gets numbers as float32.
             1 - beta1,
             1 - beta2,
-            _log(beta1),
-            _log(beta2),
             eps,
             1 - lr * weight_decay,
             **sizes,
         )
-
-
-def _log(beta: float) -> float:
-    return math.log(beta) if beta > 0 else -math.inf
 
 
 def _launch(values_NV: Tensor, slots_U: Tensor, rounding_seed: int | None) -> tuple[tuple[int, int], dict]:
@@ -128,13 +123,12 @@ def adam_rows_kernel(
     grad,  # (U, V) float
     exp_avg,  # (N, V) float32, stepped in place
     exp_avg_sq,  # (N, V) float32, stepped in place
-    steps,  # (U,) float32, this step counted
+    corrections1,  # (U,) float32, by which the means are divided
+    corrections2,  # (U,) float32, by which the roots are divided
     width,
     lr,
     rate1,
     rate2,
-    log_beta1,
-    log_beta2,
     eps,
     shrink,  # 1 - lr * weight decay
     start,  # of the random bits
@@ -154,10 +148,6 @@ def adam_rows_kernel(
     b_square += rate2 * (b_grad * b_grad - b_square)
     tl.store(exp_avg + o_row, b_mean, mask=m_v)
     tl.store(exp_avg_sq + o_row, b_square, mask=m_v)
-    # float64, for one number a row: 1 - beta ** step loses half its digits in float32.
-    step = tl.load(steps + i_u).to(tl.float64)
-    correct1 = 1.0 - tl.exp(step * log_beta1)
-    correct2 = tl.sqrt(1.0 - tl.exp(step * log_beta2))
-    b_root = tl.sqrt(b_square) / correct2.to(tl.float32) + eps
-    b_row = shrink * b_row - (lr / correct1.to(tl.float32)) * (b_mean / b_root)
+    b_root = tl.sqrt(b_square) / tl.load(corrections2 + i_u) + eps
+    b_row = shrink * b_row - (lr / tl.load(corrections1 + i_u)) * (b_mean / b_root)
     write_row(values + slot * width, b_row, slot, start, o_v, m_v, STOCHASTIC)

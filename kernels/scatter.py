@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gather import ROWS, accumulator, column_tile
+from .launch import ROWS, accumulator, column_tile, launch, row_stages
 from .reads import SortedReads
 
 CHUNK = 256  # reads; their float32 sums take at most a 1 / CHUNK of what the reads read
@@ -40,16 +40,19 @@ def segment_sums(
         return sums_SV
     grad_TV, weights_M = grad_TV.contiguous(), weights_M.contiguous()
     columns = column_tile(width)
-    sizes = {"ACC": accumulator(grad_TV.dtype), "ROWS": ROWS, "COLUMNS": columns, "CHUNK": CHUNK}
+    sizes = {"ACC": accumulator(grad_TV.dtype), "ROWS": ROWS, "COLUMNS": columns}
+    sizes |= {"STAGES": row_stages(grad_TV.dtype), "CHUNK": CHUNK}
     tiles, num_chunks = triton.cdiv(width, columns), weights_M.numel() // CHUNK
     chunks_dtype = torch.promote_types(grad_TV.dtype, torch.float32)
     chunks_CV = torch.empty(num_chunks, width, dtype=chunks_dtype, device=grad_TV.device)
     if num_chunks:
-        chunk_sums_kernel[(num_chunks, tiles)](
-            grad_TV, reads.labels_M, reads.tokens_M, weights_M, chunks_CV, width, **sizes
+        grid = num_chunks, tiles
+        launch(
+            chunk_sums_kernel, grid, grad_TV, reads.labels_M, reads.tokens_M, weights_M, chunks_CV, width, **sizes
         )
-    segment_sums_kernel[(num_segments, tiles)](
-        grad_TV, reads.tokens_M, weights_M, bounds_S1, chunks_CV, sums_SV, width, **sizes
+    grid = num_segments, tiles
+    launch(
+        segment_sums_kernel, grid, grad_TV, reads.tokens_M, weights_M, bounds_S1, chunks_CV, sums_SV, width, **sizes
     )
     return sums_SV
 
@@ -63,7 +66,9 @@ def read_products(
     products_M = torch.empty(num_reads, dtype=dtype, device=values_NV.device)
     if num_reads == 0:
         return products_M
-    read_products_kernel[(triton.cdiv(num_reads, READS),)](
+    launch(
+        read_products_kernel,
+        (triton.cdiv(num_reads, READS),),
         grad_TV.contiguous(),
         values_NV,
         reads.labels_M,
@@ -80,11 +85,24 @@ def read_products(
     return products_M
 
 
-# o_m reads, o_v columns, b_acc one partial sum per row in flight
+# o_m reads, o_v columns, b_acc one partial sum per row of a group
 @triton.jit
-def add_reads(b_acc, grad, tokens, weights, first, last, o_v, m_v, width, ACC: tl.constexpr, ROWS: tl.constexpr):
+def add_reads(
+    b_acc,
+    grad,
+    tokens,
+    weights,
+    first,
+    last,
+    o_v,
+    m_v,
+    width,
+    ACC: tl.constexpr,
+    ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     """Adds weights[m] * grad[tokens[m]] for the sorted reads m from first to last."""
-    for start in range(first, last, ROWS):
+    for start in tl.range(first, last, ROWS, num_stages=STAGES):
         o_m = start + tl.arange(0, ROWS)
         m_m = o_m < last
         b_tokens = tl.load(tokens + o_m, mask=m_m, other=0).to(tl.int64)  # [ROWS]
@@ -107,6 +125,7 @@ def chunk_sums_kernel(
     ACC: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     i_c = tl.program_id(0).to(tl.int64)
@@ -117,11 +136,11 @@ def chunk_sums_kernel(
         o_v = i_v * COLUMNS + tl.arange(0, COLUMNS)
         m_v = o_v < width
         b_acc = tl.zeros([ROWS, COLUMNS], dtype=ACC)
-        b_acc = add_reads(b_acc, grad, tokens, weights, first, first + CHUNK, o_v, m_v, width, ACC, ROWS)
+        b_acc = add_reads(b_acc, grad, tokens, weights, first, first + CHUNK, o_v, m_v, width, ACC, ROWS, STAGES)
         tl.store(chunks + i_c * width + o_v, tl.sum(b_acc, 0), mask=m_v)
 
 
-# i_s segment, i_v tile of columns, o_c chunks, o_v columns, b_acc one partial sum per row in flight
+# i_s segment, i_v tile of columns, o_c chunks, o_v columns, b_acc one partial sum per row of a group
 @triton.jit
 def segment_sums_kernel(
     grad,  # (T, V) float
@@ -134,6 +153,7 @@ def segment_sums_kernel(
     ACC: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     i_s = tl.program_id(0).to(tl.int64)
@@ -148,12 +168,12 @@ def segment_sums_kernel(
     head = tl.where(first_chunk < last_chunk, first_chunk * CHUNK, last)
     tail = tl.where(first_chunk < last_chunk, last_chunk * CHUNK, last)
     b_acc = tl.zeros([ROWS, COLUMNS], dtype=ACC)
-    b_acc = add_reads(b_acc, grad, tokens, weights, first, head, o_v, m_v, width, ACC, ROWS)
+    b_acc = add_reads(b_acc, grad, tokens, weights, first, head, o_v, m_v, width, ACC, ROWS, STAGES)
     for start in range(first_chunk, last_chunk, ROWS):
         o_c = start + tl.arange(0, ROWS)
         m_cv = (o_c < last_chunk)[:, None] & m_v[None, :]
         b_acc += tl.load(chunks + o_c[:, None] * width + o_v[None, :], mask=m_cv, other=0)
-    b_acc = add_reads(b_acc, grad, tokens, weights, tail, last, o_v, m_v, width, ACC, ROWS)
+    b_acc = add_reads(b_acc, grad, tokens, weights, tail, last, o_v, m_v, width, ACC, ROWS, STAGES)
     b_sum = tl.sum(b_acc, 0)  # [COLUMNS]
     tl.store(sums + i_s * width + o_v, b_sum.to(sums.dtype.element_ty), mask=m_v)
 

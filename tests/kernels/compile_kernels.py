@@ -10,6 +10,7 @@ apart from the tests, since a process that interprets Triton cannot compile it.
 """
 
 import contextlib
+import inspect
 import io
 import json
 import re
@@ -25,6 +26,8 @@ from triton.runtime.jit import JITFunction
 from memlayer_kernels import gather, product_key, rows_gpu, scatter
 from memlayer_kernels.reads import all_segments, sort_reads
 
+MODULES = (product_key, gather, scatter, rows_gpu)
+KERNELS = {name for module in MODULES for name, _ in inspect.getmembers(module) if name.endswith("_kernel")}
 TOKENS, SLOTS = 8, 64
 OTHER_TOKENS = (1, 16, 37)  # for which what was compiled has to do
 # ptxas, and what the AMD backend writes into its assembly
@@ -90,7 +93,7 @@ def launch_every_kernel(shape: Shape, dtype: torch.dtype) -> None:
 
 
 def launch_lookup(shape: Shape, dtype: torch.dtype) -> None:
-    values, grad = torch.randn(SLOTS, shape.width).to(dtype), torch.randn(shape.tokens, shape.width).to(dtype)
+    values, grad = (torch.randn(rows, shape.width).to(dtype) for rows in (SLOTS, shape.tokens))
     slots = torch.randint(SLOTS, (shape.tokens, shape.reads_per_token))
     slots[: shape.tokens // 2] = 3  # a run of reads long enough to be split
     weights = torch.rand(slots.shape).to(dtype)
@@ -123,6 +126,7 @@ def main() -> None:
         for shape in {replace(shape, **sizes) for group in SHAPES.values() for shape in group}:
             for dtype in (torch.float32, torch.bfloat16):
                 launch_every_kernel(shape, dtype)
+            launch_lookup(shape, torch.float64)
         needed = needed or dict(compiled)
         again = {name for key, name in compiled.items() if key not in needed}
         if again:

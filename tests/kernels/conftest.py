@@ -1,6 +1,8 @@
 """Triton runs under its interpreter where there is no GPU, and every torch.empty is filled with NaN first."""
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,10 @@ import torch
 # Triton decides when it is imported, so this stands before any import of it.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+# For compile_kernels.py, which has the shapes of the benchmarks.
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[2] / "benchmarks")]
 
 
 @pytest.fixture

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from memlayer_kernels import checks, ops
+from memlayer_kernels import checks, ops, rows
 
 VALUES = torch.randn(10, 4)
 SLOTS = torch.zeros(3, 2, dtype=torch.int64)
@@ -65,6 +66,38 @@ def test_slots_and_rows_are_checked_on_gpus_when_asked(monkeypatch, device):
     reads = ops.memory_lookup(values, SLOTS.to(device), weights, rows, ROW_OF_SLOT.to(device) + 6)
     with pytest.raises(ValueError, match="row_of_slot names row 5, rows has 5"):
         reads.sum().backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("slots", "message"), [([0, 10], "slots range from 0 to 10"), ([3, 3], "strictly ascending")])
+def test_slots_to_step_are_checked_on_gpus_when_asked(slots, message, monkeypatch, device):
+    monkeypatch.setattr(checks, "CHECK_ON_GPUS", True)
+    with pytest.raises(ValueError, match=message):
+        rows.sgd_rows_(VALUES.to(device), torch.tensor(slots, device=device), torch.ones(2, 4, device=device), lr=0.1)
+
+
+def test_what_a_tensor_off_the_cpu_holds_is_looked_at_only_when_asked(monkeypatch):
+    """A meta tensor stands for one on a GPU: it has no numbers, so a look is an error."""
+    values, slots, grad = VALUES.to("meta"), torch.arange(2, device="meta"), torch.ones(2, 4, device="meta")
+    rows.sgd_rows_(values, slots, grad, lr=0.1)
+    monkeypatch.setattr(checks, "CHECK_ON_GPUS", True)
+    with pytest.raises(RuntimeError, match="meta tensors"):
+        rows.sgd_rows_(values, slots, grad, lr=0.1)
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu"])
+def test_a_device_without_kernels_is_refused_by_name(device):
+    with FakeTensorMode():
+        values, weights = torch.ones(4, 4, device=device), torch.ones(4, 4, device=device)
+        slots, chosen = (torch.ones(size, dtype=torch.int64, device=device) for size in ((4, 4), (4,)))
+        half_keys = torch.ones(2, 2, 5, 4, device=device)
+        for call in (
+            lambda: ops.memory_lookup(values, slots, weights),
+            lambda: ops.product_key_topk(torch.ones(3, 2, 2, 4, device=device), half_keys, 2),
+            lambda: rows.sgd_rows_(values, chosen, weights, lr=0.1),
+        ):
+            with pytest.raises(ValueError, match=f"is on {device}:0: memory runs on CPUs and on GPUs of NVIDIA"):
+                call()
 
 
 @pytest.mark.parametrize(

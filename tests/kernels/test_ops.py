@@ -105,6 +105,19 @@ def test_weights_of_another_dtype_get_a_gradient_in_it():
     assert values.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weights_dtype", [None, torch.float32])
+@pytest.mark.parametrize("num_slots", [20, 4000])
+def test_sums_of_16_bit_values_are_rounded_once(dtype, weights_dtype, num_slots):
+    """Where a sum is rounded after every term it is wrong in the fourth digit; weights in float32 are not rounded."""
+    values, slots, weights = (t.detach() for t in draw(0, 8, num_slots, 300, 40))
+    values, weights = values.to(dtype), weights.abs().to(weights_dtype or dtype)
+    exact = (values.double()[slots] * weights.double().unsqueeze(-1)).sum(1)
+    found = ops.memory_lookup(values, slots, weights)
+    assert found.dtype == dtype
+    assert (found == exact.to(dtype)).float().mean() > 0.98
+
+
 def test_a_constant_upstream_gradient_of_stride_zero():
     values, slots, weights = draw()
     ops.memory_lookup(values, slots, weights).sum().backward()

@@ -182,6 +182,20 @@ def test_gradients_through_triton_equal_those_of_the_reference(device, monkeypat
         torch.testing.assert_close(grad, right_grad, **GRADIENT[dtype])
 
 
+@pytest.mark.parametrize("through_triton", [False, True])
+def test_gradients_in_16_bits_are_those_of_float32_copies_rounded_once(device, monkeypatch, through_triton):
+    if through_triton:
+        monkeypatch.setattr(library, "_searcher", lambda tensor: product_key)
+        monkeypatch.setattr(library, "_backend", lambda tensor: gpu)
+    inputs = draw(0, 9, 2, 11, 6, torch.bfloat16, device, whole=True)
+    low, wide = ([t.detach().to(dtype).requires_grad_() for t in inputs] for dtype in (torch.bfloat16, torch.float32))
+    (scores, slots), (wide_scores, wide_slots) = (ops.product_key_topk(*tensors, 4) for tensors in (low, wide))
+    assert torch.equal(slots, wide_slots)
+    weight = torch.arange(scores.numel(), device=device).view_as(scores).cos()
+    found, right = torch.autograd.grad(scores, low, weight), torch.autograd.grad(wide_scores, wide, weight)
+    assert all(torch.equal(grad, right_grad.bfloat16()) for grad, right_grad in zip(found, right))
+
+
 @pytest.mark.parametrize(("dtype", "k"), [(torch.float64, 5), (torch.float32, 130)])
 def test_what_the_kernels_cannot_pack_is_searched_all_the_same(device, dtype, k):
     check_exact(*draw(0, 3, 2, 140, 4, dtype, device, whole=True), k)
@@ -196,4 +210,6 @@ def test_tiles_are_powers_of_two_that_a_program_can_hold(n, width, data, dtype):
     assert half.KEYS >= half.TOP
     assert min(half.TOKENS, half.KEYS, half.COLUMNS) >= 16  # what tl.dot multiplies
     assert product_key.SCORES[dtype] >= half.TOKENS * half.KEYS
+    tile_bytes = (half.TOKENS + half.KEYS) * half.COLUMNS * dtype.itemsize
+    assert product_key.STAGES * tile_bytes <= product_key.SHARED_BYTES
     assert sum(k // rank for rank in range(1, k + 1)) <= pair.CANDIDATES

@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from memlayer_kernels import reads
 
@@ -50,6 +51,32 @@ def test_tokens_are_whole_quotients_up_to_the_largest_read(top_k, device):
     last = torch.tensor([2**31 - 1, 2**31 - 2, 2**31 - 128, 2**31 - 129, 2**24 + 1, 127, 126, 3, 2, 0])
     found = reads.sort_reads(torch.arange(10, device=device), top_k, last.to(device))
     assert found.tokens_M.tolist() == [number // top_k for number in last.tolist()]
+
+
+class AsGpusDivide(TorchDispatchMode):
+    """Division by a number as torch does it on GPUs: a product with its reciprocal."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten.div_.Tensor, torch.ops.aten.div_.Scalar):
+            return args[0].mul_(1 / float(args[1]))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("top_k", [49, 98, 103, 107, 161, 187, 196])
+def test_tokens_are_whole_quotients_where_a_product_with_the_reciprocal_is_less(top_k, device):
+    numbers = torch.arange(20000 * top_k, device=device)
+    with AsGpusDivide():
+        assert not torch.equal(numbers.double().div_(top_k).int(), (numbers // top_k).int())
+        found = reads.sort_reads(numbers, top_k)
+    assert torch.equal(found.tokens_M, (numbers // top_k).int())
+
+
+def test_tokens_of_every_number_of_slots_read_are_whole_quotients():
+    """At both ends of every token's reads, up to the largest read there is."""
+    for top_k in range(1, 513):
+        tokens = torch.cat([torch.arange(3000), torch.arange(2**31 // top_k - 3000, 2**31 // top_k)])
+        first = (tokens * top_k).view(-1, 1) + torch.tensor([0, top_k - 1])
+        assert torch.equal(reads._tokens_of(first, top_k), tokens.int().view(-1, 1).expand(-1, 2))
 
 
 @pytest.mark.parametrize("labels", [[], [2], [0, 0, 1, 4], [4, 4, 4]])
