@@ -65,23 +65,33 @@ class MemoryDecoder:
                 module._is_hf_initialized = True
         self.post_init()
 
-    def save_pretrained(self, save_directory, *args, export_code: bool = False, **kwargs) -> None:
-        """transformers' own.
+    def save_pretrained(
+        self, save_directory, *args, export_code: bool = False, save_original_format: bool = False, **kwargs
+    ) -> None:
+        """transformers' own, but tensors are written under the names and in the shapes they have in the model.
+
+        transformers splits and renames the experts of many families on the way to disk, and undoes that by
+        ``model_type`` when it loads. A folder with memory has a ``model_type`` of its own, and no other program reads
+        it, so nothing is gained by it; and the Trainer looks for the model's own names when it resumes.
 
         Args:
             export_code: write the code beside the weights, so that the folder also loads where memlayer is not
                 installed, with ``trust_remote_code=True``. A model saved or loaded like that keeps its code from
                 then on, in ``push_to_hub`` as well.
+            save_original_format: cannot be had.
 
         Raises:
-            ValueError: ``push_to_hub`` is asked for in the same call, which would leave the code behind.
+            ValueError: ``push_to_hub`` is asked for in the same call, which would leave the code behind; or the
+                original format is.
         """
+        if save_original_format:
+            raise ValueError("save_original_format=True: a model with memory is written as it is, or it would not load")
         if export_code:
             self.config.auto_map = auto_map(type(self))
         with_code = bool(getattr(self.config, "auto_map", None))
         if with_code and kwargs.get("push_to_hub"):
             raise ValueError("exported code is uploaded by push_to_hub, called after save_pretrained, not by it")
-        super().save_pretrained(save_directory, *args, **kwargs)
+        super().save_pretrained(save_directory, *args, save_original_format=False, **kwargs)
         if with_code and kwargs.get("is_main_process", True):
             write_code(save_directory)
 

@@ -9,6 +9,7 @@ Shapes: H heads, K slots read, V value width, D model width.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -66,4 +67,7 @@ def add_dense(model: nn.Module, layers: Sequence[int], num_parameters: int, mode
         reference = next(ffn.parameters())
         setattr(decoder[index], ffn_name, put.to(reference.device, reference.dtype))
         blocks.append(dense)
+    # Checkpoints keep the model's own names, which are what the Trainer looks for when it resumes: transformers would
+    # rename a gate as if it were that of a mixture of experts.
+    model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
     return blocks

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -78,6 +79,23 @@ def load_model(folder: str | Path) -> PreTrainedModel:
     with _quietly():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", attn_implementation=ATTENTION)
     return model.eval()
+
+
+def check_saved(model: PreTrainedModel, folder: str | Path) -> None:
+    """Load the checkpoint in ``folder`` and compare it with ``model``, bit by bit; it is in memory twice meanwhile.
+
+    Raises:
+        ValueError: the checkpoint does not load, or gives another model than this one.
+    """
+    state, saved = model.state_dict(), load_model(folder).state_dict()
+    wrong = sorted(state.keys() ^ saved.keys()) or [n for n in state if not _same_bits(state[n], saved[n])]
+    if wrong:
+        raise ValueError(f"{folder} does not hold this model: {len(wrong)} tensors differ, {wrong[0]} first")
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    one, other = (t.cpu().contiguous().flatten() for t in (one, other))
+    return one.dtype == other.dtype and torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
 def _check_whole(file: Path) -> None:

@@ -117,6 +117,7 @@ def _on_main_process(write: Callable[[], None]) -> None:
 
 def _write_model(config: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: Text) -> None:
     modeling.save(model, tokenizer, config.output)
+    modeling.check_saved(model, config.output)
     save_counts(_count(config, model, text), Path(config.output) / COUNTS)
 
 

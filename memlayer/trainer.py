@@ -13,8 +13,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
 from memlayer.attach import memory_tables
+from memlayer.decoders import MemoryDecoder
 from memlayer.machine import describe
 from memlayer.methods.sparse_memory import SparseMemoryFinetuner
+from memlayer.modeling import check_saved
 from memlayer.optimizer import RowAdamW
 
 FINETUNER = "finetuner.pt"  # in a checkpoint: what a sparse memory finetuner has written so far
@@ -115,6 +117,9 @@ class MemoryTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.finetuner is None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+            model = model or self.model
+            if isinstance(model, MemoryDecoder):  # not an adapter's wrapper, whose checkpoints hold the adapter alone
+                check_saved(model, resume_from_checkpoint)
         else:
             self.finetuner.load_state_dict(torch.load(Path(resume_from_checkpoint) / FINETUNER, weights_only=True))
 

@@ -65,12 +65,27 @@ FAMILIES = {
     "gpt2": (hf.GPT2Config, _GPT2_SIZES),
 }
 
+_EXPERTS = {**_GROUPED, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+_LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+
+# Mixtures of experts: transformers renames and splits the experts of all of these on the way to disk.
+MIXTURES = {
+    "mixtral": (hf.MixtralConfig, {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2_moe": (hf.Qwen2MoeConfig, {**_EXPERTS, "shared_expert_intermediate_size": 8}),
+    "qwen3_moe": (hf.Qwen3MoeConfig, {**_EXPERTS, "head_dim": 8}),
+    "olmoe": (hf.OlmoeConfig, _EXPERTS),
+    "deepseek_v3": (
+        hf.DeepseekV3Config,
+        {**_EXPERTS, **_LATENT, "num_key_value_heads": 2, "n_routed_experts": 4, "n_group": 1, "topk_group": 1},
+    ),
+}
+
 
 def decoder(
     family: str, tied: bool = True, dtype: torch.dtype = torch.float32, seed: int = 0, **settings
 ) -> PreTrainedModel:
-    """A random model of one of ``FAMILIES`` without memory, in evaluation mode."""
-    config_class, sizes = FAMILIES[family]
+    """A random model of one of ``FAMILIES`` or ``MIXTURES`` without memory, in evaluation mode."""
+    config_class, sizes = {**FAMILIES, **MIXTURES}[family]
     config = config_class(**{**sizes, "tie_word_embeddings": tied, **settings})
     return randomised(AutoModelForCausalLM.from_config(config, dtype=dtype), seed).eval()
 

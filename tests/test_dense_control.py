@@ -1,7 +1,9 @@
 """The dense control has as many parameters as a token touches in the memory, and stands where the memory stands."""
 
+import families
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import batch, decoder, memory_model
 
 from memlayer.attach import memory_layers
@@ -38,6 +40,13 @@ def test_blocks_stand_at_the_layers_of_the_memory_and_add_starts_as_the_base(mod
     ids = batch()["input_ids"]
     with torch.no_grad():
         assert torch.equal(model(ids).logits, base(ids).logits) == (mode == "add")
+
+
+def test_a_checkpoint_in_a_mixture_of_experts_keeps_the_names_that_a_resume_looks_for(tmp_path):
+    model = families.decoder("mixtral", tied=False)
+    add_dense(model, [0, 2], 500, "replace")
+    model.save_pretrained(tmp_path)
+    assert load_file(tmp_path / "model.safetensors").keys() == model.state_dict().keys()
 
 
 def test_the_block_gates_one_projection_by_another():

@@ -165,3 +165,13 @@ def test_transformers_with_memlayer_imported_loads_the_folder(tokenizer, tmp_pat
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(loaded) is type(model)
     assert state_fingerprint(loaded) == state_fingerprint(model)
+
+
+def test_a_saved_model_is_checked_against_the_one_in_memory(tokenizer, tmp_path):
+    model = built(tokenizer)
+    modeling.save(model, tokenizer, tmp_path)
+    modeling.check_saved(model, tmp_path)
+    with torch.no_grad():
+        model.memory[0].weight[3, 2] += 1
+    with pytest.raises(ValueError, match=r"does not hold this model: 1 tensors differ, memory\.0\.weight first"):
+        modeling.check_saved(model, tmp_path)

@@ -10,7 +10,19 @@ from itertools import product
 import pytest
 import tiny
 import torch
-from families import FAMILIES, decoder, described, generate, learned, logits, tokens, train, with_memory
+from families import (
+    FAMILIES,
+    MIXTURES,
+    decoder,
+    described,
+    generate,
+    learned,
+    logits,
+    settings_of,
+    tokens,
+    train,
+    with_memory,
+)
 from reload import FOUND, load_elsewhere
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -63,6 +75,31 @@ def differences(found, expected):
 
 def differ(one, other):
     return not torch.equal(one, other) if isinstance(one, torch.Tensor) else one != other
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+@BOTH_MODES
+def test_memory_in_a_mixture_of_experts_is_the_same_to_the_bit(family, mode, tmp_path):
+    decoder(family).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    original = same(base)
+    model = learned(with_memory(base, mode, layers=[1]))
+    model.save_pretrained(tmp_path / "with")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "with")
+    assert not differences(same(loaded), same(model))
+    remove_memory(model if mode == "replace" else loaded).save_pretrained(tmp_path / "given_back")
+    assert not differences(same(AutoModelForCausalLM.from_pretrained(tmp_path / "given_back")), original)
+
+
+def same(model):
+    """What has to be equal of two models, without the time that generating takes."""
+    return {"state": tiny.snapshot(model), "config": settings_of(model.config), "logits": logits(model, tokens(2, 10))}
+
+
+def test_the_format_of_a_base_that_would_not_load_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match="save_original_format=True"):
+        with_memory(decoder("mixtral")).save_pretrained(tmp_path / "model", save_original_format=True)
+    assert not (tmp_path / "model").exists()
 
 
 LOAD_AS_A_USER = """

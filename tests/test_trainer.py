@@ -2,10 +2,12 @@
 
 from functools import partial
 
+import families
 import pytest
 import tiny
 import torch
-from transformers import TrainerCallback, TrainingArguments
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
 from memlayer.attach import memory_tables
 from memlayer.data.qa import collate
@@ -105,6 +107,30 @@ def assert_same(ours, theirs, where=""):
             assert_same(one, other, f"{where}[{index}]")
     else:
         assert ours == theirs, where
+
+
+def test_a_resumed_run_in_a_mixture_of_experts_equals_an_uninterrupted_one_to_the_bit(tmp_path):
+    families.decoder("mixtral").save_pretrained(tmp_path / "base")
+
+    def trainer():
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")  # loading is what brings the conversion
+        model = families.with_memory(base, "add", layers=[1])
+        return trainer_of(model, tmp_path, examples(), max_steps=4, save_strategy="steps", save_steps=2)
+
+    whole, resumed = trainer(), trainer()
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert_same(dict(whole.model.state_dict()), dict(resumed.model.state_dict()))
+
+
+def test_a_checkpoint_that_the_trainer_did_not_restore_is_refused(tmp_path):
+    trainer_of(tiny.memory_model(), tmp_path, examples(), max_steps=1, save_strategy="steps", save_steps=1).train()
+    weights = tmp_path / "checkpoint-1" / "model.safetensors"
+    state = load_file(weights)
+    del state["memory.0.weight"]
+    save_file(state, weights, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 missing \(memory\.0\.weight\)"):
+        trainer_of(tiny.memory_model(), tmp_path, examples(), max_steps=2).train(str(weights.parent))
 
 
 @pytest.mark.parametrize("interrupted_at", [3, 5, 7])
