@@ -40,6 +40,9 @@ def main() -> None:
     parser.add_argument("--num-new", type=int, help="new facts asked about")
     parser.add_argument("--batch-size", type=int, default=256, help="questions at a time (%(default)s)")
     parser.add_argument(
+        "--max-new-tokens", type=int, help="where an answer that does not end is cut (default: past the longest answer)"
+    )
+    parser.add_argument(
         "--output", type=Path, default=Path("runs/report"), help="folder to write (%(default)s)"
     )
     arguments = parser.parse_args()
@@ -70,7 +73,12 @@ def evaluate(arguments: argparse.Namespace) -> None:
     def ask(model, tokenizer, name: str) -> list[Answered]:
         with tqdm(total=len(questions), desc=f"asking {name}", unit="question") as bar:
             return answer_questions(
-                model, tokenizer, questions, batch_size=arguments.batch_size, progress=bar.update
+                model,
+                tokenizer,
+                questions,
+                batch_size=arguments.batch_size,
+                max_new_tokens=arguments.max_new_tokens,
+                progress=bar.update,
             )
 
     before = ask(*modeling.load(arguments.checkpoint), str(arguments.checkpoint))
