@@ -12,12 +12,12 @@ import memlayer_kernels.short_waits  # noqa: F401, before anything loads torch
 
 # isort: split
 import argparse
-import json
 import sys
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from memlayer import modeling, recipes
@@ -27,7 +27,9 @@ from memlayer.evaluation.forgetting import scores
 from memlayer.evaluation.provenance import provenance
 from memlayer.evaluation.qa import Answered, answer_questions
 from memlayer.evaluation.report import CONTROL, format_table, result_row, sample, write_report
+from memlayer.patch import state_fingerprint
 from memlayer.preflight import check_output
+from memlayer.taught import is_taught, read_taught
 
 
 def main() -> None:
@@ -42,6 +44,10 @@ def main() -> None:
     parser.add_argument("--first-new", type=int, help="where in the new facts to start")
     parser.add_argument("--num-new", type=int, help="new facts asked about")
     parser.add_argument("--batch-size", type=int, default=256, help="questions at a time (%(default)s)")
+    parser.add_argument("--device", help="where to ask, for example cpu or cuda:1 (default: the accelerator, if any)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, help="where an answer that does not end is cut (default: past the longest answer)"
+    )
     parser.add_argument(
         "--output", type=Path, default=Path("runs/report"), help="folder to write (%(default)s)"
     )
@@ -54,57 +60,100 @@ def main() -> None:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Ask before and after, print the table, write the report."""
-    taught = [load_config(folder / "config.yaml") for folder in arguments.learned]
-    costs = [json.loads((folder / "learned.json").read_text(encoding="utf-8")) for folder in arguments.learned]
-    base = load_config(arguments.checkpoint / "config.yaml")
-    asked = deepcopy(taught[0] if taught else base)
-    for config, folder in zip(taught, arguments.learned, strict=True):
-        if config.data != asked.data:
-            raise ValueError(f"{folder} was taught other facts than {arguments.learned[0]}: evaluate it apart")
+    checkpoint = arguments.checkpoint
+    if is_taught(checkpoint):
+        raise ValueError(f"{checkpoint} was written by a learning run: name the model that it was taught to first")
+    base, taught = load_config(checkpoint / "config.yaml"), [read_taught(folder) for folder in arguments.learned]
+    asked = deepcopy(taught[0].config if taught else base)
+    for run in taught:
+        run.check_files()
+        if run.config.data != asked.data:
+            raise ValueError(f"{run.folder} was taught other facts than {taught[0].folder}: evaluate it apart")
     for data, names in ((base.data, ["num_known"]), (asked.data, ["facts", "wordings", "first_new", "num_new"])):
         for name in names:
             if (value := getattr(arguments, name)) is not None:
                 setattr(data, name, value)
     questions = questions_of(base, asked)
     check_output(arguments.output)
-    for folder in arguments.learned:  # one that does not fit is refused before the first question
-        recipes.load_learned(arguments.checkpoint, folder)
+    device = device_of(arguments.device)
+    model, tokenizer = modeling.load(checkpoint)
+    check_finite(model, checkpoint)
+    fingerprint = state_fingerprint(model) if taught else ""
+    for run in taught:  # one that does not fit is refused before the first question
+        run.check_checkpoint(checkpoint, fingerprint)
+        if run.has_model:
+            modeling.weight_files(run.folder / "model")
+        else:
+            with run.model(model, tokenizer):
+                check_finite(model, run.folder)
 
-    def ask(model, tokenizer, name: str) -> list[Answered]:
+    def ask(model, tokenizer, name: Path) -> list[Answered]:
+        check_finite(model, name)
         with tqdm(total=len(questions), desc=f"asking {name}", unit="question") as bar:
             return answer_questions(
-                model, tokenizer, questions, batch_size=arguments.batch_size, progress=bar.update
+                model.to(device),
+                tokenizer,
+                questions,
+                batch_size=arguments.batch_size,
+                max_new_tokens=arguments.max_new_tokens,
+                progress=bar.update,
             )
 
-    before = ask(*modeling.load(arguments.checkpoint), str(arguments.checkpoint))
+    before = ask(model, tokenizer, checkpoint)
     nothing = scores(before)
     rows = [result_row(CONTROL, "", nothing, nothing, seed=asked.seed, seconds=0.0, parameters_changed=0)]
     samples = []
-    for config, folder, cost in zip(taught, arguments.learned, costs, strict=True):
-        after = ask(*recipes.load_learned(arguments.checkpoint, folder), str(folder))
+    for run in taught:
+        with run.model(model, tokenizer) as learned:
+            after = ask(*learned, run.folder)
         rows.append(
             result_row(
-                config.learn.method,
-                f"lr {config.learn.learning_rate:g}, {config.learn.steps_per_fact} steps a fact",
+                run.config.learn.method,
+                f"lr {run.config.learn.learning_rate:g}, {run.config.learn.steps_per_fact} steps a fact",
                 nothing,
                 scores(after),
-                seed=config.seed,
-                seconds=cost["seconds"],
-                parameters_changed=cost["parameters_changed"],
+                seed=run.config.seed,
+                seconds=run.seconds,
+                parameters_changed=run.parameters_changed,
             )
         )
-        samples += [sample(*pair) | {"run": str(folder)} for pair in zip(before, after, strict=True)]
+        samples += [sample(*pair) | {"run": str(run.folder)} for pair in zip(before, after, strict=True)]
     print(format_table(rows))
     report = write_report(
         arguments.output,
-        f"Learning and forgetting of {arguments.checkpoint}",
+        f"Learning and forgetting of {checkpoint}",
         rows,
         provenance(
-            [config.seed for config in taught], {"known": asdict(base.data), "new": asdict(asked.data)}
+            [run.config.seed for run in taught], {"known": asdict(base.data), "new": asdict(asked.data)}
         ),
         samples or [sample(each, each) for each in before],
     )
     print(f"wrote {report}")
+
+
+def device_of(name: str | None) -> torch.device:
+    """The device of that name, or the one there is.
+
+    Raises:
+        ValueError: torch has no such device here.
+    """
+    if name is None:
+        there = torch.accelerator.is_available()
+        return torch.accelerator.current_accelerator() if there else torch.device("cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # an AssertionError where torch was built without it
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
+
+
+def check_finite(model: torch.nn.Module, folder: Path) -> None:
+    """Refuse a model whose scores would mean nothing.
+
+    Raises:
+        ValueError: a number in it is NaN or infinite.
+    """
+    if not all(tensor.isfinite().all() for tensor in model.state_dict().values() if tensor.is_floating_point()):
+        raise ValueError(f"the model in {folder} holds numbers that are not finite")
 
 
 def questions_of(known: RunConfig, new: RunConfig) -> list[Question]:

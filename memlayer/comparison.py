@@ -105,7 +105,7 @@ def run_trial(trial: Trial) -> None:
     """Learn, ask, and write the outcome; the answers go last and mark the trial as done."""
     (trial.folder / ANSWERS).unlink(missing_ok=True)
     if trial.method == CONTROL:
-        nothing = {"patch": None, "seconds": 0.0, "steps": 0, "resumed_at": 0, "parameters_changed": 0}
+        nothing = {"patch": None, "seconds": 0.0, "steps": 0, "resumed_at": 0, "parameters_changed": 0, "sha256": {}}
         learned = Learned(trial.config, *modeling.load(trial.config.checkpoint), **nothing)
     else:
         learned = learn(trial.config)

@@ -3,7 +3,6 @@
 Each takes a resolved RunConfig, writes a folder, and can be called from a notebook as well.
 """
 
-import hashlib
 import json
 import shutil
 import time
@@ -46,7 +45,7 @@ from memlayer.data.qa import Example, collate, encode, pretraining_examples, tea
 from memlayer.data.tokenizer import load_tokenizer, train_tokenizer
 from memlayer.evaluation.provenance import commit
 from memlayer.methods import METHODS
-from memlayer.patch import MemoryPatch
+from memlayer.patch import MemoryPatch, state_fingerprint
 from memlayer.preflight import (
     check_lengths,
     check_output,
@@ -55,6 +54,7 @@ from memlayer.preflight import (
     step_of,
     training_arguments,
 )
+from memlayer.taught import RECORD, files_of, read_taught, sha256_of
 from memlayer.trainer import MemoryTrainer
 
 COUNTS = "background_counts.safetensors"
@@ -220,6 +220,7 @@ class Learned:
         patch: the rows changed, where the method changes memory rows only.
         seconds: time of the learning alone, from step ``resumed_at``.
         parameters_changed: numbers in the model that are not what they were.
+        sha256: of the checkpoint's state and of each file that the run read.
     """
 
     config: RunConfig
@@ -230,6 +231,7 @@ class Learned:
     steps: int
     resumed_at: int
     parameters_changed: int
+    sha256: dict[str, str]
 
 
 def learn(config: RunConfig) -> Learned:
@@ -266,7 +268,7 @@ def learn(config: RunConfig) -> Learned:
     model.to(arguments.device)
     tables = {name: table.num_embeddings for name, table in memory_tables(model).items()}
     background = load_counts(Path(config.checkpoint) / COUNTS, tables)
-    provenance = _provenance(config)
+    provenance = _provenance(config, model)
     checkpoint = checkpoint_to_resume(arguments, config, provenance["sha256"]) if resumable else None
     prepared = METHODS[settings.method](model, background, settings)
     trainer = MemoryTrainer(
@@ -288,23 +290,27 @@ def learn(config: RunConfig) -> Learned:
         patch.provenance = provenance
     changed = modeling.numbers_changed(model, config.checkpoint)
     return Learned(
-        config, model.eval(), tokenizer, patch, seconds, trainer.state.global_step, step_of(checkpoint), changed
+        config,
+        model.eval(),
+        tokenizer,
+        patch,
+        seconds,
+        trainer.state.global_step,
+        step_of(checkpoint),
+        changed,
+        provenance["sha256"],
     )
 
 
-def _provenance(config: RunConfig) -> dict:
-    """Where a learning run's patch comes from, for JSON: what was taught, how, and into which model."""
-    files = {
-        "facts": config.data.facts or BUILTIN_FACTS,
-        "wordings": config.data.wordings or BUILTIN_WORDINGS,
-        "background_counts": Path(config.checkpoint) / COUNTS,
-    }
+def _provenance(config: RunConfig, model: nn.Module) -> dict:
+    """Where a learning run comes from, for JSON: what was taught, how, and into which model."""
+    files = files_of(config.data) | {"background_counts": Path(config.checkpoint) / COUNTS}
     return {
         "checkpoint": config.checkpoint,
         "data": asdict(config.data),
         "learn": asdict(config.learn),
         "seed": config.seed,
-        "sha256": {name: hashlib.sha256(Path(path).read_bytes()).hexdigest() for name, path in files.items()},
+        "sha256": {"checkpoint": state_fingerprint(model)} | {name: sha256_of(path) for name, path in files.items()},
         "memlayer_version": __version__,
         "commit": commit(),
     }
@@ -341,8 +347,8 @@ def _write_learned(learned: Learned, folder: Path, with_model: bool) -> None:
         learned.patch.save(folder / "patch")
     elif with_model:
         modeling.save(learned.model, learned.tokenizer, folder / "model")
-    took = {key: getattr(learned, key) for key in ("seconds", "steps", "resumed_at", "parameters_changed")}
-    (folder / "learned.json").write_text(json.dumps(took, indent=2) + "\n", encoding="utf-8")
+    took = {key: getattr(learned, key) for key in ("seconds", "steps", "resumed_at", "parameters_changed", "sha256")}
+    (folder / RECORD).write_text(json.dumps(took, indent=2) + "\n", encoding="utf-8")
     (folder / "config.yaml").write_text(to_yaml(learned.config), encoding="utf-8")
 
 
@@ -351,12 +357,13 @@ def load_learned(checkpoint: str | Path, folder: str | Path) -> tuple[nn.Module,
 
     Raises:
         FileNotFoundError: the folder holds neither.
-        ValueError: the patch belongs to another checkpoint.
+        ValueError: the run began with another checkpoint, or the facts it was taught have changed.
     """
-    folder = Path(folder)
-    if (folder / "model").is_dir():
-        return modeling.load(folder / "model")
-    patch = MemoryPatch.load(folder / "patch")
+    taught = read_taught(folder)
+    taught.check_files()
     model, tokenizer = modeling.load(checkpoint)
-    patch.apply(model)
+    taught.check_checkpoint(checkpoint, state_fingerprint(model))
+    if taught.has_model:
+        return modeling.load(taught.folder / "model")
+    MemoryPatch.load(taught.folder / "patch").apply(model)
     return model, tokenizer

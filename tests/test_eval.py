@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from commands import LEARN, TINY, checkpoint, config_of, refusal, run, write_config
@@ -120,11 +121,72 @@ def test_facts_and_wordings_of_ones_own_are_taught_and_asked(tmp_path, checkpoin
     assert len(samples) > len(asked), "known facts are still those of the checkpoint"
 
 
-def test_a_patch_of_another_checkpoint_is_refused_before_any_question(tmp_path, checkpoint, learned):
+@pytest.mark.parametrize("method", ["sparse_memory", "full"])
+def test_a_run_of_another_checkpoint_is_refused_before_any_question(tmp_path, checkpoint, learned, method):
+    """Whatever it wrote, a patch or a whole model: their difference would count as forgetting."""
     other = recipes.pretrain(config_of(TINY, tmp_path / "other", seed=1))
-    message = refusal("eval.py", other, learned["sparse_memory"], "--output", tmp_path / "report")
-    assert "the patch belongs to another model or state" in message
+    message = refusal("eval.py", other, learned[method], "--output", tmp_path / "report")
+    sentence = "{} was not taught to the model that is in {}: it began with {}, as that was then"
+    assert message == sentence.format(learned[method], other, checkpoint)
     assert not (tmp_path / "report" / "results.json").exists()
+    with pytest.raises(ValueError, match="was not taught to the model that is in"):
+        recipes.load_learned(other, learned[method])
+
+
+def own_facts(folder, *answers):
+    """A facts file in ``folder`` with a fact an answer, for the relation that is worded there."""
+    subjects = ("Shop Ada", "Shop Bea", "Shop Cleo")
+    lines = [
+        json.dumps({"subject": subject, "relation": "city", "answers": [answer]})
+        for subject, answer in zip(subjects, answers)
+    ]
+    (folder / "facts.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    statements = ["The city of [X] is [Y]", "[X] is in [Y]", "You find [X] in [Y]"]
+    entry = {"name": "city", "statements": statements, "questions": ["Where is [X]?", "In what city is [X]?"]}
+    (folder / "wordings.json").write_text(json.dumps({"city": entry}), encoding="utf-8")
+    return {"facts": str(folder / "facts.jsonl"), "wordings": str(folder / "wordings.json"), "num_known": None}
+
+
+@pytest.mark.parametrize("changed", ["facts", "wordings"])
+def test_facts_that_changed_after_teaching_are_refused(tmp_path, checkpoint, changed):
+    data = own_facts(tmp_path, "Bonn", "Kiel")
+    config = config_of(LEARN, tmp_path / "out", checkpoint=str(checkpoint), data=data)
+    recipes.save_learned(recipes.learn(config), tmp_path / "out")
+    file = Path(data[changed])
+    text = file.read_text(encoding="utf-8").replace("Kiel", "Ulm").replace("Where", "And where")
+    file.write_text(text, encoding="utf-8")
+    message = refusal("eval.py", checkpoint, tmp_path / "out", "--output", tmp_path / "report")
+    sentence = "the {} in {} are not what {} was taught: bring that file back, or teach again"
+    assert message == sentence.format(changed, file, tmp_path / "out")
+
+
+def test_a_run_that_does_not_say_what_it_was_taught_from_is_refused(tmp_path, checkpoint, learned):
+    shutil.copytree(learned["full"], tmp_path / "old")
+    record = json.loads((tmp_path / "old" / "learned.json").read_text())
+    del record["sha256"]
+    (tmp_path / "old" / "learned.json").write_text(json.dumps(record))
+    message = refusal("eval.py", checkpoint, tmp_path / "old", "--output", tmp_path / "report")
+    assert message == f"{tmp_path / 'old'} does not say which checkpoint and facts it was taught from: teach again"
+
+
+def test_folders_in_the_wrong_order_are_told_so(tmp_path, checkpoint, learned):
+    for folders in ([learned["full"]], [learned["full"], checkpoint]):
+        message = refusal("eval.py", *folders, "--output", tmp_path / "report")
+        assert message == f"{learned['full']} was written by a learning run: name the model that it was taught to first"
+
+
+def test_a_device_that_is_not_there_is_refused(tmp_path, checkpoint):
+    for device in ("abacus", "cuda:77"):
+        assert f"--device {device}: " in refusal("eval.py", checkpoint, "--num-new", 2, "--device", device)
+
+
+def test_a_model_of_nan_is_not_scored(tmp_path, checkpoint):
+    shutil.copytree(checkpoint, tmp_path / "nan")
+    model, tokenizer = modeling.load(checkpoint)
+    model.model.norm.weight.data[3] = float("nan")
+    modeling.save(model, tokenizer, tmp_path / "nan")
+    message = refusal("eval.py", tmp_path / "nan", "--num-new", 2, "--output", tmp_path / "report")
+    assert message == f"the model in {tmp_path / 'nan'} holds numbers that are not finite"
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_any_question(tmp_path, checkpoint):
@@ -164,10 +226,17 @@ def test_bad_arguments_are_refused_in_one_sentence(tmp_path, checkpoint, argumen
     assert not (tmp_path / "report" / "results.json").exists()
 
 
-def test_a_batch_of_no_questions_is_refused(tmp_path, checkpoint):
-    done = run("eval.py", checkpoint, "--num-new", 2, "--batch-size", 0, "--output", tmp_path / "report")
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--batch-size", 0], "batch_size must be at least 1, got 0"),
+        (["--max-new-tokens", 1], "max_new_tokens is 1: the longest answer, of fact"),
+    ],
+)
+def test_a_batch_of_no_questions_and_answers_cut_short_are_refused(tmp_path, checkpoint, option, message):
+    done = run("eval.py", checkpoint, "--num-new", 2, *option, "--output", tmp_path / "report")
     assert done.returncode != 0
-    assert done.stderr.splitlines()[-1] == "eval.py: batch_size must be at least 1, got 0"
+    assert done.stderr.splitlines()[-1].startswith(f"eval.py: {message}")
 
 
 def test_a_missing_checkpoint_is_refused(tmp_path):

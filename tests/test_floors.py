@@ -38,6 +38,7 @@ FLOORS = {
     "memlayer.methods": 3,
     "memlayer.trainer": 4,
     "memlayer.recipes": 4,
+    "memlayer.taught": 4,
     "memlayer.retrofit": 4,
     "memlayer.comparison": 4,
 }

@@ -11,9 +11,11 @@ Shapes: B questions of a batch, L longest sequence, A longest answer, C vocabula
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -23,6 +25,7 @@ from memlayer.data.qa import Question, encode_answer, encode_prompt
 from memlayer.evaluation.answers import exact_match, token_f1
 
 IGNORED = -100  # the target that cross_entropy leaves out
+MARGIN = 8  # tokens beyond the longest answer, so that a prediction that goes on is seen to
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ def answer_questions(
     questions: Sequence[Question],
     *,
     batch_size: int = 256,
-    max_new_tokens: int = 16,
+    max_new_tokens: int | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> list[Answered]:
     """Answer every question by greedy generation.
@@ -55,25 +58,29 @@ def answer_questions(
         model: any transformers causal language model; its mode (train or eval) and tensors are left as found.
         tokenizer: its tokenizer, with begin and end tokens.
         batch_size: questions generated together; it changes speed and memory, not answers.
-        max_new_tokens: where an answer without an end token is cut.
+        max_new_tokens: where an answer without an end token is cut; None is the longest answer that counts, end
+            token included, and MARGIN more.
         progress: called after each batch with the number of questions it held, like ``tqdm.update``.
 
     Returns:
         One Answered a question, in the order of the questions.
 
     Raises:
-        ValueError: ``batch_size`` or ``max_new_tokens`` is below 1, or a question has no answer.
+        ValueError: ``batch_size`` is below 1, a question has no answer, ``max_new_tokens`` cuts an answer that
+            counts, or a prompt and its answers take more tokens than the model has positions.
     """
-    _check(questions, batch_size, max_new_tokens)
+    _check(questions, batch_size)
     prompts = [encode_prompt(tokenizer, question.prompt) for question in questions]
-    order = sorted(range(len(questions)), key=lambda index: len(prompts[index]))
+    answers = [[encode_answer(tokenizer, answer) for answer in question.answers] for question in questions]
+    positions = _positions(model)
+    _check_positions(questions, prompts, answers, positions)
+    budget = _budget(questions, answers, max_new_tokens)
     answered: dict[int, Answered] = {}
     with _evaluating(model), torch.no_grad():
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
+        for batch, new_tokens in _batches(list(map(len, prompts)), batch_size, budget, positions):
             asked, batch_prompts = [questions[index] for index in batch], [prompts[index] for index in batch]
-            predictions = generate(model, tokenizer, batch_prompts, max_new_tokens)
-            likely = answer_nll(model, batch_prompts, [encode_answer(tokenizer, q.answers[0]) for q in asked])
+            predictions = generate(model, tokenizer, batch_prompts, new_tokens)
+            likely = answer_nll(model, batch_prompts, [answers[index][0] for index in batch])
             answered |= zip(batch, map(_score, asked, predictions, likely.tolist()))
             if progress is not None:
                 progress(len(batch))
@@ -156,11 +163,52 @@ def _evaluating(model) -> Iterator[None]:
             module.training = training
 
 
-def _check(questions: Sequence[Question], batch_size: int, max_new_tokens: int) -> None:
+def _check(questions: Sequence[Question], batch_size: int) -> None:
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     for question in questions:
         if not question.answers:
             raise ValueError(f"question {question.prompt!r} has no answer to score against")
+
+
+def _positions(model) -> float:
+    """How many tokens a sequence of the model may have."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+
+
+def _check_positions(
+    questions: Sequence[Question], prompts: Sequence[list[int]], answers: Sequence[list[list[int]]], positions: float
+) -> None:
+    for question, prompt, ids in zip(questions, prompts, answers):
+        if (length := len(prompt) + max(map(len, ids))) > positions:
+            raise ValueError(
+                f"question {question.prompt!r} of fact {question.fact!r} takes {length} tokens with its answer, "
+                f"the model has {positions} positions"
+            )
+
+
+def _budget(questions: Sequence[Question], answers: Sequence[list[list[int]]], asked_for: int | None) -> int:
+    """How many tokens a prediction may have: at least as many as the longest answer that counts."""
+    longest, fact = max(((max(map(len, ids)), q.fact) for q, ids in zip(questions, answers)), default=(1, ""))
+    if asked_for is None:
+        return longest + MARGIN
+    if asked_for < longest:
+        raise ValueError(
+            f"max_new_tokens is {asked_for}: the longest answer, of fact {fact!r}, takes {longest} tokens, end included"
+        )
+    return asked_for
+
+
+def _batches(
+    lengths: Sequence[int], batch_size: int, budget: int, positions: float
+) -> Iterator[tuple[list[int], int]]:
+    """Indices of prompts of near lengths, and how many tokens may follow them.
+
+    Where the budget passes the model's last position, prompts are asked with others of their very length: what is
+    left for each then depends on itself alone.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: lengths[index])
+    for room, group in groupby(order, key=lambda index: min(budget, positions - lengths[index])):
+        group = list(group)
+        for start in range(0, len(group), batch_size):
+            yield group[start : start + batch_size], int(room)

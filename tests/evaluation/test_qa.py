@@ -1,5 +1,7 @@
 """Batched generation gives each question, in its own place, the answer it would get alone."""
 
+import copy
+
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -85,8 +87,8 @@ def test_order_is_kept_whatever_the_batch_size(overfit, tokenizer):
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_batched_answers_equal_answers_one_by_one(family, tokenizer, request):
     model = request.getfixturevalue(family)
-    batched = answer_questions(model, tokenizer, QUESTIONS)
-    alone = [answer_questions(model, tokenizer, [question])[0] for question in QUESTIONS]
+    batched = answer_questions(model, tokenizer, QUESTIONS, max_new_tokens=24)
+    alone = [answer_questions(model, tokenizer, [question], max_new_tokens=24)[0] for question in QUESTIONS]
     assert [each.prediction for each in batched] == [each.prediction for each in alone]
     # float32: padding changes the order of sums, no more
     assert [each.nll for each in batched] == pytest.approx([each.nll for each in alone], rel=1e-4)
@@ -131,7 +133,7 @@ def test_the_model_is_left_as_found(llama, tokenizer):
 
 def test_progress_counts_every_question(llama, tokenizer):
     seen = []
-    answer_questions(llama, tokenizer, QUESTIONS, batch_size=5, max_new_tokens=1, progress=seen.append)
+    answer_questions(llama, tokenizer, QUESTIONS, batch_size=5, progress=seen.append)
     assert seen == [5, 5, 5, 1]
 
 
@@ -142,7 +144,45 @@ def test_no_questions_give_no_answers(llama, tokenizer):
 def test_what_cannot_be_scored_is_refused(llama, tokenizer):
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         answer_questions(llama, tokenizer, QUESTIONS, batch_size=0)
-    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
-        answer_questions(llama, tokenizer, QUESTIONS, max_new_tokens=0)
+    longest = max(len(encode_answer(tokenizer, answer)) for answer in CITIES)
+    for too_few in (0, longest - 1):
+        refusal = f"max_new_tokens is {too_few}: the longest answer, of fact 'born.+', takes {longest} tokens"
+        with pytest.raises(ValueError, match=refusal):
+            answer_questions(llama, tokenizer, QUESTIONS, max_new_tokens=too_few)
+    assert len(answer_questions(llama, tokenizer, QUESTIONS[:4], max_new_tokens=longest)) == 4
     with pytest.raises(ValueError, match=r"'Who\?' has no answer"):
         answer_questions(llama, tokenizer, [Question("Who?", (), "x", "new", "seen")])
+
+
+LONG = "the old quarter behind the second harbour wall of the northern free city of Lindau on the lake"
+
+
+def test_a_long_answer_that_is_known_by_heart_is_right(llama, tokenizer):
+    """An answer has as many tokens as it needs, whatever their number."""
+    model = copy.deepcopy(llama)
+    question = Question("Where is Shop Ada?", ("Lindau", LONG), "city|Shop Ada", "new", "seen")
+    answer = encode_answer(tokenizer, LONG)
+    assert len(answer) > 40
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        answer_nll(model, [encode_prompt(tokenizer, question.prompt)], [answer]).mean().backward()
+        optimizer.step()
+    (answered,) = answer_questions(model, tokenizer, [question])
+    assert (answered.prediction, answered.exact_match) == (LONG, True)
+
+
+def test_near_the_last_position_answers_do_not_depend_on_the_batch(gpt2, tokenizer):
+    """GPT-2 has no position after its last: a prediction that goes on ends there, and only its own."""
+    prompts = [f"{word} Bo Gus Hal" * number for word, number in (("a", 1), ("bc", 7), ("bc", 8), ("d", 8))]
+    questions = [Question(prompt, (LONG, "Rio"), prompt, "new", "seen") for prompt in prompts]
+    lengths = [len(encode_prompt(tokenizer, prompt)) for prompt in prompts]
+    needed = len(encode_answer(tokenizer, LONG))
+    model = GPT2LMHeadModel(GPT2Config(**gpt2.config.to_diff_dict() | {"n_positions": max(lengths) + needed}))
+    together = answer_questions(model, tokenizer, questions)
+    alone = [answer_questions(model, tokenizer, [question])[0] for question in questions]
+    assert [each.prediction for each in together] == [each.prediction for each in alone]
+    short = GPT2LMHeadModel(GPT2Config(**gpt2.config.to_diff_dict() | {"n_positions": max(lengths) + needed - 1}))
+    refusal = rf"takes {max(lengths) + needed} tokens with its answer, the model has {max(lengths) + needed - 1} pos"
+    with pytest.raises(ValueError, match=refusal):
+        answer_questions(short, tokenizer, questions)

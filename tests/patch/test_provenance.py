@@ -34,6 +34,7 @@ def test_a_learning_run_writes_where_its_patch_comes_from(checkpoint, tmp_path):
         "learn": asdict(config.learn),
         "seed": 5,
         "sha256": {
+            "checkpoint": state_fingerprint(recipes.modeling.load(checkpoint)[0]),
             "facts": sha256(BUILTIN_FACTS),
             "wordings": sha256(BUILTIN_WORDINGS),
             "background_counts": sha256(checkpoint / recipes.COUNTS),
