@@ -1,7 +1,7 @@
 """Put memory layers into a Hugging Face decoder, take them out, and listen to what they read."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 
 import torch
@@ -17,7 +17,6 @@ from memlayer.decoders import (
 )
 from memlayer.memory import MemoryLayer, MemoryTable
 from memlayer.memory_config import MemoryConfig
-from memlayer.product_keys import ProductKeys
 from memlayer.structure import decoder_layers, extract_memory, insert_memory
 
 
@@ -111,25 +110,30 @@ def memory_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 class Reads:
-    """What the memory layers read in the latest forward pass.
-
-    Kept per layer and overwritten, not appended: activation checkpointing runs a layer again in the
-    backward pass, and a read must count once.
-    """
+    """What the memory layers read in the forward passes since the last question, or before it if none followed."""
 
     def __init__(self, table_of_layer: dict[str, str]):
         self._table_of_layer = table_of_layer
-        self._slots: dict[str, Tensor] = {}
+        self._slots: dict[str, list[Tensor]] = {}
+        self._asked = False
 
     def store(self, layer: str, slots_THK: Tensor) -> None:
-        """Keep one layer's slots, shape (tokens of the batch, H, K)."""
-        self._slots[layer] = slots_THK.flatten(1)
+        """Keep one layer's slots of one forward pass, shape (tokens of the batch, H, K)."""
+        if self._asked:
+            self._slots, self._asked = {}, False
+        self._slots.setdefault(layer, []).append(slots_THK.flatten(1))
+
+    @property
+    def passes(self) -> int:
+        """How many forward passes ran."""
+        return max(map(len, self._slots.values()), default=0)
 
     def slots(self, mask: Tensor) -> dict[str, Tensor]:
         """Slots read at the positions of ``mask``, per table.
 
         Args:
-            mask: bool or int, shape (batch, sequence): the positions that count, padding zero.
+            mask: bool or int, shape (batch, sequence): the positions that count, padding zero. After several forward
+                passes, the positions of all one after the other.
 
         Returns:
             per table name, int64 (positions counted * layers of the table, H * K).
@@ -140,11 +144,20 @@ class Reads:
         if not self._slots:
             raise ValueError("no reads recorded: run the model forward inside record_reads first")
         chosen: dict[str, list[Tensor]] = {}
-        for layer, slots_TK in self._slots.items():
+        for layer, parts in self._slots.items():
+            slots_TK = parts[0] if len(parts) == 1 else torch.cat(parts)
             if mask.numel() != len(slots_TK):
-                raise ValueError(f"mask has {mask.numel()} positions, the forward pass had {len(slots_TK)}")
+                several = f"the {len(parts)} forward passes since the last question"
+                passes = "the forward pass" if len(parts) == 1 else several
+                raise ValueError(f"mask has {mask.numel()} positions, {passes} had {len(slots_TK)}")
             chosen.setdefault(self._table_of_layer[layer], []).append(slots_TK[mask.reshape(-1).bool()])
+        self._asked = True
         return {table: torch.cat(parts) for table, parts in chosen.items()}
+
+
+def in_backward() -> bool:
+    """Whether a backward pass runs: what activation checkpointing runs again in it has been heard before."""
+    return torch._C._current_graph_task_id() != -1
 
 
 @contextmanager
@@ -155,14 +168,13 @@ def record_reads(model: nn.Module) -> Iterator[Reads]:
     reads = Reads({name: name_of_table[id(layer.table)] for name, layer in layers.items()})
 
     def listener(name):
-        def hook(_module: ProductKeys, _inputs, output):
-            reads.store(name, output[1].detach())
+        def hear(slots_THK: Tensor) -> None:
+            if not in_backward():
+                reads.store(name, slots_THK)
 
-        return hook
+        return hear
 
-    handles = [layer.keys.register_forward_hook(listener(name)) for name, layer in layers.items()]
-    try:
+    with ExitStack() as listening:
+        for name, layer in layers.items():
+            listening.enter_context(layer.keys.heard_by(listener(name)))
         yield reads
-    finally:
-        for handle in handles:
-            handle.remove()

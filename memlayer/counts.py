@@ -4,7 +4,7 @@ Counted once per checkpoint and saved beside it. What a document was is part of 
 the inverse document frequency means nothing without it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -42,9 +42,13 @@ class SlotCounts:
 
     def to(self, device: torch.device) -> "SlotCounts":
         """The same counts on ``device``."""
-        return SlotCounts(
-            self.reads_N.to(device), self.document_frequency_N.to(device), self.num_documents, self.document
+        return replace(
+            self, reads_N=self.reads_N.to(device), document_frequency_N=self.document_frequency_N.to(device)
         )
+
+    def with_frequency(self, document_frequency_N: Tensor) -> "SlotCounts":
+        """The same counts with other document frequencies."""
+        return replace(self, document_frequency_N=document_frequency_N)
 
     def with_documents(self, slots_W: Tensor, documents: int) -> "SlotCounts":
         """Counts as if ``documents`` of the background's documents, more than before, had read these slots too.
@@ -54,7 +58,7 @@ class SlotCounts:
         document_frequency_N = self.document_frequency_N.clone()
         more_W = document_frequency_N[slots_W] + documents
         document_frequency_N[slots_W] = more_W.clamp(max=self.num_documents)
-        return SlotCounts(self.reads_N, document_frequency_N, self.num_documents, self.document)
+        return self.with_frequency(document_frequency_N)
 
     def update(self, slots_TK: Tensor, document_T: Tensor) -> None:
         """Add whole documents: the slots each position read and the document it belongs to.

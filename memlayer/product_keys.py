@@ -2,10 +2,13 @@
 
 Two searches among n half-keys stand in for one search among n*n keys, so a million slots cost two
 thousand dot products a head. The module returns scores and slots and reads nothing itself: whoever
-wants to know what is read listens to this module's output (attach.record_reads).
+wants to know what is read listens to it (``heard_by``; attach.record_reads for all layers of a model).
 
 Shapes: T tokens, H heads, n half-keys, K slots read, Q width of half a key, D model width.
 """
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +45,8 @@ class ProductKeys(nn.Module):
         self.norm = nn.LayerNorm(self.half_width)
         self.half_keys = nn.Parameter(torch.empty(num_heads, 2, num_keys, self.half_width))
         self.reset_parameters()
+        self._listeners: list[Callable[[Tensor], None]] = []
+        self._is_heard = False  # what torch.compile looks at: hooks added later would not be heard
 
     def reset_parameters(self) -> None:
         """Half-keys so that the score of a half has unit variance under a normalised query."""
@@ -51,7 +56,29 @@ class ProductKeys(nn.Module):
         """Scores (T, H, K) float32, best first, and slots (T, H, K) int64."""
         queries_TH2Q = self.norm(self.query(hidden_TD).unflatten(-1, (self.num_heads, 2, self.half_width)))
         # Under autocast the projection is in half precision; the search keeps the precision of its keys.
-        return product_key_topk(queries_TH2Q.to(self.half_keys.dtype), self.half_keys, self.top_k)
+        scores_THK, slots_THK = product_key_topk(queries_TH2Q.to(self.half_keys.dtype), self.half_keys, self.top_k)
+        if self._is_heard:
+            self._tell(slots_THK)
+        return scores_THK, slots_THK
+
+    @contextmanager
+    def heard_by(self, listener: Callable[[Tensor], None]) -> Iterator[None]:
+        """Call ``listener`` with the slots (T, H, K) of every forward pass while the context lasts.
+
+        A model that was compiled before is compiled anew, with a break in its graph at every memory layer.
+        """
+        self._listeners.append(listener)
+        self._is_heard = True
+        try:
+            yield
+        finally:
+            self._listeners.remove(listener)
+            self._is_heard = bool(self._listeners)
+
+    @torch.compiler.disable(reason="whoever listens to what is read is told outside graphs")
+    def _tell(self, slots_THK: Tensor) -> None:
+        for listener in self._listeners:
+            listener(slots_THK.detach())
 
     def extra_repr(self) -> str:
         return f"num_slots={self.num_keys**2}, num_heads={self.num_heads}, top_k={self.top_k}"

@@ -147,7 +147,8 @@ def test_generation_with_a_cache_equals_generation_without():
 
 
 def num_hooks(model):
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    return hooks + sum(len(layer.keys._listeners) for layer in memory_layers(model).values())
 
 
 def slots_of(model, batch, mask="attention_mask"):
@@ -233,12 +234,22 @@ def test_activation_checkpointing_does_not_count_a_read_twice():
     assert torch.equal(reads.slots(batch["attention_mask"])[tiny.TABLE], expected)
 
 
-def test_a_later_forward_pass_replaces_the_reads_of_an_earlier_one():
-    model, first, second = tiny.memory_model(), tiny.batch(seed=0), tiny.batch(seed=1)
+def test_reads_of_several_forward_passes_add_up_until_they_are_asked_for():
+    model, first, second = tiny.memory_model(), tiny.batch(seed=0), tiny.batch(lengths=(5, 9), seed=1)
+    masks = [batch["attention_mask"] for batch in (first, second)]
+    alone = [slots_of(model, batch)[tiny.TABLE] for batch in (first, second)]
     with record_reads(model) as reads:
         logits(model, first)
         logits(model, second)
-    assert torch.equal(reads.slots(second["attention_mask"])[tiny.TABLE], slots_of(model, second)[tiny.TABLE])
+        both = reads.slots(torch.cat([mask.flatten() for mask in masks]))[tiny.TABLE]
+        assert torch.equal(both, torch.cat(alone))
+        logits(model, second)
+        assert torch.equal(reads.slots(masks[1])[tiny.TABLE], alone[1])
+        assert torch.equal(reads.slots(masks[1])[tiny.TABLE], alone[1]), "asked twice"
+        logits(model, first)
+        logits(model, second)
+        with pytest.raises(ValueError, match="18 positions, the 2 forward passes since the last question had 46"):
+            reads.slots(masks[1])
 
 
 def test_a_mask_of_another_size_is_refused():

@@ -1,38 +1,67 @@
 """One table while a sparse memory finetuner learns into it: this step's rows, every step's originals, state per slot.
 
+Rows are trained in float32 whatever the table's dtype, and rounded once when they are written. Of a coarser table the
+float32 rows are kept as well: steps that are smaller than its numbers' spacing add up.
+
 Shapes: N slots, U distinct slots read, R rows of a step, W slots written.
 """
 
 import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from memlayer.counts import SlotCounts
 from memlayer.memory import MemoryTable
+from memlayer.methods.slot_steps import SlotSteps, check_optimizer, group_of
+from memlayer.methods.slot_store import SlotStore
 from memlayer.patch import TablePatch
+from memlayer.patch.fingerprint import fingerprint
 from memlayer.selection import tf_idf, top_slots
+
+SLOTS, ORIGINALS, ROWS, UNPROTECTED = "slots", "originals", "rows", "unprotected"  # columns of the store
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How many slots one choice was made among.
+
+    Attributes:
+        read: distinct slots that the batch read.
+        zero_idf: how many of them have score 0, since every background document reads them.
+        selected: how many may change.
+    """
+
+    read: int
+    zero_idf: int
+    selected: int
 
 
 class OpenTable:
-    """One table while it is being learned into: the rows of this step and the originals of all steps."""
+    """One table while it is being learned into: the rows of this step and the originals of all steps.
+
+    ``table.row_of_slot`` holds a slot's row while it is selected, else a negative number: -1, or for a slot that was
+    stepped before -2 less its place in the store.
+    """
 
     def __init__(self, name: str, table: MemoryTable, background: SlotCounts, num_rows: int):
-        self.name, self.table, self.background = name, table, background.to(table.weight.device)
+        self.name, self.table = name, table
         weight = table.weight
+        self.background = self._background_before = background.to(weight.device)
         # DistributedDataParallel expects sparse gradients of every parameter of a sparse embedding, rows included.
         self._was_sparse, table.sparse = table.sparse, False
-        table.rows = nn.Parameter(
-            torch.zeros(num_rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
-        )
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        table.rows = nn.Parameter(torch.zeros(num_rows, weight.shape[1], dtype=dtype, device=weight.device))
+        table.rows.register_hook(self._refuse_leftovers)
         table.row_of_slot = torch.full((len(weight),), -1, dtype=torch.int32, device=weight.device)
-        self.slots_R = torch.empty(0, dtype=torch.int64, device=weight.device)
-        self._unprotected: set[int] = set()
-        self._originals: dict[int, Tensor] = {}
-        self._moments: dict[str, dict[int, Tensor]] = {}
-        self._warned = False
+        self.slots_R = self._at_R = torch.empty(0, dtype=torch.int64, device=weight.device)
+        self.selection: Selection | None = None
+        self._store = SlotStore()
+        self._steps = SlotSteps(self._store)
+        self._warned = self._has_gradient = False
 
     @property
     def rows(self) -> nn.Parameter:
@@ -42,101 +71,131 @@ class OpenTable:
     def choose(self, slots: Tensor, idf_power: float) -> None:
         """Make the top slots of these reads, int32 and sorted here in place, the rows of this step."""
         slots_U, reads_U = _over_ranks(*_count_reads(slots))
-        self.table.row_of_slot[self.slots_R] = -1
-        self.slots_R = top_slots(slots_U, tf_idf(slots_U, reads_U, self.background, idf_power), len(self.rows))
-        if len(slots_U) <= len(self.rows) and not self._warned:
-            warnings.warn(
-                f"a step may change {len(self.rows)} slots of table {self.name!r} and its batch reads only "
-                f"{len(slots_U)}: every slot read is selected",
-                stacklevel=4,
-            )
-            self._warned = True
+        scores_U = tf_idf(slots_U, reads_U, self.background, idf_power)
+        self.drop()
+        self.slots_R = top_slots(slots_U, scores_U, len(self.rows))
         count = len(self.slots_R)
-        self.rows[:count] = self.table.weight[self.slots_R]
-        self.table.row_of_slot[self.slots_R] = torch.arange(
-            count, dtype=torch.int32, device=self.slots_R.device
+        self.selection = Selection(len(slots_U), int((scores_U == 0).sum()), count)
+        self._at_R = -2 - self.table.row_of_slot[self.slots_R].long()
+        rows_RV = self.table.weight[self.slots_R].to(self.rows.dtype)
+        if ROWS in self._store:
+            stepped_R = self._at_R >= 0
+            rows_RV[stepped_R] = self._store.get(ROWS, self._at_R[stepped_R])
+        self.rows[:count] = rows_RV
+        self.table.row_of_slot[self.slots_R] = torch.arange(count, dtype=torch.int32, device=slots_U.device)
+
+    def warn_of_few(self) -> None:
+        """Say once that a step had fewer slots to choose among than it may change."""
+        found = self.selection
+        if self._warned or (found.read > len(self.rows) and found.selected == len(self.rows)):
+            return
+        self._warned = True
+        every = "every slot read is selected" if not found.zero_idf else f"{found.selected} are selected"
+        of_zero = f", of which {found.zero_idf} have an idf of 0" if found.zero_idf else ""
+        warnings.warn(
+            f"a step may change {len(self.rows)} slots of table {self.name!r} and its batch reads only "
+            f"{found.read}{of_zero}: {every}",
+            stacklevel=5,
         )
 
+    def drop(self) -> None:
+        """Choose nothing."""
+        self.table.row_of_slot[self.slots_R] = (-2 - self._at_R).int()
+        self.slots_R, self._at_R, self._has_gradient = self.slots_R[:0], self._at_R[:0], False
+
+    def _refuse_leftovers(self, _grad: Tensor) -> None:
+        """Rows mean other slots in every step, so a gradient of the step before would move the wrong ones."""
+        if not self._has_gradient and self.rows.grad is not None and self.rows.grad.any():
+            raise ValueError("the rows still hold the gradient of an earlier step: call optimizer.zero_grad() after it")
+        self._has_gradient = True
+
+    def check_optimizer(self, optimizer: Optimizer) -> None:
+        check_optimizer(optimizer, self.rows)
+
     @torch.no_grad()
-    def write(self) -> None:
-        """Copy the stepped rows into the table, keeping the originals of slots never written before."""
-        slots = self.slots_R.tolist()
-        self._unprotected.update(slots)
-        fresh = [i for i, slot in enumerate(slots) if slot not in self._originals]
-        originals = self.table.weight[self.slots_R[fresh]]
-        self._originals.update({slots[i]: row for i, row in zip(fresh, originals, strict=True)})
-        self.table.weight.index_copy_(0, self.slots_R, self.rows[: len(slots)])
-        self.table.row_of_slot[self.slots_R] = -1
-        self.slots_R = self.slots_R[:0]
+    def step(self, optimizer: Optimizer) -> None:
+        """Step the rows of this choice and write them into the table, keeping what was there before the first step."""
+        weight, count = self.table.weight, len(self.slots_R)
+        self._admit()
+        rows_RV = self.rows.detach()[:count]
+        if self.rows.grad is not None and count:
+            self._steps.step(optimizer, group_of(optimizer, self.rows), rows_RV, self.rows.grad[:count], self._at_R)
+        if weight.dtype != self.rows.dtype:
+            self._store.put(ROWS, self._at_R, rows_RV)
+        weight.index_copy_(0, self.slots_R, rows_RV.to(weight.dtype))
+        self.drop()
+
+    def _admit(self) -> None:
+        new_R = self._at_R < 0
+        first = self._store.num_slots
+        self._store.admit(int(new_R.sum()))
+        at_F = torch.arange(first, self._store.num_slots, device=new_R.device)
+        self._at_R[new_R] = at_F
+        self._store.put(SLOTS, at_F, self.slots_R[new_R])
+        self._store.put(ORIGINALS, at_F, self.table.weight[self.slots_R[new_R]])
+        self._store.put(UNPROTECTED, self._at_R, torch.ones_like(new_R))
 
     def protect(self, documents: int) -> None:
-        slots_W = _slots(sorted(self._unprotected)).to(self.table.weight.device)
-        self.background = self.background.with_documents(slots_W, documents)
-        self._unprotected.clear()
-
-    def load_moments(self, state: dict) -> None:
-        """Give the optimizer the moments of the selected slots; zero for a slot never selected."""
-        for key, tensor in self._row_shaped(state):
-            kept = self._moments.get(key, {})
-            tensor.zero_()
-            for row, slot in enumerate(self.slots_R.tolist()):
-                if slot in kept:
-                    tensor[row] = kept[slot]
-
-    def save_moments(self, state: dict) -> None:
-        """Keep the moments of the selected slots."""
-        for key, tensor in self._row_shaped(state):
-            kept = tensor[: len(self.slots_R)].clone()
-            self._moments.setdefault(key, {}).update(zip(self.slots_R.tolist(), kept, strict=True))
-
-    def _row_shaped(self, state: dict):
-        return [(k, v) for k, v in state.items() if isinstance(v, Tensor) and v.shape == self.rows.shape]
+        if UNPROTECTED in self._store:
+            unprotected_W = self._store.column(UNPROTECTED)
+            self.background = self.background.with_documents(self._store.column(SLOTS)[unprotected_W], documents)
+            unprotected_W.zero_()
 
     def patch(self, product_keys: dict[str, str]) -> TablePatch:
-        return TablePatch.of_changed(**vars(self._written(product_keys)))
+        """What was changed; rows that were selected and did not move are left out."""
+        return TablePatch.of_changed(**vars(self._written(product_keys)[0]))
 
-    def _written(self, product_keys: dict[str, str]) -> TablePatch:
-        """Every row that was ever selected, whether it moved or not."""
-        slots = sorted(self._originals)
-        slots_W, weight = _slots(slots), self.table.weight.detach()
-        originals = torch.stack([self._originals[s] for s in slots]) if slots else weight[:0]
-        rows = weight[slots_W.to(weight.device)].cpu()
-        return TablePatch(slots_W, rows, originals.cpu(), len(weight), product_keys)
+    def _written(self, product_keys: dict[str, str]) -> tuple[TablePatch, Tensor]:
+        """Every row that was ever stepped, whether it moved or not, and its place in the store."""
+        weight = self.table.weight.detach()
+        if not self._store.num_slots:
+            at_W = torch.empty(0, dtype=torch.int64, device=weight.device)
+            return TablePatch(at_W.cpu(), weight[:0].cpu(), weight[:0].cpu(), len(weight), product_keys), at_W
+        slots_W, at_W = self._store.column(SLOTS).sort()
+        originals = self._store.get(ORIGINALS, at_W).cpu()
+        return TablePatch(slots_W.cpu(), weight[slots_W].cpu(), originals, len(weight), product_keys), at_W
 
     def state_dict(self, product_keys: dict[str, str]) -> dict:
-        moments = {
-            key: {"slots": _slots(kept), "rows": torch.stack(list(kept.values())).cpu()}
-            for key, kept in self._moments.items()
-        }
+        written, at_W = self._written(product_keys)
+        columns = {name: self._store.get(name, at_W).cpu() for name in self._store if name not in (SLOTS, ORIGINALS)}
         return {
-            **vars(self._written(product_keys)),
-            "moments": moments,
-            "unprotected": _slots(sorted(self._unprotected)),
+            **vars(written),
+            "columns": columns,
+            "numbers": dict(self._steps.numbers),
+            "background": self._told_background(),
             "document_frequency": self.background.document_frequency_N.cpu(),
         }
 
+    def _told_background(self) -> dict:
+        """The background that the finetuner was made with, in a few words."""
+        before = self._background_before
+        frequency = fingerprint({"document_frequency": before.document_frequency_N})
+        return {"num_documents": before.num_documents, "document_frequency": frequency}
+
     def check_state_dict(self, state: Mapping, product_keys: dict[str, str]) -> None:
         _rows_of(state).check(self.name, self.table, product_keys, "originals")
+        for key, ours in self._told_background().items():
+            if (theirs := state["background"][key]) != ours:
+                raise ValueError(f"the background of table {self.name!r} had {key} {theirs}, here it has {ours}")
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping) -> None:
-        rows, device = _rows_of(state), self.table.weight.device
-        rows.write(self.table, "rows")
-        self._originals = dict(zip(rows.slots.tolist(), rows.originals.to(device), strict=True))
-        self._moments = {
-            key: dict(zip(kept["slots"].tolist(), kept["rows"].to(device), strict=True))
-            for key, kept in state["moments"].items()
-        }
-        self._unprotected = set(state["unprotected"].tolist())
-        self.background = replace(self.background, document_frequency_N=state["document_frequency"].to(device))
+        written, device = _rows_of(state), self.table.weight.device
+        written.write(self.table, "rows")
+        self._store, slots_W = SlotStore(), written.slots.to(device)
+        self._steps = SlotSteps(self._store)
+        self._steps.numbers = dict(state["numbers"])
+        self._store.admit(len(slots_W))
+        at_W = torch.arange(len(slots_W), device=device)
+        columns = {SLOTS: slots_W, ORIGINALS: written.originals, **state["columns"]}
+        for name, column in columns.items():
+            self._store.put(name, at_W, column.to(device))
+        self.table.row_of_slot[slots_W] = (-2 - at_W).int()
+        self.background = self.background.with_frequency(state["document_frequency"].to(device))
 
     def close(self) -> None:
         self.table.rows, self.table.row_of_slot = None, None
         self.table.sparse = self._was_sparse
-
-
-def _slots(numbers: Iterable[int]) -> Tensor:
-    return torch.tensor(list(numbers), dtype=torch.int64)
 
 
 def _rows_of(state: Mapping) -> TablePatch:

@@ -3,8 +3,11 @@
 The choice comes before the scatter. The finetuner owns one small parameter per table, ``rows``; the forward
 pass reads the frozen table; once the batch's reads are counted, the top slots are chosen, ``rows`` is filled
 from the table, and the backward pass sums only those slots' gradients into ``rows.grad``. No gradient, mask or
-optimizer state of the table's size is ever made, and any torch optimizer, clipping, accumulation or
-DistributedDataParallel sees an ordinary parameter.
+optimizer state of the table's size is ever made, and clipping, accumulation or DistributedDataParallel see an
+ordinary parameter. Its optimizer may be any in which every number steps by itself; see ``slot_steps``.
+
+A choice belongs to one training batch. A forward pass without gradients chooses nothing; every other one chooses
+anew, unless ``select`` has chosen for several; and a backward pass is refused where the rows are not its batch's.
 
 Source: arXiv:2510.15103, section 4. Left out: choosing by gradient, choosing per sequence.
 """
@@ -15,10 +18,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from memlayer.attach import Reads, memory_tables, record_reads
+from memlayer.attach import Reads, in_backward, memory_tables, record_reads
 from memlayer.counts import SlotCounts
 from memlayer.memory import MemoryTable
-from memlayer.methods.open_table import OpenTable
+from memlayer.methods.open_table import OpenTable, Selection
 from memlayer.methods.prepared import Prepared
 from memlayer.patch import MemoryPatch, product_key_fingerprints
 
@@ -36,8 +39,8 @@ class SparseMemoryFinetuner:
             optimizer.zero_grad()
         patch = finetuner.detach()
 
-    With several micro-batches, or ranks, per optimizer step call ``select(micro_batches)`` before the first
-    backward pass; the choice is then made over all of them. A run that saves ``state_dict()`` and the optimizer's
+    With several micro-batches per optimizer step call ``select(micro_batches)`` before the first backward pass; the
+    choice is then made over all of them, and over all ranks. A run that saves ``state_dict()`` and the optimizer's
     between steps can go on from both, over the model that it began with.
 
     Args:
@@ -46,7 +49,11 @@ class SparseMemoryFinetuner:
         num_rows: t, how many slots of a table one step may change.
         idf_power: how strongly slots that the background reads are avoided, see ``selection.tf_idf``.
         positions: which reads count: "all" that are not padding, as the paper has it, or those of the
-            positions that predict the "answer" (the batch's ``answer_mask``).
+            positions that predict the "answer" (the batch's ``answer_mask``). A batch without ``attention_mask``
+            has no padding, as for the model.
+
+    Attributes:
+        last_selection: per table, how many slots the latest batch read, and how many were selected; for a log.
 
     Raises:
         ValueError: an unknown position rule, a negative ``idf_power``, background counts that lack a table or
@@ -69,23 +76,50 @@ class SparseMemoryFinetuner:
         tables = memory_tables(model)
         for name, table in tables.items():
             _check_table(name, table, background, num_rows)
-        self._mask_key = {"all": "attention_mask", "answer": "answer_mask"}[positions]
-        self._idf_power = idf_power
+        self._settings = {"num_rows": num_rows, "idf_power": float(idf_power), "positions": positions}
         self._trainable = [p for p in model.parameters() if p.requires_grad]
         model.requires_grad_(False)
         self._tables = {
             name: OpenTable(name, table, background[name], num_rows) for name, table in tables.items()
         }
-        self._selected = False
+        self._listening = [t.table.register_forward_hook(self._follow) for t in self._tables.values()]
+        self.last_selection: dict[str, Selection] = {}
+        # One object a choice: the one in force, and that of the forward pass that runs.
+        self._choice: object | None = None
+        self._running: object | None = None
+        self._by_select, self._passes_left = False, 0
 
     def parameters(self) -> list[nn.Parameter]:
         """The rows of each table, shape (num_rows, value width): what an optimizer steps."""
         return [t.rows for t in self._tables.values()]
 
     def watch(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        """Let ``optimizer.step()`` write the rows back; its state is kept per slot. Returns the optimizer."""
-        optimizer.register_step_pre_hook(lambda opt, _args, _kwargs: self._before_step(opt))
-        optimizer.register_step_post_hook(lambda opt, _args, _kwargs: self._after_step(opt))
+        """Let ``optimizer.step()`` step the rows and write them back; their state is kept here, per slot.
+
+        Returns:
+            the optimizer.
+
+        Raises:
+            ValueError: it does not step ``parameters()``, or the step of a row depends on other rows.
+        """
+        for table in self._tables.values():
+            table.check_optimizer(optimizer)
+        set_aside: list[Tensor | None] = []
+
+        def before(_optimizer, args, kwargs):
+            if any(argument is not None for argument in (*args[1:], *kwargs.values())):
+                raise ValueError("optimizer.step() takes no closure here: call loss(batch).backward() before it")
+            self._step(optimizer)
+            for rows in self.parameters():  # the optimizer itself leaves alone what has no gradient
+                set_aside.append(rows.grad)
+                rows.grad = None
+
+        def after(_optimizer, _args, _kwargs):
+            for rows in self.parameters():
+                rows.grad = set_aside.pop(0)
+
+        optimizer.register_step_pre_hook(before)
+        optimizer.register_step_post_hook(after)
         return optimizer
 
     def loss(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -99,22 +133,49 @@ class SparseMemoryFinetuner:
 
     @contextmanager
     def selecting(self, batch: Mapping[str, Tensor]):
-        """A context around somebody else's forward pass on ``batch``; chooses the top slots at its end."""
-        if self._selected:
+        """A context around somebody else's forward pass on ``batch``; chooses the top slots at its end.
+
+        Without gradients (``torch.no_grad``) it is an evaluation, which chooses nothing.
+
+        Raises:
+            ValueError: gradients wait for the step of an earlier choice; several forward passes run inside; or no
+                slot that was read may be selected.
+        """
+        if not torch.is_grad_enabled():
             yield
-            return
-        with record_reads(self.model) as reads:
-            yield
-        self._choose([self._slots_read(reads, batch)])
+        elif self._passes_left:
+            self._passes_left -= 1
+            with self._run(self._choice):
+                yield
+        else:
+            self._begin()
+            choice = object()
+            with record_reads(self.model) as reads, self._run(choice):
+                yield
+            if reads.passes > 1:
+                raise ValueError(
+                    f"{reads.passes} forward passes ran inside selecting(batch), which counts those of one batch: "
+                    "call select(micro_batches) with the batch of each first"
+                )
+            self._choose([self._slots_read(reads, batch)])
+            self._choice = choice
 
     def select(self, micro_batches: Sequence[Mapping[str, Tensor]]) -> None:
-        """Choose the top slots of one optimizer step over all its micro-batches, by a forward pass on each."""
+        """Choose the top slots of one optimizer step over all its micro-batches, by a forward pass on each.
+
+        The choice holds for as many training passes as there are micro-batches, or until the step.
+
+        Raises:
+            ValueError: gradients wait for the step of an earlier choice, or no slot that was read may be selected.
+        """
+        self._begin()
         counted = []
         with torch.no_grad(), record_reads(self.model) as reads:
             for batch in micro_batches:
                 self.model(**_model_inputs(batch, with_labels=False))
                 counted.append(self._slots_read(reads, batch))
         self._choose(counted)
+        self._choice, self._by_select, self._passes_left = object(), True, len(micro_batches)
 
     @property
     def selected(self) -> dict[str, Tensor]:
@@ -138,6 +199,8 @@ class SparseMemoryFinetuner:
     def detach(self) -> MemoryPatch:
         """Give the model back as an ordinary one and return what was changed."""
         patch = self.patch()
+        for handle in self._listening:
+            handle.remove()
         for table in self._tables.values():
             table.close()
         for parameter in self._trainable:
@@ -156,51 +219,120 @@ class SparseMemoryFinetuner:
         background as ``protect`` has left it: tensors and strings, for ``torch.save``.
         """
         product_keys = product_key_fingerprints(self.model)
-        return {name: table.state_dict(product_keys[name]) for name, table in self._tables.items()}
+        tables = {name: table.state_dict(product_keys[name]) for name, table in self._tables.items()}
+        return {"settings": dict(self._settings), "tables": tables}
 
     def load_state_dict(self, state: Mapping[str, Mapping]) -> None:
         """Go on where the finetuner that gave ``state`` was; this one has to be new, with the same settings.
 
         Raises:
-            ValueError: the state is of other tables, or of a model that is not this one to the bit; nothing is
-                changed then.
+            ValueError: the state is of other settings, another background or other tables, or of a model that is not
+                this one to the bit; nothing is changed then.
         """
-        if state.keys() != self._tables.keys():
-            raise ValueError(f"the state is of tables {sorted(state)}, the model has {sorted(self._tables)}")
+        if state.keys() != {"settings", "tables"}:
+            raise ValueError(f"a finetuner's state has settings and tables, this one has {sorted(state)}")
+        for key, ours in self._settings.items():
+            if (theirs := state["settings"].get(key)) != ours:
+                raise ValueError(f"the state is of a finetuner with {key} {theirs!r}, this one has {ours!r}")
+        tables = state["tables"]
+        if tables.keys() != self._tables.keys():
+            raise ValueError(f"the state is of tables {sorted(tables)}, the model has {sorted(self._tables)}")
         product_keys = product_key_fingerprints(self.model)
         for name, table in self._tables.items():
             try:
-                table.check_state_dict(state[name], product_keys[name])
+                table.check_state_dict(tables[name], product_keys[name])
             except ValueError as error:
                 raise ValueError(f"the state does not go with this model: {error}") from error
         for name, table in self._tables.items():
-            table.load_state_dict(state[name])
+            table.load_state_dict(tables[name])
 
     def _slots_read(self, reads: Reads, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Slots read at the positions that count; int32, as tables hold fewer than 2**31 and micro-batches add up."""
-        if self._mask_key not in batch:
-            raise ValueError(f"the batch has no {self._mask_key!r}, only {sorted(batch)}")
-        return {name: slots.flatten().int() for name, slots in reads.slots(batch[self._mask_key]).items()}
+        if self._settings["positions"] == "answer":
+            if "answer_mask" not in batch:
+                raise ValueError(f"the batch has no 'answer_mask', only {sorted(batch)}")
+            mask = batch["answer_mask"]
+        elif "attention_mask" in batch:
+            mask = batch["attention_mask"]
+        else:
+            embedded = "input_ids" not in batch
+            mask = torch.ones_like(batch["inputs_embeds"][..., 0] if embedded else batch["input_ids"], dtype=torch.bool)
+        return {name: slots.flatten().int() for name, slots in reads.slots(mask).items()}
+
+    def _begin(self) -> None:
+        """Drop a choice that no step followed: an evaluation's, a skipped step's, that of a batch left out.
+
+        Raises:
+            ValueError: its gradients are there and finite, so a step may still follow.
+        """
+        if self._choice is not None:
+            gradients = [rows.grad for rows in self.parameters() if rows.grad is not None]
+            if all(g.isfinite().all() for g in gradients) and any(g.any() for g in gradients):
+                raise ValueError(
+                    "a training pass while gradients of another batch wait for their step would train rows that were "
+                    "chosen for one of them: call select(micro_batches) before the first backward pass of a step, "
+                    "optimizer.zero_grad() after a step that is left out, and torch.no_grad() around an evaluation"
+                )
+        self._forget()
+
+    def _forget(self) -> None:
+        for table in self._tables.values():
+            table.drop()
+        self._choice, self._by_select, self._passes_left = None, False, 0
+
+    @contextmanager
+    def _run(self, choice: object):
+        self._running = choice
+        try:
+            yield
+        finally:
+            self._running = None
+
+    def _follow(self, _table: MemoryTable, _inputs: tuple, read_TV: Tensor) -> None:
+        """Have the backward pass of this read see that the rows are those of its batch."""
+        if torch.compiler.is_compiling() or in_backward() or not read_TV.requires_grad:
+            return
+        choice = self._choice if self._running is None and self._by_select else self._running
+        read_TV.register_hook(lambda _grad: self._check(choice))
+
+    def _check(self, choice: object | None) -> None:
+        if choice is None or choice is not self._choice:
+            raise ValueError(
+                "the rows are not chosen for the batch of this backward pass: run its forward pass by loss(batch) or "
+                "inside selecting(batch), and with several batches a step call select(micro_batches) before them"
+            )
 
     def _choose(self, counted: Iterable[Mapping[str, Tensor]]) -> None:
         counted = list(counted)
         for name, table in self._tables.items():
-            table.choose(torch.cat([slots[name] for slots in counted]), self._idf_power)
-        self._selected = True
+            table.choose(torch.cat([slots[name] for slots in counted]), self._settings["idf_power"])
+        self.last_selection = {name: table.selection for name, table in self._tables.items()}
+        if not any(found.selected for found in self.last_selection.values()):
+            self._refuse_nothing()
+        for table in self._tables.values():
+            table.warn_of_few()
 
-    def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if not self._selected:
-            raise ValueError(
-                "optimizer.step() before any batch was read: call loss(batch) or select(batches) first"
+    def _refuse_nothing(self) -> None:
+        name, found = next(iter(self.last_selection.items()))
+        background = self._tables[name].background
+        if not found.read:
+            why = "no position of the batch counts: look at its attention_mask or answer_mask"
+        elif not background.num_documents:
+            why = "the background counts hold no documents: count some, or set idf_power to 0"
+        else:
+            why = (
+                f"all {found.read} slots that the batch reads of table {name!r} have an idf of 0, since each of the "
+                f"{background.num_documents} background documents ({background.document}) reads them: count shorter "
+                "documents, or set idf_power to 0"
             )
-        for table in self._tables.values():
-            table.load_moments(optimizer.state.get(table.rows, {}))
+        raise ValueError(f"no slot is selected, so nothing would be learned; {why}")
 
-    def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
+    def _step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._choice is None:
+            raise ValueError("optimizer.step() before any batch was read: call loss(batch) or select(batches) first")
         for table in self._tables.values():
-            table.save_moments(optimizer.state.get(table.rows, {}))
-            table.write()
-        self._selected = False
+            table.step(optimizer)
+        self._forget()
 
 
 def _model_inputs(batch: Mapping[str, Tensor], with_labels: bool = True) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import torch
 from finetuning import OPTIMIZERS, finetuner_of, learn
 
 from memlayer.attach import memory_tables
+from memlayer.methods.sparse_memory import SparseMemoryFinetuner
 from memlayer.patch import state_fingerprint
 
 
@@ -18,10 +19,11 @@ def steps(finetuner, optimizer, batches):
         finetuner.protect(3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_a_run_that_goes_on_from_its_state_ends_with_the_same_bits(tmp_path, make):
+def test_a_run_that_goes_on_from_its_state_ends_with_the_same_bits(tmp_path, make, dtype):
     batches = [tiny.batch(seed=seed % 4) for seed in range(7)]  # slots are selected again, moments go on
-    whole = tiny.memory_model(layers=[0, 2], share=False)
+    whole = tiny.memory_model(layers=[0, 2], share=False).to(dtype)
     finetuner = finetuner_of(whole)
     optimizer = finetuner.watch(make(finetuner.parameters()))
     steps(finetuner, optimizer, batches[:4])
@@ -33,7 +35,7 @@ def test_a_run_that_goes_on_from_its_state_ends_with_the_same_bits(tmp_path, mak
     finetuner.protect(3)
     steps(finetuner, optimizer, batches[5:])
 
-    resumed = tiny.memory_model(layers=[0, 2], share=False)
+    resumed = tiny.memory_model(layers=[0, 2], share=False).to(dtype)
     goes_on = finetuner_of(resumed)
     other = goes_on.watch(make(goes_on.parameters()))
     state, optimizer_state = torch.load(tmp_path / "state.pt", weights_only=True)
@@ -51,7 +53,7 @@ def test_a_run_that_goes_on_from_its_state_ends_with_the_same_bits(tmp_path, mak
 def test_a_state_of_another_model_or_other_tables_is_refused_and_changes_nothing():
     finetuner, _ = learn(tiny.memory_model(), [tiny.batch()])
     state = finetuner.state_dict()
-    slot = int(state[tiny.TABLE]["slots"][0])
+    slot = int(state["tables"][tiny.TABLE]["slots"][0])
     other = tiny.memory_model()
     with torch.no_grad():
         memory_tables(other)[tiny.TABLE].weight[slot] += 1
@@ -67,3 +69,30 @@ def test_a_state_of_another_model_or_other_tables_is_refused_and_changes_nothing
             refusing.load_state_dict(state)
         refusing.detach()
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"num_rows": 9}, "the state is of a finetuner with num_rows 5, this one has 9"),
+        ({"idf_power": 8}, r"with idf_power 1\.0, this one has 8\.0"),
+        ({"positions": "answer"}, "with positions 'all', this one has 'answer'"),
+    ],
+)
+def test_a_state_of_other_settings_is_refused(settings, named):
+    finetuner, _ = learn(tiny.memory_model(), [tiny.batch()])
+    with pytest.raises(ValueError, match=named):
+        finetuner_of(tiny.memory_model(), **settings).load_state_dict(finetuner.state_dict())
+
+
+def test_a_state_over_another_background_is_refused():
+    finetuner, _ = learn(tiny.memory_model(), [tiny.batch()])
+    model = tiny.memory_model()
+    for background, named in (
+        (tiny.background(model, num_documents=50), "the background of table 'memory.0' had num_documents 20, here"),
+        (tiny.background(model, seed=1), "the background of table 'memory.0' had document_frequency"),
+    ):
+        other = SparseMemoryFinetuner(model, background, 5)
+        with pytest.raises(ValueError, match=named):
+            other.load_state_dict(finetuner.state_dict())
+        other.detach()

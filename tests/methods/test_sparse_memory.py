@@ -1,6 +1,7 @@
 """Sparse memory finetuning: what a step changes, to what, and that it changes nothing else."""
 
 import warnings
+from functools import partial
 
 import pytest
 import tiny
@@ -11,7 +12,9 @@ from torch.utils._pytree import tree_leaves
 
 from memlayer.attach import memory_tables, record_reads
 from memlayer.config import LearnConfig
+from memlayer.counts import SlotCounts
 from memlayer.methods import METHODS
+from memlayer.methods.open_table import Selection
 from memlayer.methods.sparse_memory import SparseMemoryFinetuner
 from memlayer.patch import state_fingerprint
 
@@ -114,7 +117,7 @@ def test_a_slot_no_longer_selected_does_not_move_in_later_steps(make):
     assert not torch.equal(table_of(model), after_first)
 
 
-def test_adam_keeps_its_moments_per_slot_over_steps_in_which_the_slot_is_not_selected():
+def test_adam_keeps_moments_and_step_count_of_a_slot_over_steps_in_which_it_is_not_selected():
     model, lr, beta1, beta2, eps = tiny.memory_model(), 0.01, 0.9, 0.999, 1e-8
     first, second, only_first = disjoint_selections(model, num_rows=5)
     finetuner = finetuner_of(model)
@@ -123,13 +126,15 @@ def test_adam_keeps_its_moments_per_slot_over_steps_in_which_the_slot_is_not_sel
     )
     values = {slot: row.clone() for slot, row in enumerate(table_of(model))}
     moments = {slot: (torch.zeros(tiny.WIDTH), torch.zeros(tiny.WIDTH)) for slot in values}
-    for step, batch in enumerate([first, second, first], start=1):
+    steps = dict.fromkeys(values, 0)
+    for batch in [first, second, first]:
         finetuner.loss(batch).backward()
         slots, (rows,) = finetuner.selected[tiny.TABLE].tolist(), finetuner.parameters()
         for slot, gradient in zip(slots, rows.grad, strict=True):
             m, v = moments[slot]
             moments[slot] = m, v = beta1 * m + (1 - beta1) * gradient, beta2 * v + (1 - beta2) * gradient**2
-            m_hat, v_hat = m / (1 - beta1**step), v / (1 - beta2**step)
+            steps[slot] += 1
+            m_hat, v_hat = m / (1 - beta1 ** steps[slot]), v / (1 - beta2 ** steps[slot])
             values[slot] = values[slot] - lr * m_hat / (v_hat.sqrt() + eps)
         optimizer.step()
         optimizer.zero_grad()
@@ -336,14 +341,21 @@ def test_detaching_before_any_step_gives_an_empty_patch():
     assert state_fingerprint(model) == before
 
 
-def test_a_bfloat16_table_is_learned_into_in_bfloat16():
-    model = tiny.memory_model().bfloat16()
+def moved_by(dtype, steps=20):
+    """How far a step of SGD at a small rate, taken so many times, moves the table in all."""
+    model = tiny.memory_model().to(dtype)
     before = table_of(model).clone()
-    finetuner, (selected,) = learn(model, [tiny.batch()])
-    assert finetuner.parameters()[0].dtype == torch.bfloat16
-    moved = changed_slots(before, table_of(model))
-    assert set(moved.tolist()) <= set(selected[tiny.TABLE].tolist())
-    assert len(moved) > 0
+    finetuner, _ = learn(model, [tiny.batch()] * steps, partial(torch.optim.SGD, lr=0.03))
+    assert finetuner.parameters()[0].dtype == torch.float32
+    patch = finetuner.detach()
+    moved = float((table_of(model).float() - before.float()).norm())
+    patch.revert(model)
+    assert torch.equal(table_of(model), before)
+    return moved
+
+
+def test_steps_smaller_than_the_spacing_of_a_bfloat16_table_add_up():
+    assert moved_by(torch.bfloat16) == pytest.approx(moved_by(torch.float32), rel=0.1)
 
 
 def test_learning_lowers_the_loss_on_what_is_taught():
@@ -363,3 +375,237 @@ def test_the_method_refuses_an_optimizer_it_does_not_know():
     model = tiny.memory_model()
     with pytest.raises(ValueError, match=r"optimizer is 'lion', must be one of \['adam', 'sgd'\]"):
         METHODS["sparse_memory"](model, tiny.background(model), LearnConfig(optimizer="lion", num_rows=5))
+
+
+def selected_by(batch, num_rows=5):
+    finetuner = finetuner_of(tiny.memory_model(), num_rows)
+    finetuner.loss(batch)
+    return finetuner.selected[tiny.TABLE]
+
+
+def watched(model=None, num_rows=5, make=OPTIMIZERS["sgd"]):
+    finetuner = finetuner_of(model or tiny.memory_model(), num_rows)
+    return finetuner, finetuner.watch(make(finetuner.parameters()))
+
+
+def skip_nothing(finetuner, optimizer, other):
+    """No batch before the one that is trained on."""
+
+
+def evaluate(finetuner, optimizer, other):
+    with torch.no_grad():
+        finetuner.loss(other)
+    assert len(finetuner.selected[tiny.TABLE]) == 0
+
+
+def leave_the_batch_out(finetuner, optimizer, other):
+    finetuner.loss(other)
+
+
+def leave_the_step_out(finetuner, optimizer, other):
+    finetuner.loss(other).backward()
+    optimizer.zero_grad()
+
+
+def overflow(finetuner, optimizer, other):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    scaler.scale(finetuner.loss(other) * 1e30).backward()
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def leave_out_a_step_of_two_batches(finetuner, optimizer, other):
+    finetuner.select([other, other])
+    for _ in range(2):
+        finetuner.loss(other).backward()
+    optimizer.zero_grad()
+
+
+def fail(finetuner, optimizer, other):
+    with pytest.raises(RuntimeError), finetuner.selecting(other):
+        raise RuntimeError
+
+
+BEFORE = (skip_nothing, evaluate, leave_the_batch_out, leave_the_step_out, overflow)
+BEFORE += (leave_out_a_step_of_two_batches, fail)
+
+
+@pytest.mark.parametrize("before", BEFORE, ids=lambda f: f.__name__)
+def test_a_batch_trains_the_rows_it_selects_whatever_came_before_it(before):
+    batch, other = tiny.batch(seed=1), tiny.batch(seed=2)
+    expected = selected_by(batch)
+    assert not torch.equal(expected, selected_by(other))
+    model = tiny.memory_model()
+    finetuner, optimizer = watched(model)
+    start = table_of(model).clone()
+    before(finetuner, optimizer, other)
+    loss = finetuner.loss(batch)
+    optimizer.zero_grad()
+    loss.backward()
+    assert torch.equal(finetuner.selected[tiny.TABLE], expected)
+    optimizer.step()
+    assert torch.equal(changed_slots(start, table_of(model)), expected)
+
+
+def test_an_evaluation_between_backward_and_step_changes_nothing():
+    batch, other = tiny.batch(seed=1), tiny.batch(seed=2)
+    plain, evaluated = tiny.memory_model(), tiny.memory_model()
+    for model in (plain, evaluated):
+        finetuner, optimizer = watched(model)
+        finetuner.loss(batch).backward()
+        if model is evaluated:
+            with torch.no_grad():
+                finetuner.loss(other)
+        optimizer.step()
+    assert torch.equal(table_of(plain), table_of(evaluated))
+
+
+def test_two_batches_a_step_are_refused_unless_select_was_called_for_them():
+    first, second = tiny.batch(seed=1), tiny.batch(seed=2)
+    finetuner, _ = watched()
+    finetuner.loss(first).backward()
+    with pytest.raises(ValueError, match=r"gradients of another batch wait .* call select\(micro_batches\)"):
+        finetuner.loss(second)
+    with pytest.raises(ValueError, match=r"gradients of another batch wait"):
+        finetuner.select([first, second])
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_two_losses_of_a_step_are_refused_unless_select_was_called_for_them(together):
+    first, second = tiny.batch(seed=1), tiny.batch(seed=2)
+    finetuner, _ = watched()
+    losses = [finetuner.loss(first), finetuner.loss(second)]
+    with pytest.raises(ValueError, match=r"not chosen for the batch of this backward pass"):
+        (sum(losses) if together else losses[0]).backward()
+    finetuner, _ = watched()
+    finetuner.select([first, second])
+    (finetuner.loss(first) + finetuner.loss(second)).backward()
+
+
+def test_a_forward_pass_that_nobody_chose_for_cannot_train():
+    model, batch = tiny.memory_model(), tiny.batch()
+    finetuner, _ = watched(model)
+    finetuner.loss(batch)
+    with pytest.raises(ValueError, match=r"not chosen for the batch of this backward pass"):
+        model(**tiny.inputs(tiny.batch(seed=1))).loss.backward()
+    finetuner.select([batch])
+    model(**tiny.inputs(batch)).loss.backward()
+    assert finetuner.parameters()[0].grad.any()
+
+
+def test_two_forward_passes_in_one_context_are_refused():
+    model, batch = tiny.memory_model(), tiny.batch()
+    finetuner, _ = watched(model)
+    with pytest.raises(ValueError, match=r"2 forward passes ran inside selecting\(batch\)"), finetuner.selecting(batch):
+        model(**tiny.inputs(batch)).loss + model(**tiny.inputs(tiny.batch(seed=1))).loss
+
+
+def test_a_gradient_left_from_the_step_before_is_refused():
+    finetuner, optimizer = watched()
+    finetuner.loss(tiny.batch(seed=1)).backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match=r"still hold the gradient of an earlier step: call optimizer\.zero_grad\(\)"):
+        finetuner.loss(tiny.batch(seed=2)).backward()
+
+
+def test_without_an_attention_mask_every_position_counts():
+    batch = tiny.batch()
+    expected = selected_by(batch)
+    del batch["attention_mask"]
+    assert torch.equal(selected_by(batch), expected)
+
+
+ELEMENTWISE = {
+    **OPTIMIZERS,
+    "nesterov_dampening_0": partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True),
+    "dampening": partial(torch.optim.SGD, lr=0.1, momentum=0.9, dampening=0.5),
+    "adamax": partial(torch.optim.Adamax, lr=0.01),
+    "nadam": partial(torch.optim.NAdam, lr=0.01),
+    "radam": partial(torch.optim.RAdam, lr=0.01),
+    "rmsprop": partial(torch.optim.RMSprop, lr=0.01, momentum=0.5, centered=True),
+    "rprop": partial(torch.optim.Rprop, lr=0.01),
+    "adadelta": partial(torch.optim.Adadelta, lr=1.0),
+    "asgd": partial(torch.optim.ASGD, lr=0.1),
+    "amsgrad": partial(torch.optim.AdamW, lr=0.01, amsgrad=True),
+}
+
+
+@pytest.mark.parametrize("make", ELEMENTWISE.values(), ids=ELEMENTWISE)
+def test_a_slot_steps_as_if_it_were_a_parameter_of_its_own(make):
+    """Each slot against an optimizer that has it alone, given the same gradients; the others stay, to the bit."""
+    model = tiny.memory_model()
+    finetuner, optimizer = watched(model, make=make)
+    alone = {}
+    for seed in (0, 1, 0, 2, 2, 1, 0):
+        finetuner.loss(tiny.batch(seed=seed)).backward()
+        slots, (rows,), before = finetuner.selected[tiny.TABLE], finetuner.parameters(), table_of(model).clone()
+        gradient = rows.grad.clone()
+        optimizer.step()
+        optimizer.zero_grad()
+        others = torch.ones(len(before), dtype=torch.bool).index_fill_(0, slots, False)
+        assert torch.equal(table_of(model)[others], before[others])
+        for slot, gradient_V in zip(slots.tolist(), gradient, strict=True):
+            if slot not in alone:
+                parameter = torch.nn.Parameter(before[slot : slot + 1].clone())
+                alone[slot] = parameter, make([parameter])
+            parameter, its_own = alone[slot]
+            parameter.grad = gradient_V[None].clone()
+            its_own.step()
+            torch.testing.assert_close(table_of(model)[slot], parameter[0].detach(), rtol=1e-5, atol=1e-6)
+    assert len(alone) > 5
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (torch.optim.Adafactor, "Adafactor cannot step memory rows.*its row_var is neither one number nor of"),
+        (torch.optim.LBFGS, "LBFGS cannot step memory rows"),
+        (torch.optim.SparseAdam, "SparseAdam cannot step memory rows"),
+        (partial(torch.optim.Muon, lr=0.1), "Muon cannot step memory rows: the step of one row depends on the others"),
+    ],
+)
+def test_an_optimizer_in_which_rows_depend_on_each_other_is_refused(make, message):
+    finetuner = finetuner_of(tiny.memory_model())
+    with pytest.raises(ValueError, match=message):
+        finetuner.watch(make(finetuner.parameters()))
+
+
+def test_an_optimizer_of_other_parameters_is_refused():
+    model = tiny.memory_model()
+    other = torch.optim.SGD(model.parameters(), lr=1.0)
+    with pytest.raises(ValueError, match=r"the SGD does not step the rows: make it of finetuner\.parameters\(\)"):
+        finetuner_of(model).watch(other)
+
+
+def saturated(num_slots, documents=100):
+    frequency_N = torch.full((num_slots,), documents)
+    return {tiny.TABLE: SlotCounts(frequency_N * 10, frequency_N, documents, "a batch of windows")}
+
+
+@pytest.mark.parametrize(
+    ("background", "mask", "message"),
+    [
+        (saturated(64), 1, r"all \d+ slots .* idf of 0, since each of the 100 background documents \(a batch of win"),
+        ({tiny.TABLE: SlotCounts.empty(64, "nothing")}, 1, "the background counts hold no documents"),
+        (tiny.background(tiny.memory_model()), 0, "no position of the batch counts"),
+    ],
+)
+def test_a_step_that_selects_nothing_is_refused(background, mask, message):
+    batch = tiny.batch()
+    batch["attention_mask"] *= mask
+    with pytest.raises(ValueError, match=f"no slot is selected, so nothing would be learned; {message}"):
+        SparseMemoryFinetuner(tiny.memory_model(), background, 5).loss(batch)
+
+
+def test_what_the_latest_choice_was_made_among_is_told():
+    finetuner = finetuner_of(tiny.memory_model())
+    assert finetuner.last_selection == {}
+    finetuner.loss(tiny.batch())
+    found = finetuner.last_selection[tiny.TABLE]
+    assert found.selected == 5 < found.read < 64
+    background = saturated(64)
+    background[tiny.TABLE].document_frequency_N[selected_by(tiny.batch())[:3]] = 4
+    finetuner = SparseMemoryFinetuner(tiny.memory_model(), background, 5)
+    with pytest.warns(UserWarning, match=r"only \d+, of which \d+ have an idf of 0: 3 are selected"):
+        finetuner.loss(tiny.batch())
+    assert finetuner.last_selection[tiny.TABLE] == Selection(found.read, found.read - 3, 3)
