@@ -4,8 +4,8 @@ Rows are stored as values, not as differences, and applying or reverting copies 
 to the bit in any dtype. A patch refuses a model whose rows or product keys are not the ones it expects.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,9 +14,10 @@ from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 from torch import nn
 
 from memlayer.attach import memory_tables
+from memlayer.memory import MemoryTable
 from memlayer.patch import card, files
 from memlayer.patch.fingerprint import differing, fingerprint, product_key_fingerprints
-from memlayer.patch.table import TablePatch
+from memlayer.patch.table import TablePatch, named
 
 
 @dataclass(eq=False)
@@ -102,9 +103,18 @@ class MemoryPatch(ModelHubMixin, library_name="memlayer"):
         for name, patch in self.tables.items():
             if name not in tables:
                 raise ValueError(f"the patch changes table {name!r}, the model has {sorted(tables)}")
-            patch.check(name, tables[name], product_keys[name], expected)
+            patch.check_shape(name, tables[name])
+            patch.check_keys(product_keys[name])
+        if not self._held(tables, expected) and self._held(tables, written):
+            state = "applied already" if written == "rows" else "not applied"
+            raise ValueError(f"the patch is {state}: the model holds its {written} at all {self.num_rows} slots")
+        for name, patch in self.tables.items():
+            patch.check_rows(name, tables[name], expected)
         for name, patch in self.tables.items():
             patch.write(tables[name], written)
+
+    def _held(self, tables: Mapping[str, MemoryTable], part: str) -> bool:
+        return all(bool(patch.held(tables[name], part).all()) for name, patch in self.tables.items())
 
     def save(self, folder: str | Path) -> None:
         """Write the patch as ``memory_patch.safetensors``, ``memory_patch_config.json`` and a model card.
@@ -145,14 +155,38 @@ class MemoryPatch(ModelHubMixin, library_name="memlayer"):
 
 
 @contextmanager
-def patches(model: nn.Module, patches: Sequence[MemoryPatch]) -> Iterator[nn.Module]:
-    """Apply patches one after the other, and revert them in reverse when the context ends, however it ends.
+def patches(model: nn.Module, in_order: Sequence[MemoryPatch]) -> Iterator[nn.Module]:
+    """Apply patches one after the other, and take them back when the context ends, however it ends.
+
+    A row that is changed inside the context stays as it was changed; every other row is taken back.
 
     Raises:
-        ValueError: a patch does not fit what the ones before it made of the model; those are reverted.
+        ValueError: a patch does not fit what the ones before it made of the model; those are taken back. Or rows were
+            changed inside; where the context ends by an error of its own, that one is raised and has this as a note.
     """
-    with ExitStack() as applied:
-        for patch in patches:
+    tables, applied = memory_tables(model), []
+    try:
+        for patch in in_order:
             patch.apply(model)
-            applied.callback(patch.revert, model)
+            applied.append(patch)
         yield model
+    except BaseException as error:
+        if changed := _take_back(tables, applied):
+            error.add_note(changed)
+        raise
+    if changed := _take_back(tables, applied):
+        raise ValueError(changed)
+
+
+@torch.no_grad()
+def _take_back(tables: Mapping[str, MemoryTable], applied: Sequence[MemoryPatch]) -> str:
+    """Revert the rows that are as the patches left them; a sentence about the others, empty where there are none."""
+    changed: dict[str, set[int]] = {}
+    for patch in reversed(applied):
+        for name, table_patch in patch.tables.items():
+            held_R = table_patch.held(tables[name], "rows")
+            table_patch.write(tables[name], "originals", held_R)
+            if not held_R.all():
+                changed.setdefault(name, set()).update(table_patch.slots[~held_R].tolist())
+    rows = [f"{len(slots)} of table {name!r} {named(torch.tensor(sorted(slots)))}" for name, slots in changed.items()]
+    return f"rows changed while the patches were applied, {'; '.join(rows)}: they stay as they are" if rows else ""

@@ -110,7 +110,7 @@ def make_full(folder):
         (("apply", "{one}", "{model}", "{full}"), "{full} exists already: name a new folder"),
         (("apply", "{one}", "{model}", "{full}/mine"), "{full}/mine exists already"),
         (("apply", "{one}", "{model}", "{full}/mine/out"), "File exists"),
-        (("revert", "{one}", "{model}", "{out}"), "2 of 2 rows of table 'memory.0' are not the patch's rows"),
+        (("revert", "{one}", "{model}", "{out}"), "the patch is not applied: the model holds its originals"),
         (("merge", "{one}", "{out}"), "is nothing to merge"),
         (("merge", "{one}", "{other}", "{out}"), "different rows for 1 slots of table 'memory.0', at slot 40"),
         (("merge", "{one}", "{other}", "{full}"), "{full} exists already"),

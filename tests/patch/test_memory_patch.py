@@ -8,7 +8,7 @@ import tiny
 import torch
 from patch_cases import SLOTS, bits, odd_patch, patch_of, table_of
 
-from memlayer.attach import memory_tables
+from memlayer.attach import memory_tables, remove_memory
 from memlayer.patch import MemoryPatch, patches, state_fingerprint
 from memlayer.patch import table as table_module
 
@@ -172,17 +172,24 @@ def test_a_model_that_does_not_fit_is_refused_and_not_written_to(spoil, message)
     assert state_fingerprint(model) == before
 
 
-def test_reverting_what_was_not_applied_is_refused():
+def test_reverting_what_was_not_applied_says_so():
     model = tiny.memory_model()
+    patch = odd_patch(model)
+    with pytest.raises(ValueError, match="the patch is not applied: the model holds its originals at all 4 slots"):
+        patch.revert(model)
+    table_of(model)[40] += 1
     with pytest.raises(ValueError, match=r"4 of 4 rows .* are not the patch's rows"):
-        odd_patch(model).revert(model)
+        patch.revert(model)
 
 
-def test_applying_twice_is_refused():
+def test_applying_twice_says_so():
     model = tiny.memory_model()
     patch = odd_patch(model)
     patch.apply(model)
-    with pytest.raises(ValueError, match="are not the patch's originals"):
+    with pytest.raises(ValueError, match="the patch is applied already: the model holds its rows at all 4 slots"):
+        patch.apply(model)
+    table_of(model)[40] += 1
+    with pytest.raises(ValueError, match=r"4 of 4 rows .* are not the patch's originals"):
         patch.apply(model)
 
 
@@ -232,6 +239,40 @@ def test_patches_are_reverted_when_the_body_raises():
     assert state_fingerprint(model) == before
 
 
+def test_rows_changed_inside_stay_and_every_other_row_is_taken_back():
+    model = tiny.memory_model()
+    before = table_of(model).clone()
+    changed = "rows changed while the patches were applied, 1 of table 'memory.0' at slot 8: they stay as they are"
+    with pytest.raises(ValueError, match=changed), patches(model, chain(model)):
+        table_of(model)[8] = 7.0
+    before[8] = 7.0
+    assert torch.equal(bits(table_of(model)), bits(before))
+
+
+def test_the_error_of_the_body_is_raised_though_rows_changed_inside():
+    model = tiny.memory_model()
+    before = table_of(model).clone()
+
+    def fail_inside():
+        with patches(model, chain(model)):
+            table_of(model)[3] = 7.0
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine") as raised:
+        fail_inside()
+    assert "1 of table 'memory.0' at slot 3" in raised.value.__notes__[0]
+    before[3] = 7.0
+    assert torch.equal(bits(table_of(model)), bits(before))
+
+
+def test_patches_end_well_where_the_memory_was_removed_inside():
+    model = tiny.memory_model()
+    table, before = memory_tables(model)[tiny.TABLE], table_of(model).clone()
+    with patches(model, chain(model)):
+        remove_memory(model)
+    assert torch.equal(bits(table.weight.data), bits(before))
+
+
 def test_patches_before_one_that_does_not_fit_are_reverted():
     model = tiny.memory_model()
     first, second = chain(model)
@@ -239,6 +280,10 @@ def test_patches_before_one_that_does_not_fit_are_reverted():
     with pytest.raises(ValueError, match="are not the patch's originals, at slot 8"), patches(model, [second, first]):
         raise AssertionError("must not be entered")
     assert state_fingerprint(model) == before
+
+
+def test_a_bare_import_has_all_that_the_readme_uses():
+    assert tiny.run_python("import memlayer; print(memlayer.patch.merge.__module__)") == "memlayer.patch.merging\n"
 
 
 def test_the_description_has_what_a_person_asks_for():
