@@ -3,17 +3,18 @@
 A slot that only one patch changes keeps that patch's row to the bit. Where patches give a slot different rows, a
 policy decides; left out are weights for the patches and policies that draw at random.
 
-Shapes: P patches that change a slot, U distinct slots, V value width.
+Shapes: P patches, U distinct slots, C of them in conflict, V value width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from memlayer.patch.fingerprint import bits, differing
 from memlayer.patch.memory_patch import MemoryPatch
-from memlayer.patch.table import TablePatch, named
+from memlayer.patch.table import BLOCK, TablePatch, named
 
 POLICIES = ("error", "last", "mean", "ties")
 
@@ -68,10 +69,10 @@ def _merge_table(name: str, parts: list[TablePatch], on_conflict: str, density: 
             f"{named(slots_U[unlike_U])}"
         )
     if on_conflict in ("mean", "ties"):
-        combine = _mean if on_conflict == "mean" else _ties(density)
-        for i in unlike_U.nonzero()[:, 0].tolist():
-            rows_PV = torch.cat([part.rows[part.slots == slots_U[i]] for part in parts])
-            rows_UV[i] = combine(_wide(rows_PV), _wide(originals_UV[i])).to(rows_UV.dtype)
+        combine = partial(_ties, density=density) if on_conflict == "ties" else _mean
+        for some in unlike_U.nonzero()[:, 0].split(max(1, BLOCK // rows_UV.shape[1] // len(parts))):
+            rows_PCV, has_PC = _rows_at(slots_U[some], parts)
+            rows_UV[some] = combine(rows_PCV, has_PC, _wide(originals_UV[some])).to(rows_UV.dtype)
     first = parts[0]
     return TablePatch.of_changed(
         slots_U, rows_UV, originals_UV, num_slots=first.num_slots, product_keys=first.product_keys
@@ -102,16 +103,23 @@ def _wide(rows: Tensor) -> Tensor:
     return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
-def _mean(rows_PV: Tensor, _original_V: Tensor) -> Tensor:
-    return rows_PV.mean(dim=0)
+def _rows_at(slots_C: Tensor, parts: list[TablePatch]) -> tuple[Tensor, Tensor]:
+    """Each patch's rows (P, C, V) at these slots, zero where it has none, and which it has, bool (P, C)."""
+    parts = [part for part in parts if len(part.slots)]
+    at_PC = torch.stack([torch.searchsorted(part.slots, slots_C).clamp_(max=len(part.slots) - 1) for part in parts])
+    has_PC = torch.stack([part.slots[at_C] == slots_C for part, at_C in zip(parts, at_PC, strict=True)])
+    rows_PCV = torch.stack([_wide(part.rows[at_C]) for part, at_C in zip(parts, at_PC, strict=True)])
+    return rows_PCV.masked_fill_(~has_PC[..., None], 0.0), has_PC
 
 
-def _ties(density: float) -> Callable[[Tensor, Tensor], Tensor]:
-    # Here, because peft takes seconds to import and nothing else in this package needs it.
-    from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge, magnitude_based_pruning
+def _mean(rows_PCV: Tensor, has_PC: Tensor, _originals_CV: Tensor) -> Tensor:
+    return rows_PCV.sum(dim=0) / has_PC.sum(dim=0)[:, None]
 
-    def combine(rows_PV: Tensor, original_V: Tensor) -> Tensor:
-        changes_PV = torch.stack([magnitude_based_pruning(row_V - original_V, density) for row_V in rows_PV])
-        return original_V + disjoint_merge(changes_PV, calculate_majority_sign_mask(changes_PV))
 
-    return combine
+def _ties(rows_PCV: Tensor, has_PC: Tensor, originals_CV: Tensor, density: float) -> Tensor:
+    changes_PCV = (rows_PCV - originals_CV).masked_fill_(~has_PC[..., None], 0.0)
+    largest = changes_PCV.abs().topk(int(density * changes_PCV.shape[-1]), dim=-1).indices
+    trimmed_PCV = torch.zeros_like(changes_PCV).scatter_(-1, largest, changes_PCV.gather(-1, largest))
+    elected_CV = torch.where(trimmed_PCV.sum(dim=0) >= 0, 1.0, -1.0)
+    agrees_PCV = trimmed_PCV.sign() == elected_CV
+    return originals_CV + (trimmed_PCV * agrees_PCV).sum(dim=0) / agrees_PCV.sum(dim=0).clamp(min=1)
