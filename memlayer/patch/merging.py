@@ -7,11 +7,13 @@ Shapes: P patches, U distinct slots, C of them in conflict, V value width.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from memlayer.patch.base import Base
 from memlayer.patch.fingerprint import bits, differing
 from memlayer.patch.memory_patch import MemoryPatch
 from memlayer.patch.table import BLOCK, TablePatch, named
@@ -40,6 +42,8 @@ def merge(patches: Sequence[MemoryPatch], on_conflict: str = "error", density: f
         raise ValueError(f"on_conflict is {on_conflict!r}, must be one of {', '.join(POLICIES)}")
     if not 0 < density <= 1:
         raise ValueError(f"density is {density}, must be above 0 and at most 1")
+    _check_siblings(patches)
+    base = base_without(patches)
     names = sorted({name for patch in patches for name in patch.tables})
     tables = {
         name: _merge_table(name, [p.tables[name] for p in patches if name in p.tables], on_conflict, density)
@@ -47,14 +51,39 @@ def merge(patches: Sequence[MemoryPatch], on_conflict: str = "error", density: f
     }
     how = {"on_conflict": on_conflict} | ({"density": density} if on_conflict == "ties" else {})
     parents = [{"fingerprint": patch.fingerprint, "provenance": patch.provenance} for patch in patches]
+    provenance = {**shared_provenance(patches), "merge": how, "parents": parents}
+    return MemoryPatch(tables, provenance, base)
+
+
+def shared_provenance(patches: Sequence[MemoryPatch]) -> dict:
+    """The base that all patches name, as far as they agree."""
     base = {key: patches[0].provenance.get(key) for key in ("base_model", "checkpoint")}
-    shared = {key: b for key, b in base.items() if b and all(p.provenance.get(key) == b for p in patches)}
-    return MemoryPatch(tables, {**shared, "merge": how, "parents": parents})
+    return {key: b for key, b in base.items() if b and all(p.provenance.get(key) == b for p in patches)}
+
+
+def base_without(patches: Sequence[MemoryPatch], applied: Sequence[MemoryPatch] = ()) -> Base | None:
+    """The base of all patches, but for the ones that were ``applied`` to it; None where no patch knows its base.
+
+    Raises:
+        ValueError: they are of different bases.
+    """
+    bases = [patch.base for patch in patches if patch.base]
+    if not all(base.same_weights(bases[0]) for base in bases):
+        raise ValueError("the patches were made for models with different weights outside the memory")
+    done = {mark for patch in applied for mark in patch.marks}
+    had = dict.fromkeys(mark for base in bases for mark in base.patches if mark not in done)
+    return replace(bases[0], patches=list(had)) if bases else None
+
+
+def _check_siblings(patches: Sequence[MemoryPatch]) -> None:
+    for above in (patch for patch in patches if patch.base):
+        if any(below is not above and set(below.marks) & set(above.base.patches) for below in patches):
+            raise ValueError("one of the patches was made on top of another: squash them instead, in their order")
 
 
 def _merge_table(name: str, parts: list[TablePatch], on_conflict: str, density: float) -> TablePatch:
     for part in parts[1:]:
-        _check_same_table(name, parts[0], part)
+        check_same_table(name, parts[0], part)
     slots_U = torch.cat([part.slots for part in parts]).unique()
     originals_UV, unlike_U = _overlay(slots_U, parts, "originals")
     if unlike_U.any():
@@ -79,7 +108,8 @@ def _merge_table(name: str, parts: list[TablePatch], on_conflict: str, density: 
     )
 
 
-def _check_same_table(name: str, one: TablePatch, other: TablePatch) -> None:
+def check_same_table(name: str, one: TablePatch, other: TablePatch) -> None:
+    """Refuse patches of tables of different sizes, dtypes or product keys with a ValueError."""
     sizes = [(part.num_slots, part.rows.shape[1], part.rows.dtype) for part in (one, other)]
     if sizes[0] != sizes[1]:
         raise ValueError(f"table {name!r} has slots, width and dtype {sizes[0]} in one patch, {sizes[1]} in another")

@@ -3,7 +3,7 @@
 Shapes: N slots, R rows, V value width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -75,6 +75,21 @@ class TablePatch:
     def num_bytes(self) -> int:
         """Of slots, rows and originals together."""
         return sum(getattr(self, part).nbytes for part in PARTS)
+
+    def to(self, dtype: torch.dtype) -> "TablePatch":
+        """The same patch with rows and originals rounded to ``dtype``."""
+        if dtype == self.rows.dtype:
+            return self
+        return replace(self, rows=self.rows.to(dtype), originals=self.originals.to(dtype))
+
+    def check_finite(self, name: str) -> None:
+        """Refuse rows that hold nan or infinity with a ValueError."""
+        wrong_R = ~self.rows.isfinite().all(dim=1)
+        if wrong_R.any():
+            raise ValueError(
+                f"{int(wrong_R.sum())} of {len(wrong_R)} rows for table {name!r} hold nan or inf, "
+                f"{named(self.slots[wrong_R])}: the learning run diverged, or {self.rows.dtype} does not hold them"
+            )
 
     def check(self, name: str, table: MemoryTable, product_keys: dict[str, str], expected: str) -> None:
         """Refuse a table that does not hold the ``expected`` part, "originals" or "rows", to the bit.
