@@ -20,7 +20,7 @@ from report import finish
 from torch import nn
 
 from memlayer.memory import MemoryLayer, MemoryTable
-from memlayer.patch import MemoryPatch, TablePatch, product_key_fingerprints
+from memlayer.patch import Base, MemoryPatch, TablePatch, product_key_fingerprints
 
 SIZES = {"num_slots": 1024**2, "width": 1024, "rows": 500}
 TABLE = "memory.0"
@@ -88,7 +88,8 @@ def make_patch(model: OneLayer, num_rows: int) -> MemoryPatch:
     slots_R = torch.randperm(len(weight))[:num_rows].sort().values
     rows = torch.randn(num_rows, weight.shape[1]).bfloat16()
     product_keys = product_key_fingerprints(model)[TABLE]
-    return MemoryPatch({TABLE: TablePatch(slots_R, rows, weight[slots_R], len(weight), product_keys)})
+    table = TablePatch(slots_R, rows, weight[slots_R], len(weight), product_keys)
+    return MemoryPatch({TABLE: table}, base=Base.of(model))
 
 
 def timed(work: Callable[[nn.Module], object], model: nn.Module) -> float:

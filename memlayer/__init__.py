@@ -23,6 +23,8 @@ __all__ = sorted(_PUBLIC)
 
 
 def __getattr__(name: str):
+    if name == "patch":  # memlayer.patch.merge is used after a bare ``import memlayer``
+        return import_module("memlayer.patch")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'memlayer' has no attribute {name!r}")
     return getattr(import_module(_PUBLIC[name]), name)

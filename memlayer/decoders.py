@@ -177,6 +177,7 @@ def without_memory_section(config: PreTrainedConfig, base: type[PreTrainedConfig
     """A copy of a config with memory as the decoder's config it was made from."""
     made = copy.deepcopy(config)
     del made.base_model_type, made.memory
+    made.__dict__.pop("memory_patches", None)  # what memlayer.patch wrote into it
     made.__class__ = base
     if made.architectures:  # written by save_pretrained
         made.architectures = [name.removeprefix("Memory") for name in made.architectures]

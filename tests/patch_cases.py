@@ -4,7 +4,7 @@ import tiny
 import torch
 
 from memlayer.attach import memory_tables
-from memlayer.patch import MemoryPatch, TablePatch, product_key_fingerprints
+from memlayer.patch import Base, MemoryPatch, TablePatch, product_key_fingerprints
 
 SLOTS = torch.tensor([2, 7, 40, 63])
 
@@ -20,16 +20,16 @@ def bits(tensor):
 def patch_of(model, slots, rows, provenance=None):
     """A patch that writes ``rows`` at ``slots`` of the model as it is."""
     table = table_of(model)
-    slots = torch.as_tensor(slots)
+    slots = torch.as_tensor(slots, dtype=torch.int64)
     keys = product_key_fingerprints(model)[tiny.TABLE]
     patch = TablePatch(slots, rows.to(table.dtype), table[slots].clone(), len(table), keys)
-    return MemoryPatch({tiny.TABLE: patch}, provenance or {})
+    return MemoryPatch({tiny.TABLE: patch}, provenance or {}, Base.of(model))
 
 
 def odd_patch(model):
-    """New rows for SLOTS, with NaN, infinity and -0.0 on either side; the model holds the originals."""
+    """New rows for SLOTS; NaN and infinity among the originals, which the model holds, and -0.0 on either side."""
     table = table_of(model)
     table[7, :3] = torch.tensor([float("nan"), -0.0, float("inf")], dtype=table.dtype)
     rows = torch.randn(4, table.shape[1], generator=torch.Generator().manual_seed(5))
-    rows[2, :3] = torch.tensor([-0.0, float("nan"), 0.0])
+    rows[2, :3] = torch.tensor([-0.0, 1.0, 0.0])
     return patch_of(model, SLOTS, rows, {"seed": 3})

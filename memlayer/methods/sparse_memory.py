@@ -23,7 +23,8 @@ from memlayer.counts import SlotCounts
 from memlayer.memory import MemoryTable
 from memlayer.methods.open_table import OpenTable, Selection
 from memlayer.methods.prepared import Prepared
-from memlayer.patch import MemoryPatch, product_key_fingerprints
+from memlayer.patch import Base, MemoryPatch, product_key_fingerprints
+from memlayer.patch.base import mark
 
 
 class SparseMemoryFinetuner:
@@ -201,6 +202,7 @@ class SparseMemoryFinetuner:
         patch = self.patch()
         for handle in self._listening:
             handle.remove()
+        mark(self.model, patch.marks, had=True)
         for table in self._tables.values():
             table.close()
         for parameter in self._trainable:
@@ -210,7 +212,8 @@ class SparseMemoryFinetuner:
     def patch(self) -> MemoryPatch:
         """The rows changed so far, with their originals."""
         product_keys = product_key_fingerprints(self.model)
-        return MemoryPatch({name: table.patch(product_keys[name]) for name, table in self._tables.items()})
+        tables = {name: table.patch(product_keys[name]) for name, table in self._tables.items()}
+        return MemoryPatch(tables, base=Base.of(self.model))
 
     def state_dict(self) -> dict[str, dict]:
         """What later steps depend on, beside the model that the first one began with and the optimizer's own state.

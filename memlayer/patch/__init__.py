@@ -3,19 +3,23 @@
 ``python -m memlayer.patch --help`` does the same from the command line.
 """
 
+from memlayer.patch.base import Base
 from memlayer.patch.files import CONFIG_FILE, ROWS_FILE
 from memlayer.patch.fingerprint import product_key_fingerprints, state_fingerprint
 from memlayer.patch.memory_patch import MemoryPatch, patches
 from memlayer.patch.merging import merge
+from memlayer.patch.squashing import squash
 from memlayer.patch.table import TablePatch
 
 __all__ = [
     "CONFIG_FILE",
     "ROWS_FILE",
+    "Base",
     "MemoryPatch",
     "TablePatch",
     "merge",
     "patches",
     "product_key_fingerprints",
+    "squash",
     "state_fingerprint",
 ]

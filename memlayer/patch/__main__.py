@@ -1,9 +1,12 @@
-"""Look at a memory patch, apply it to a model folder, take it back, or merge several.
+"""Look at a memory patch, apply it to a model folder, take it back, or make one patch of several.
 
     python -m memlayer.patch show runs/learn/patch
     python -m memlayer.patch apply runs/learn/patch runs/pretrain runs/patched
     python -m memlayer.patch revert runs/learn/patch runs/patched runs/as_before
     python -m memlayer.patch merge runs/one/patch runs/two/patch runs/merged --on-conflict ties
+    python -m memlayer.patch squash runs/yesterday/patch runs/today/patch runs/both
+
+merge takes patches that were learned from the same model; squash takes a chain, each learned on top of the one before.
 
 OUT is a new folder, and complete once it is there.
 """
@@ -13,11 +16,18 @@ import fnmatch
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from memlayer import modeling
+from memlayer.patch.files import CARD_FILE, CONFIG_FILE, ROWS_FILE
 from memlayer.patch.memory_patch import MemoryPatch
 from memlayer.patch.merging import POLICIES, merge
+from memlayer.patch.squashing import squash
 
 PROGRAM = "python -m memlayer.patch"
 WEIGHTS = "model*.safetensors*"  # written anew, perhaps in other shards
@@ -28,8 +38,8 @@ def main() -> None:
     options = parse_options()
     try:
         options.run(options)
-    except (ValueError, OSError) as error:
-        sys.exit(f"{PROGRAM}: {error}")
+    except (ValueError, OSError, SafetensorError) as error:
+        sys.exit(f"{PROGRAM}: {' '.join(str(error).split())}")
 
 
 def parse_options() -> argparse.Namespace:
@@ -37,16 +47,22 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", dest="command")
     show = commands.add_parser("show", help="what a patch changes and where it comes from")
     show.add_argument("patch", type=Path, metavar="PATCH", help="folder of a patch")
-    show.set_defaults(run=lambda options: print(MemoryPatch.load(options.patch).describe()))
+    show.set_defaults(run=show_patch)
     for name, verb in (("apply", "written into"), ("revert", "taken back from")):
         command = commands.add_parser(name, help=f"a model folder with the patch {verb} the model of another")
         command.add_argument("patch", type=Path, metavar="PATCH", help="folder of a patch")
         command.add_argument("model", type=Path, metavar="MODEL", help="folder of a memory model")
         command.add_argument("out", type=Path, metavar="OUT", help="folder to write, new or empty")
         command.set_defaults(run=change_model, change=getattr(MemoryPatch, name))
+        if name == "apply":
+            command.add_argument(
+                "--any-base",
+                action="store_true",
+                help="also where weights outside the memory differ, or a patch below this one is missing",
+            )
     merging = commands.add_parser("merge", help="one patch out of several of the same base model")
     merging.add_argument("patches", type=Path, nargs="+", metavar="PATCH", help="folders of patches, in order")
     merging.add_argument("out", type=Path, metavar="OUT", help="folder to write, new or empty")
@@ -56,8 +72,22 @@ def parse_options() -> argparse.Namespace:
     merging.add_argument(
         "--density", type=float, default=0.2, help="with ties, the share of a change that is kept (%(default)s)"
     )
-    merging.set_defaults(run=merge_folders)
+    merging.set_defaults(run=lambda o: combine(o, partial(merge, on_conflict=o.on_conflict, density=o.density)))
+    squashing = commands.add_parser("squash", help="one patch out of a chain, each made on top of the one before")
+    squashing.add_argument("patches", type=Path, nargs="+", metavar="PATCH", help="folders of patches, oldest first")
+    squashing.add_argument("out", type=Path, metavar="OUT", help="folder to write, new or empty")
+    squashing.set_defaults(run=lambda options: combine(options, squash))
     return parser.parse_args()
+
+
+def show_patch(options: argparse.Namespace) -> None:
+    """Print what the patch is and what its files weigh."""
+    patch = MemoryPatch.load(options.patch)
+    paths = [options.patch / name for name in (CONFIG_FILE, ROWS_FILE, CARD_FILE) if (options.patch / name).is_file()]
+    written = datetime.fromtimestamp((options.patch / ROWS_FILE).stat().st_mtime)
+    size = sum(path.stat().st_size for path in paths) / 1e6
+    print(f"{options.patch}: {size:,.3g} MB on disk, file of {written:%Y-%m-%d %H:%M}")
+    print(patch.describe())
 
 
 def change_model(options: argparse.Namespace) -> None:
@@ -65,7 +95,7 @@ def change_model(options: argparse.Namespace) -> None:
     check_new(options.out)
     patch = MemoryPatch.load(options.patch)
     model = modeling.load_model(options.model)
-    options.change(patch, model)
+    options.change(patch, model, **({"any_base": True} if getattr(options, "any_base", False) else {}))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.out.parent, prefix=f".{options.out.name}-") as beside:
         whole = Path(beside) / "model"
@@ -82,17 +112,16 @@ def copy_others(folder: Path, into: Path) -> None:
             shutil.copy2(path, into)
 
 
-def merge_folders(options: argparse.Namespace) -> None:
-    """Merge patches into a new folder.
+def combine(options: argparse.Namespace, combined: Callable[[list[MemoryPatch]], MemoryPatch]) -> None:
+    """Make one patch of several in a new folder.
 
     Raises:
-        ValueError: fewer than two patches, patches that conflict or are not of one base, or ``out`` exists.
+        ValueError: fewer than two patches, patches that do not go together, or ``out`` exists.
     """
     check_new(options.out)
     if len(options.patches) < 2:
-        raise ValueError(f"one patch, {options.patches[0]}, is nothing to merge")
-    loaded = [MemoryPatch.load(folder) for folder in options.patches]
-    merge(loaded, options.on_conflict, options.density).save(options.out)
+        raise ValueError(f"one patch, {options.patches[0]}, is nothing to {options.command}")
+    combined([MemoryPatch.load(folder) for folder in options.patches]).save(options.out)
     print(f"wrote {options.out}")
 
 

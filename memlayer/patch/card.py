@@ -5,7 +5,11 @@ import json
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 
+from memlayer.patch.base import Base
 from memlayer.patch.table import TablePatch
+
+# A row that has moved so many times the usual norm of a row is no knowledge.
+ABSURD = 1000
 
 CARD = """---
 {metadata}
@@ -26,7 +30,7 @@ the original rows are part of the patch, so it can be taken back to the last bit
 import memlayer
 
 patch = memlayer.MemoryPatch.from_pretrained("name or folder of this patch")
-patch.apply(model)  # refuses any model but the one the patch was made for
+patch.apply(model)  # refuses a model of other rows, product keys or, as far as a sample shows, other weights
 patch.revert(model)
 ```
 
@@ -40,14 +44,40 @@ or, from one model folder to another: `python -m memlayer.patch apply PATCH MODE
 """
 
 
-def describe(tables: dict[str, TablePatch], provenance: dict) -> str:
-    """Tables, rows, size of the change, bytes and provenance."""
+def describe(tables: dict[str, TablePatch], provenance: dict, base: Base | None) -> str:
+    """Tables, rows, size of the change, base, what was taught, and provenance."""
     num_bytes = sum(table.num_bytes for table in tables.values())
     lines = [f"memory patch: {_num_rows(tables):,} rows, {num_bytes:,} bytes with their originals"]
     for name, table in tables.items():
         lines += [f"  {line}" for line in _table_lines(name, table)]
+    lines += [_base_line(provenance, base), *_taught_lines(provenance)]
     lines += ["provenance:", *(f"  {line}" for line in _json(provenance).splitlines())]
     return "\n".join(lines)
+
+
+def _base_line(provenance: dict, base: Base | None) -> str:
+    name = provenance.get("base_model") or provenance.get("checkpoint") or "a model that is not named"
+    if base is None:
+        return f"made for: {name}; its weights outside the memory are not recorded"
+    below = ", ".join(patch[:12] for patch in base.patches) or "no other patch"
+    return f"made for: {name}, weights {base.weights_sha256['float32'][:12]}, with {below}"
+
+
+def _taught_lines(provenance: dict) -> list[str]:
+    """What a learning run of train.py recorded, or those of which a patch was put together."""
+    parts = [part for key in ("parents", "squash") for part in provenance.get(key, ())]
+    if parts:
+        return [f"{part['fingerprint'][:12]}: {line}" for part in parts for line in _taught_lines(part["provenance"])]
+    data, learn = provenance.get("data"), provenance.get("learn")
+    if not (isinstance(data, dict) and isinstance(learn, dict)):
+        return ["taught: not recorded"]
+    number = "all" if data.get("num_new") is None else data["num_new"]
+    facts = data.get("facts") or "the built-in facts"
+    how = (f"{key} {learn[key]}" for key in ("learning_rate", "num_rows", "steps_per_fact") if key in learn)
+    return [
+        f"taught: {number} new facts from number {data.get('first_new', 0)} of {facts}, by "
+        f"{learn.get('method')} with {', '.join(how)}"
+    ]
 
 
 def model_card(tables: dict[str, TablePatch], provenance: dict) -> ModelCard:
@@ -78,13 +108,16 @@ def _table_lines(name: str, table: TablePatch) -> list[str]:
     line = f"{name}: {num_rows:,} of {table.num_slots:,} rows of width {width}, {dtype}"
     if not num_rows:
         return [line]
-    originals, rows = table.originals.float(), table.rows.float()
+    originals, rows = table.originals.double(), table.rows.double()  # float32 overflows at norms of 1e19
     change = torch.linalg.vector_norm(rows - originals, dim=1)
     length = torch.linalg.vector_norm(originals, dim=1)
+    absurd = change > ABSURD * length.median()
+    warning = f"  CAREFUL: {int(absurd.sum()):,} rows moved more than {ABSURD:,} times the norm of an original row"
     return [
         f"{line}, slots {int(table.slots[0]):,} to {int(table.slots[-1]):,}",
         f"  norm of a row's change: median {change.median():.4g}, largest {change.max():.4g}, "
         f"all together {torch.linalg.vector_norm(change):.4g}; of an original row: median {length.median():.4g}",
+        *([f"{warning}: did the run diverge?"] if absurd.any() and length.median() > 0 else []),
     ]
 
 

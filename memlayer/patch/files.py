@@ -8,20 +8,24 @@ counts: the rows wait beside the old ones until then, and are read from there if
 import hashlib
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
+from memlayer.patch.base import Base
 from memlayer.patch.fingerprint import fingerprint
 from memlayer.patch.table import PARTS, TablePatch
 
 # Not adapter_config.json: transformers would hand the folder to peft.
 CONFIG_FILE, ROWS_FILE, CARD_FILE = "memory_patch_config.json", "memory_patch.safetensors", "README.md"
 WAITING_FILE = f"{ROWS_FILE}.new"
-PATCH_TYPE, FORMAT_VERSION = "MEMORY_PATCH", 2
-CONFIG_KEYS = {"patch_type", "format_version", "sha256", "tables", "provenance"}
+PATCH_TYPE, FORMAT_VERSION = "MEMORY_PATCH", 3
+CONFIG_KEYS = {"patch_type", "format_version", "sha256", "tables", "provenance", "base"}
+METADATA = "__metadata__"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def tensors_of(tables: dict[str, TablePatch]) -> dict[str, Tensor]:
@@ -31,15 +35,17 @@ def tensors_of(tables: dict[str, TablePatch]) -> dict[str, Tensor]:
     }
 
 
-def write(folder: Path, tables: dict[str, TablePatch], provenance: dict, card: str) -> None:
+def write(folder: Path, tables: dict[str, TablePatch], provenance: dict, base: Base | None, card: str) -> None:
     """Write a patch; see the top of this file for what a crash leaves."""
     config = {
         "patch_type": PATCH_TYPE,
         "format_version": FORMAT_VERSION,
         "tables": {name: _table_entry(patch) for name, patch in tables.items()},
         "provenance": json.loads(json.dumps(provenance)),  # as it will be read
+        "base": base and asdict(base),
     }
-    rows = save(tensors_of(tables), {"format": "pt", "config_sha256": _config_sha256(config)})
+    # One key: safetensors writes several in any order, and the same patch would not be the same bytes.
+    rows = save(tensors_of(tables), {"config_sha256": _config_sha256(config)})
     config["sha256"] = hashlib.sha256(rows).hexdigest()
     folder.mkdir(parents=True, exist_ok=True)
     _finish_earlier(folder)
@@ -49,8 +55,8 @@ def write(folder: Path, tables: dict[str, TablePatch], provenance: dict, card: s
     _replace(folder / CARD_FILE, card)
 
 
-def read(folder: Path) -> tuple[dict[str, TablePatch], dict]:
-    """Tables and provenance of a patch.
+def read(folder: Path) -> tuple[dict[str, TablePatch], dict, Base | None]:
+    """Tables, provenance and base of a patch.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -66,7 +72,7 @@ def read(folder: Path) -> tuple[dict[str, TablePatch], dict]:
         raise ValueError(f"{where} has no table for {', '.join(unknown)} of {ROWS_FILE}")
     if metadata.get("config_sha256") != _config_sha256(config):
         raise ValueError(f"{where} was altered: its SHA-256 is not the one in {ROWS_FILE}")
-    return tables, config["provenance"]
+    return tables, config["provenance"], Base.of_json(config["base"])
 
 
 def _table_entry(patch: TablePatch) -> dict:
@@ -112,6 +118,7 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _read_config(path: Path) -> dict:
+    _check_not_pointer(path, path.read_bytes())
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -119,8 +126,8 @@ def _read_config(path: Path) -> dict:
     if not isinstance(config, dict) or config.get("patch_type") != PATCH_TYPE:
         raise ValueError(f"{path} is not a memory patch's: it lacks patch_type {PATCH_TYPE!r}")
     version = config.get("format_version")
-    if version == 1:
-        raise ValueError(f"{path} is of format 1, from before the first release: make the patch again")
+    if version in (1, 2):
+        raise ValueError(f"{path} is of format {version}, from before the first release: make the patch again")
     if version != FORMAT_VERSION:
         raise ValueError(f"{path} is of format {version!r}, this version of memlayer reads format {FORMAT_VERSION}")
     if config.keys() != CONFIG_KEYS:
@@ -139,6 +146,7 @@ def _read_rows(folder: Path, sha256: str) -> tuple[dict[str, Tensor], dict[str, 
         if not path.is_file():
             continue
         data = path.read_bytes()
+        _check_not_pointer(path, data)
         found[path.name] = hashlib.sha256(data).hexdigest()
         if found[path.name] == sha256:
             try:
@@ -148,7 +156,30 @@ def _read_rows(folder: Path, sha256: str) -> tuple[dict[str, Tensor], dict[str, 
                 raise ValueError(f"{path} is not a safetensors file: {error}") from error
     if ROWS_FILE not in found:
         raise FileNotFoundError(f"no memory patch in {folder}: {ROWS_FILE} is missing")
-    raise ValueError(f"{folder / ROWS_FILE} has SHA-256 {found[ROWS_FILE]}, its config says {sha256}")
+    path = folder / ROWS_FILE
+    if missing := _bytes_missing(path.read_bytes()):
+        raise ValueError(f"{path} is cut short, {missing:,} bytes are missing: download or copy it again")
+    raise ValueError(
+        f"{path} is not the file that {CONFIG_FILE} was written with: its SHA-256 is {found[ROWS_FILE]}, the config "
+        f"says {sha256}; download or copy both again, they belong together"
+    )
+
+
+def _check_not_pointer(path: Path, data: bytes) -> None:
+    if data.startswith(LFS_POINTER):
+        raise ValueError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its repository")
+
+
+def _bytes_missing(data: bytes) -> int:
+    """How many bytes a safetensors file lacks at its end; 0 where its header cannot be read."""
+    size = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or len(data) < 8 + size:
+        return max(8 + size - len(data), 0) if size < 10**8 else 0
+    try:
+        ends = [entry["data_offsets"][1] for name, entry in json.loads(data[8 : 8 + size]).items() if name != METADATA]
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        return 0
+    return max(8 + size + max(ends, default=0) - len(data), 0)
 
 
 def _table(where: str, name: str, entry: dict, tensors: dict[str, Tensor]) -> TablePatch:

@@ -1,11 +1,12 @@
 """A memory patch: the rows that a learning run changed, and what they were before.
 
 Rows are stored as values, not as differences, and applying or reverting copies them, so both are exact
-to the bit in any dtype. A patch refuses a model whose rows or product keys are not the ones it expects.
+to the bit in any dtype. A patch refuses a model whose rows, product keys or other weights are not those of the model
+that it was made for; how far it looks at the other weights is in ``memlayer.patch.base``.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,9 +15,11 @@ from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 from torch import nn
 
 from memlayer.attach import memory_tables
+from memlayer.memory import MemoryTable
 from memlayer.patch import card, files
+from memlayer.patch.base import Base, mark
 from memlayer.patch.fingerprint import differing, fingerprint, product_key_fingerprints
-from memlayer.patch.table import TablePatch
+from memlayer.patch.table import TablePatch, named
 
 
 @dataclass(eq=False)
@@ -29,10 +32,12 @@ class MemoryPatch(ModelHubMixin, library_name="memlayer"):
         tables: changed rows by table name.
         provenance: where they come from, anything that JSON can hold. The model card names the ``base_model``, a
             model on the Hub, or the ``checkpoint``, a folder.
+        base: what is known of the model that the patch is made for, see ``memlayer.patch.base``.
     """
 
     tables: dict[str, TablePatch]
     provenance: dict = field(default_factory=dict)
+    base: Base | None = None
 
     def __post_init__(self):
         # The mixin keeps constructor arguments to write them as config.json, which a patch does not have.
@@ -62,7 +67,7 @@ class MemoryPatch(ModelHubMixin, library_name="memlayer"):
                     f"{tuple(two.shape)} {two.dtype} in the other"
                 )
             changed[name] = TablePatch.between(one, two, keys[name])
-        return cls(changed, provenance or {})
+        return cls(changed, provenance or {}, Base.of(before))
 
     @property
     def num_rows(self) -> int:
@@ -74,44 +79,93 @@ class MemoryPatch(ModelHubMixin, library_name="memlayer"):
         """SHA-256 over slots, rows and originals of all tables."""
         return fingerprint(files.tensors_of(self.tables))
 
+    @property
+    def marks(self) -> list[str]:
+        """Fingerprints of the patches that a model has once this one is applied to it."""
+        return [part["fingerprint"] for part in self.provenance.get("squash", ())] or [self.fingerprint]
+
     def describe(self) -> str:
         """What the patch changes and where it comes from, a few lines for people."""
-        return card.describe(self.tables, self.provenance)
+        return card.describe(self.tables, self.provenance, self.base)
 
-    def apply(self, model: nn.Module) -> None:
-        """Write the rows into ``model``.
+    def apply(self, model: nn.Module, any_base: bool = False) -> None:
+        """Write the rows into ``model``; into a copy of the patch's model in another dtype, rounded to that.
+
+        Args:
+            any_base: also where the model has other weights outside the memory than the patch's, or lacks a patch
+                that the patch was made on top of.
 
         Raises:
-            ValueError: the model lacks a table, has other product keys, or its rows are not the originals;
-                nothing is written then.
+            ValueError: the model lacks a table, has other product keys or other weights, its rows are not the
+                originals, or the rows are not finite; nothing is written then.
         """
-        self._write(model, "originals", "rows")
+        tables = memory_tables(model)
+        fitting = self._fitting(tables)
+        for name, patch in fitting.items():
+            patch.check_finite(name)
+        self._check_model(model, tables, any_base)
+        self._write(fitting, tables, "originals", "rows")
+        mark(model, self.marks, had=True)
 
     def revert(self, model: nn.Module) -> None:
         """Write the originals back.
 
         Raises:
-            ValueError: the model lacks a table, has other product keys, or its rows are not the patch's;
-                nothing is written then.
+            ValueError: the model lacks a table, or its rows are not the patch's; nothing is written then.
         """
-        self._write(model, "rows", "originals")
+        tables = memory_tables(model)
+        self._write(self._fitting(tables), tables, "rows", "originals")
+        mark(model, self.marks, had=False)
 
-    @torch.no_grad()
-    def _write(self, model: nn.Module, expected: str, written: str) -> None:
-        tables, product_keys = memory_tables(model), product_key_fingerprints(model)
+    def _fitting(self, tables: Mapping[str, MemoryTable]) -> dict[str, TablePatch]:
+        """The table patches in the dtypes of the model's tables, to which they fit in shape."""
+        fitting = {}
         for name, patch in self.tables.items():
             if name not in tables:
                 raise ValueError(f"the patch changes table {name!r}, the model has {sorted(tables)}")
-            patch.check(name, tables[name], product_keys[name], expected)
+            fitting[name] = patch.to(tables[name].weight.dtype)
+            fitting[name].check_shape(name, tables[name])
+        return fitting
+
+    def _check_model(self, model: nn.Module, tables: Mapping[str, MemoryTable], any_base: bool) -> None:
+        """Whether the rows mean in this model what they were made to mean."""
+        check_base = self.base is not None and not any_base
+        product_keys = product_key_fingerprints(model)
         for name, patch in self.tables.items():
+            ours, theirs = patch.rows.dtype, tables[name].weight.dtype
+            if ours == theirs:
+                patch.check_keys(product_keys[name])
+            elif not check_base:  # which compares the product keys as well, rounded
+                raise ValueError(
+                    f"the patch is in {ours}, table {name!r} in {theirs}: rows are rounded only for a copy of the "
+                    "model that the patch was made for, and which that is is not known or not asked"
+                )
+        if check_base:
+            self.base.check(model)
+
+    @torch.no_grad()
+    def _write(
+        self, fitting: dict[str, TablePatch], tables: Mapping[str, MemoryTable], expected: str, written: str
+    ) -> None:
+        if not _held(fitting, tables, expected) and _held(fitting, tables, written):
+            state = "applied already" if written == "rows" else "not applied"
+            raise ValueError(f"the patch is {state}: the model holds its {written} at all {self.num_rows} slots")
+        for name, patch in fitting.items():
+            patch.check_rows(name, tables[name], expected)
+        for name, patch in fitting.items():
             patch.write(tables[name], written)
 
     def save(self, folder: str | Path) -> None:
         """Write the patch as ``memory_patch.safetensors``, ``memory_patch_config.json`` and a model card.
 
         Cut short at any moment, it leaves a patch that was in the folder before, or this one.
+
+        Raises:
+            ValueError: rows are not finite; nothing is written then.
         """
-        files.write(Path(folder), self.tables, self.provenance, str(self.generate_model_card()))
+        for name, patch in self.tables.items():
+            patch.check_finite(name)
+        files.write(Path(folder), self.tables, self.provenance, self.base, str(self.generate_model_card()))
 
     @classmethod
     def load(cls, folder: str | Path) -> "MemoryPatch":
@@ -144,15 +198,45 @@ class MemoryPatch(ModelHubMixin, library_name="memlayer"):
         return card.model_card(self.tables, self.provenance)
 
 
+def _held(fitting: Mapping[str, TablePatch], tables: Mapping[str, MemoryTable], part: str) -> bool:
+    return all(bool(patch.held(tables[name], part).all()) for name, patch in fitting.items())
+
+
 @contextmanager
-def patches(model: nn.Module, patches: Sequence[MemoryPatch]) -> Iterator[nn.Module]:
-    """Apply patches one after the other, and revert them in reverse when the context ends, however it ends.
+def patches(model: nn.Module, in_order: Sequence[MemoryPatch], any_base: bool = False) -> Iterator[nn.Module]:
+    """Apply patches one after the other, and take them back when the context ends, however it ends.
+
+    A row that is changed inside the context stays as it was changed; every other row is taken back.
 
     Raises:
-        ValueError: a patch does not fit what the ones before it made of the model; those are reverted.
+        ValueError: a patch does not fit what the ones before it made of the model; those are taken back. Or rows were
+            changed inside; where the context ends by an error of its own, that one is raised and has this as a note.
     """
-    with ExitStack() as applied:
-        for patch in patches:
-            patch.apply(model)
-            applied.callback(patch.revert, model)
+    tables, applied = memory_tables(model), []
+    try:
+        for patch in in_order:
+            patch.apply(model, any_base)
+            applied.append(patch)
         yield model
+    except BaseException as error:
+        if changed := _take_back(model, tables, applied):
+            error.add_note(changed)
+        raise
+    if changed := _take_back(model, tables, applied):
+        raise ValueError(changed)
+
+
+@torch.no_grad()
+def _take_back(model: nn.Module, tables: Mapping[str, MemoryTable], applied: Sequence[MemoryPatch]) -> str:
+    """Revert the rows that are as the patches left them; a sentence about the others, empty where there are none."""
+    changed: dict[str, set[int]] = {}
+    for patch in reversed(applied):
+        mark(model, patch.marks, had=False)
+        for name, table_patch in patch.tables.items():
+            table_patch = table_patch.to(tables[name].weight.dtype)
+            held_R = table_patch.held(tables[name], "rows")
+            table_patch.write(tables[name], "originals", held_R)
+            if not held_R.all():
+                changed.setdefault(name, set()).update(table_patch.slots[~held_R].tolist())
+    rows = [f"{len(slots)} of table {name!r} {named(torch.tensor(sorted(slots)))}" for name, slots in changed.items()]
+    return f"rows changed while the patches were applied, {'; '.join(rows)}: they stay as they are" if rows else ""

@@ -3,17 +3,20 @@
 A slot that only one patch changes keeps that patch's row to the bit. Where patches give a slot different rows, a
 policy decides; left out are weights for the patches and policies that draw at random.
 
-Shapes: P patches that change a slot, U distinct slots, V value width.
+Shapes: P patches, U distinct slots, C of them in conflict, V value width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from memlayer.patch.base import Base
 from memlayer.patch.fingerprint import bits, differing
 from memlayer.patch.memory_patch import MemoryPatch
-from memlayer.patch.table import TablePatch, named
+from memlayer.patch.table import BLOCK, TablePatch, named
 
 POLICIES = ("error", "last", "mean", "ties")
 
@@ -39,6 +42,8 @@ def merge(patches: Sequence[MemoryPatch], on_conflict: str = "error", density: f
         raise ValueError(f"on_conflict is {on_conflict!r}, must be one of {', '.join(POLICIES)}")
     if not 0 < density <= 1:
         raise ValueError(f"density is {density}, must be above 0 and at most 1")
+    _check_siblings(patches)
+    base = base_without(patches)
     names = sorted({name for patch in patches for name in patch.tables})
     tables = {
         name: _merge_table(name, [p.tables[name] for p in patches if name in p.tables], on_conflict, density)
@@ -46,14 +51,39 @@ def merge(patches: Sequence[MemoryPatch], on_conflict: str = "error", density: f
     }
     how = {"on_conflict": on_conflict} | ({"density": density} if on_conflict == "ties" else {})
     parents = [{"fingerprint": patch.fingerprint, "provenance": patch.provenance} for patch in patches]
+    provenance = {**shared_provenance(patches), "merge": how, "parents": parents}
+    return MemoryPatch(tables, provenance, base)
+
+
+def shared_provenance(patches: Sequence[MemoryPatch]) -> dict:
+    """The base that all patches name, as far as they agree."""
     base = {key: patches[0].provenance.get(key) for key in ("base_model", "checkpoint")}
-    shared = {key: b for key, b in base.items() if b and all(p.provenance.get(key) == b for p in patches)}
-    return MemoryPatch(tables, {**shared, "merge": how, "parents": parents})
+    return {key: b for key, b in base.items() if b and all(p.provenance.get(key) == b for p in patches)}
+
+
+def base_without(patches: Sequence[MemoryPatch], applied: Sequence[MemoryPatch] = ()) -> Base | None:
+    """The base of all patches, but for the ones that were ``applied`` to it; None where no patch knows its base.
+
+    Raises:
+        ValueError: they are of different bases.
+    """
+    bases = [patch.base for patch in patches if patch.base]
+    if not all(base.same_weights(bases[0]) for base in bases):
+        raise ValueError("the patches were made for models with different weights outside the memory")
+    done = {mark for patch in applied for mark in patch.marks}
+    had = dict.fromkeys(mark for base in bases for mark in base.patches if mark not in done)
+    return replace(bases[0], patches=list(had)) if bases else None
+
+
+def _check_siblings(patches: Sequence[MemoryPatch]) -> None:
+    for above in (patch for patch in patches if patch.base):
+        if any(below is not above and set(below.marks) & set(above.base.patches) for below in patches):
+            raise ValueError("one of the patches was made on top of another: squash them instead, in their order")
 
 
 def _merge_table(name: str, parts: list[TablePatch], on_conflict: str, density: float) -> TablePatch:
     for part in parts[1:]:
-        _check_same_table(name, parts[0], part)
+        check_same_table(name, parts[0], part)
     slots_U = torch.cat([part.slots for part in parts]).unique()
     originals_UV, unlike_U = _overlay(slots_U, parts, "originals")
     if unlike_U.any():
@@ -68,17 +98,18 @@ def _merge_table(name: str, parts: list[TablePatch], on_conflict: str, density: 
             f"{named(slots_U[unlike_U])}"
         )
     if on_conflict in ("mean", "ties"):
-        combine = _mean if on_conflict == "mean" else _ties(density)
-        for i in unlike_U.nonzero()[:, 0].tolist():
-            rows_PV = torch.cat([part.rows[part.slots == slots_U[i]] for part in parts])
-            rows_UV[i] = combine(_wide(rows_PV), _wide(originals_UV[i])).to(rows_UV.dtype)
+        combine = partial(_ties, density=density) if on_conflict == "ties" else _mean
+        for some in unlike_U.nonzero()[:, 0].split(max(1, BLOCK // rows_UV.shape[1] // len(parts))):
+            rows_PCV, has_PC = _rows_at(slots_U[some], parts)
+            rows_UV[some] = combine(rows_PCV, has_PC, _wide(originals_UV[some])).to(rows_UV.dtype)
     first = parts[0]
     return TablePatch.of_changed(
         slots_U, rows_UV, originals_UV, num_slots=first.num_slots, product_keys=first.product_keys
     )
 
 
-def _check_same_table(name: str, one: TablePatch, other: TablePatch) -> None:
+def check_same_table(name: str, one: TablePatch, other: TablePatch) -> None:
+    """Refuse patches of tables of different sizes, dtypes or product keys with a ValueError."""
     sizes = [(part.num_slots, part.rows.shape[1], part.rows.dtype) for part in (one, other)]
     if sizes[0] != sizes[1]:
         raise ValueError(f"table {name!r} has slots, width and dtype {sizes[0]} in one patch, {sizes[1]} in another")
@@ -102,16 +133,23 @@ def _wide(rows: Tensor) -> Tensor:
     return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
-def _mean(rows_PV: Tensor, _original_V: Tensor) -> Tensor:
-    return rows_PV.mean(dim=0)
+def _rows_at(slots_C: Tensor, parts: list[TablePatch]) -> tuple[Tensor, Tensor]:
+    """Each patch's rows (P, C, V) at these slots, zero where it has none, and which it has, bool (P, C)."""
+    parts = [part for part in parts if len(part.slots)]
+    at_PC = torch.stack([torch.searchsorted(part.slots, slots_C).clamp_(max=len(part.slots) - 1) for part in parts])
+    has_PC = torch.stack([part.slots[at_C] == slots_C for part, at_C in zip(parts, at_PC, strict=True)])
+    rows_PCV = torch.stack([_wide(part.rows[at_C]) for part, at_C in zip(parts, at_PC, strict=True)])
+    return rows_PCV.masked_fill_(~has_PC[..., None], 0.0), has_PC
 
 
-def _ties(density: float) -> Callable[[Tensor, Tensor], Tensor]:
-    # Here, because peft takes seconds to import and nothing else in this package needs it.
-    from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge, magnitude_based_pruning
+def _mean(rows_PCV: Tensor, has_PC: Tensor, _originals_CV: Tensor) -> Tensor:
+    return rows_PCV.sum(dim=0) / has_PC.sum(dim=0)[:, None]
 
-    def combine(rows_PV: Tensor, original_V: Tensor) -> Tensor:
-        changes_PV = torch.stack([magnitude_based_pruning(row_V - original_V, density) for row_V in rows_PV])
-        return original_V + disjoint_merge(changes_PV, calculate_majority_sign_mask(changes_PV))
 
-    return combine
+def _ties(rows_PCV: Tensor, has_PC: Tensor, originals_CV: Tensor, density: float) -> Tensor:
+    changes_PCV = (rows_PCV - originals_CV).masked_fill_(~has_PC[..., None], 0.0)
+    largest = changes_PCV.abs().topk(int(density * changes_PCV.shape[-1]), dim=-1).indices
+    trimmed_PCV = torch.zeros_like(changes_PCV).scatter_(-1, largest, changes_PCV.gather(-1, largest))
+    elected_CV = torch.where(trimmed_PCV.sum(dim=0) >= 0, 1.0, -1.0)
+    agrees_PCV = trimmed_PCV.sign() == elected_CV
+    return originals_CV + (trimmed_PCV * agrees_PCV).sum(dim=0) / agrees_PCV.sum(dim=0).clamp(min=1)

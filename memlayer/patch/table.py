@@ -3,7 +3,7 @@
 Shapes: N slots, R rows, V value width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -76,12 +76,33 @@ class TablePatch:
         """Of slots, rows and originals together."""
         return sum(getattr(self, part).nbytes for part in PARTS)
 
+    def to(self, dtype: torch.dtype) -> "TablePatch":
+        """The same patch with rows and originals rounded to ``dtype``."""
+        if dtype == self.rows.dtype:
+            return self
+        return replace(self, rows=self.rows.to(dtype), originals=self.originals.to(dtype))
+
+    def check_finite(self, name: str) -> None:
+        """Refuse rows that hold nan or infinity with a ValueError."""
+        wrong_R = ~self.rows.isfinite().all(dim=1)
+        if wrong_R.any():
+            raise ValueError(
+                f"{int(wrong_R.sum())} of {len(wrong_R)} rows for table {name!r} hold nan or inf, "
+                f"{named(self.slots[wrong_R])}: the learning run diverged, or {self.rows.dtype} does not hold them"
+            )
+
     def check(self, name: str, table: MemoryTable, product_keys: dict[str, str], expected: str) -> None:
         """Refuse a table that does not hold the ``expected`` part, "originals" or "rows", to the bit.
 
         Raises:
             ValueError: the shape, the dtype, the product keys of the layers that read it, or the rows differ.
         """
+        self.check_shape(name, table)
+        self.check_keys(product_keys)
+        self.check_rows(name, table, expected)
+
+    def check_shape(self, name: str, table: MemoryTable) -> None:
+        """Refuse a table of another shape or dtype with a ValueError."""
         weight = table.weight
         if (self.num_slots, self.rows.shape[1]) != tuple(weight.shape):
             raise ValueError(
@@ -90,23 +111,35 @@ class TablePatch:
             )
         if weight.dtype != self.rows.dtype:
             raise ValueError(f"the patch is in {self.rows.dtype}, table {name!r} in {weight.dtype}")
+
+    def check_keys(self, product_keys: dict[str, str]) -> None:
+        """Refuse other product keys than the patch was made for with a ValueError."""
         if other := differing(self.product_keys, product_keys):
             raise ValueError(
                 f"the patch was made for other product keys at {', '.join(other)}: "
                 "the patch belongs to another model or state"
             )
-        slots, wanted = self.slots.to(weight.device), getattr(self, expected).to(weight.device)
-        differ = (bits(weight[slots]) != bits(wanted)).any(dim=1)
-        if differ.any():
+
+    def check_rows(self, name: str, table: MemoryTable, expected: str) -> None:
+        """Refuse a table that does not hold the "originals" or the "rows" to the bit with a ValueError."""
+        differ_R = ~self.held(table, expected)
+        if differ_R.any():
             raise ValueError(
-                f"{int(differ.sum())} of {len(slots)} rows of table {name!r} are not the patch's {expected}, "
-                f"{named(slots[differ])}: the patch belongs to another model or state"
+                f"{int(differ_R.sum())} of {len(differ_R)} rows of table {name!r} are not the patch's {expected}, "
+                f"{named(self.slots[differ_R])}: the patch belongs to another model or state"
             )
 
-    def write(self, table: MemoryTable, part: str) -> None:
-        """Copy the "rows" or the "originals" into a table that ``check`` has passed."""
+    def held(self, table: MemoryTable, part: str) -> Tensor:
+        """Which of the "originals" or of the "rows" the table holds to the bit, bool, shape (R,)."""
         weight = table.weight
-        weight.index_copy_(0, self.slots.to(weight.device), getattr(self, part).to(weight.device))
+        held_R = (bits(weight[self.slots.to(weight.device)]) == bits(getattr(self, part).to(weight.device))).all(dim=1)
+        return held_R.cpu()
+
+    def write(self, table: MemoryTable, part: str, where_R: Tensor | slice = slice(None)) -> None:
+        """Copy the "rows" or the "originals" into a table of the same shape, all or those of a bool mask (R,)."""
+        weight = table.weight
+        slots, rows = self.slots[where_R], getattr(self, part)[where_R]
+        weight.index_copy_(0, slots.to(weight.device), rows.to(weight.device))
 
 
 def named(slots: Tensor) -> str:

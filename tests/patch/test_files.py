@@ -31,6 +31,7 @@ def test_a_saved_patch_is_loaded_to_the_bit_with_where_it_comes_from(tmp_path, d
     assert loaded.provenance == {"seed": 3}
     assert loaded.num_rows == patch.num_rows == 4
     assert loaded.fingerprint == patch.fingerprint
+    assert loaded.base == patch.base
     ours, theirs = loaded.tables[tiny.TABLE], patch.tables[tiny.TABLE]
     assert (ours.num_slots, ours.product_keys) == (theirs.num_slots, theirs.product_keys)
     for name in ("slots", "rows", "originals"):
@@ -86,6 +87,35 @@ print(state_fingerprint(model))
 patch.revert(model)
 print(state_fingerprint(model))
 """
+
+
+SAVE_ELSEWHERE = """
+import sys, tiny
+from patch_cases import odd_patch
+odd_patch(tiny.memory_model()).save(sys.argv[1])
+"""
+
+
+def test_processes_save_the_same_patch_as_the_same_bytes(tmp_path):
+    saved(tmp_path / "here")
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "here").iterdir()}
+    for number in range(3):
+        folder = tmp_path / str(number)
+        tiny.run_python(SAVE_ELSEWHERE, folder)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == expected
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_rows_that_are_not_finite_are_neither_saved_nor_applied(tmp_path, number):
+    model, patch = saved(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    state = state_fingerprint(model)
+    patch.tables[tiny.TABLE].rows[1, 2] = number
+    for refused in (lambda: patch.save(tmp_path), lambda: patch.apply(model)):
+        with pytest.raises(ValueError, match=r"1 of 4 rows for .* hold nan or inf, at slot 7: .* diverged"):
+            refused()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert state_fingerprint(model) == state
 
 
 def test_a_patch_saved_here_is_applied_and_reverted_in_another_process(tmp_path):
@@ -207,6 +237,15 @@ def truncate(folder):
     (folder / ROWS_FILE).write_bytes((folder / ROWS_FILE).read_bytes()[:-10])
 
 
+def cut_to(size):
+    return lambda folder: (folder / ROWS_FILE).write_bytes((folder / ROWS_FILE).read_bytes()[:size])
+
+
+def lfs_pointer(name):
+    text = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 4096\n"
+    return lambda folder: (folder / name).write_text(text, encoding="utf-8")
+
+
 def spoil_json(folder):
     (folder / CONFIG_FILE).write_text('{"patch_type": ')
 
@@ -252,12 +291,18 @@ def not_safetensors(folder):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (flip_a_bit, "has SHA-256 .*, its config says"),
-        (truncate, "has SHA-256 .*, its config says"),
+        (flip_a_bit, "not the file that .* was written with: .* download or copy both again"),
+        (truncate, "is cut short, 10 bytes are missing: download or copy it again"),
+        (cut_to(100), r"is cut short, \d+ bytes are missing: download or copy it again"),
+        (cut_to(0), "is cut short, 8 bytes are missing"),
+        (lfs_pointer(ROWS_FILE), rf"{ROWS_FILE} is a Git LFS pointer, .* `git lfs pull`"),
+        (lfs_pointer(CONFIG_FILE), rf"{CONFIG_FILE} is a Git LFS pointer, .* `git lfs pull`"),
         (spoil_json, r"memory_patch_config\.json is not JSON"),
         (another_kind, "lacks patch_type 'MEMORY_PATCH'"),
         (edit(format_version=1), "is of format 1, from before the first release: make the patch again"),
-        (edit(format_version=3), "is of format 3, this version of memlayer reads format 2"),
+        (edit(format_version=2), "is of format 2, from before the first release: make the patch again"),
+        (edit(format_version=4), "is of format 4, this version of memlayer reads format 3"),
+        (edit(base={"vocab_size": 50}), "was altered"),
         (edit(mode="delta"), r"unknown keys \['mode'\] and lacks \[\]"),
         (edit(provenance=None), r"unknown keys \[\] and lacks \['provenance'\]"),
         (edit(provenance={"seed": 4}), "was altered"),

@@ -46,7 +46,7 @@ def test_help_names_the_commands_and_what_they_take():
     command = [sys.executable, "-m", "memlayer.patch", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stderr) == (0, "")
-    for name in ("show", "apply", "revert", "merge"):
+    for name in ("show", "apply", "revert", "merge", "squash"):
         assert f"python -m memlayer.patch {name} " in done.stdout
     assert "PATCH MODEL OUT" in run(SCRIPT, "apply", "--help").stdout
     assert "{error,last,mean,ties}" in run(SCRIPT, "merge", "--help").stdout
@@ -55,7 +55,10 @@ def test_help_names_the_commands_and_what_they_take():
 def test_show_prints_the_description(folders):
     done = run(SCRIPT, "show", folders / "one")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == MemoryPatch.load(folders / "one").describe() + "\n"
+    first, rest = done.stdout.split("\n", 1)
+    assert rest == MemoryPatch.load(folders / "one").describe() + "\n"
+    size = sum(path.stat().st_size for path in (folders / "one").iterdir()) / 1e6
+    assert first.startswith(f"{folders / 'one'}: {size:.3g} MB on disk, file of 20")
 
 
 def test_apply_and_then_revert_write_the_model_with_and_without_the_patch(folders, tmp_path):
@@ -96,6 +99,33 @@ def test_merge_writes_one_patch_of_several(folders, tmp_path):
     assert dict(zip(table.slots.tolist(), table.rows[:, 0].tolist())) == {2: 1, 40: 2, 63: 3}
 
 
+def test_squash_writes_one_patch_of_a_chain(folders, tmp_path):
+    model = tiny.memory_model()
+    MemoryPatch.load(folders / "one").apply(model)
+    patch_of(model, [40, 50], torch.full((2, tiny.WIDTH), 5.0)).save(tmp_path / "above")
+    done = run(SCRIPT, "apply", tmp_path / "above", folders / "model", tmp_path / "out")
+    assert done.returncode == 1
+    assert "made on top of patch" in done.stderr
+    done = run(SCRIPT, "squash", folders / "one", tmp_path / "above", tmp_path / "both")
+    assert (done.returncode, done.stdout) == (0, f"wrote {tmp_path / 'both'}\n"), done.stderr
+    table = MemoryPatch.load(tmp_path / "both").tables[tiny.TABLE]
+    assert dict(zip(table.slots.tolist(), table.rows[:, 0].tolist())) == {2: 1, 40: 5, 50: 5}
+
+
+def test_any_base_applies_to_a_model_of_other_weights(folders, tmp_path):
+    model = tiny.memory_model()
+    model.model.embed_tokens.weight.data += 1
+    model.save_pretrained(tmp_path / "model")
+    arguments = "apply", folders / "one", tmp_path / "model", tmp_path / "out"
+    done = run(SCRIPT, *arguments)
+    assert done.returncode == 1
+    assert "other weights outside the memory (in float32): any_base=True, or --any-base on the command" in done.stderr
+    done = run(SCRIPT, *arguments, "--any-base")
+    assert done.returncode == 0, done.stderr
+    MemoryPatch.load(folders / "one").apply(model, any_base=True)
+    assert state_fingerprint(modeling.load_model(tmp_path / "out")) == state_fingerprint(model)
+
+
 def make_full(folder):
     folder.mkdir()
     (folder / "mine").write_text("kept")
@@ -105,13 +135,15 @@ def make_full(folder):
     ("arguments", "message"),
     [
         (("show", "{model}"), "no memory patch in {model}: memory_patch_config.json is missing"),
-        (("show", "{broken}"), "has SHA-256"),
+        (("show", "{broken}"), "download or copy both again, they belong together"),
         (("apply", "{one}", "{one}", "{out}"), "no checkpoint in {one}: config.json is missing"),
         (("apply", "{one}", "{model}", "{full}"), "{full} exists already: name a new folder"),
         (("apply", "{one}", "{model}", "{full}/mine"), "{full}/mine exists already"),
         (("apply", "{one}", "{model}", "{full}/mine/out"), "File exists"),
-        (("revert", "{one}", "{model}", "{out}"), "2 of 2 rows of table 'memory.0' are not the patch's rows"),
+        (("revert", "{one}", "{model}", "{out}"), "the patch is not applied: the model holds its originals"),
         (("merge", "{one}", "{out}"), "is nothing to merge"),
+        (("squash", "{one}", "{out}"), "is nothing to squash"),
+        (("squash", "{one}", "{other}", "{out}"), "patch 2 was not made on top of the ones before it"),
         (("merge", "{one}", "{other}", "{out}"), "different rows for 1 slots of table 'memory.0', at slot 40"),
         (("merge", "{one}", "{other}", "{full}"), "{full} exists already"),
         (("merge", "{one}", "{other}", "{out}", "--on-conflict=ties", "--density=2"), "density is 2.0"),

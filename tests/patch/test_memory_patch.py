@@ -8,8 +8,8 @@ import tiny
 import torch
 from patch_cases import SLOTS, bits, odd_patch, patch_of, table_of
 
-from memlayer.attach import memory_tables
-from memlayer.patch import MemoryPatch, patches, state_fingerprint
+from memlayer.attach import memory_tables, remove_memory
+from memlayer.patch import MemoryPatch, merge, patches, state_fingerprint
 from memlayer.patch import table as table_module
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -125,7 +125,8 @@ def other_norm(model, _patch):
     model.model.layers[1].mlp.keys.norm.bias.data[0] += 1
 
 
-def other_dtype(model, _patch):
+def another_model_in_another_dtype(model, _patch):
+    model.model.layers[0].self_attn.q_proj.weight.data += 1
     model.bfloat16()
 
 
@@ -155,7 +156,7 @@ def second_table_unfit(_model, patch):
         (other_half_key, r"made for other product keys at model\.layers\.1\.mlp\.keys\.half_keys:"),
         (other_query, r"made for other product keys at model\.layers\.1\.mlp\.keys\.query\.weight:"),
         (other_norm, r"made for other product keys at model\.layers\.1\.mlp\.keys\.norm\.bias:"),
-        (other_dtype, r"the patch is in torch\.float32, table 'memory\.0' in torch\.bfloat16"),
+        (another_model_in_another_dtype, r"other weights outside the memory \(in bfloat16\): any_base=True"),
         (other_table, r"the patch changes table 'memory\.1', the model has \['memory\.0'\]"),
         (other_width, r"64 slots of width 5, table 'memory\.0' is \(64, 16\)"),
         (more_slots, r"81 slots of width 16, table 'memory\.0' is \(64, 16\)"),
@@ -172,17 +173,24 @@ def test_a_model_that_does_not_fit_is_refused_and_not_written_to(spoil, message)
     assert state_fingerprint(model) == before
 
 
-def test_reverting_what_was_not_applied_is_refused():
+def test_reverting_what_was_not_applied_says_so():
     model = tiny.memory_model()
+    patch = odd_patch(model)
+    with pytest.raises(ValueError, match="the patch is not applied: the model holds its originals at all 4 slots"):
+        patch.revert(model)
+    table_of(model)[40] += 1
     with pytest.raises(ValueError, match=r"4 of 4 rows .* are not the patch's rows"):
-        odd_patch(model).revert(model)
+        patch.revert(model)
 
 
-def test_applying_twice_is_refused():
+def test_applying_twice_says_so():
     model = tiny.memory_model()
     patch = odd_patch(model)
     patch.apply(model)
-    with pytest.raises(ValueError, match="are not the patch's originals"):
+    with pytest.raises(ValueError, match="the patch is applied already: the model holds its rows at all 4 slots"):
+        patch.apply(model)
+    table_of(model)[40] += 1
+    with pytest.raises(ValueError, match=r"4 of 4 rows .* are not the patch's originals"):
         patch.apply(model)
 
 
@@ -232,13 +240,51 @@ def test_patches_are_reverted_when_the_body_raises():
     assert state_fingerprint(model) == before
 
 
+def test_rows_changed_inside_stay_and_every_other_row_is_taken_back():
+    model = tiny.memory_model()
+    before = table_of(model).clone()
+    changed = "rows changed while the patches were applied, 1 of table 'memory.0' at slot 8: they stay as they are"
+    with pytest.raises(ValueError, match=changed), patches(model, chain(model)):
+        table_of(model)[8] = 7.0
+    before[8] = 7.0
+    assert torch.equal(bits(table_of(model)), bits(before))
+
+
+def test_the_error_of_the_body_is_raised_though_rows_changed_inside():
+    model = tiny.memory_model()
+    before = table_of(model).clone()
+
+    def fail_inside():
+        with patches(model, chain(model)):
+            table_of(model)[3] = 7.0
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine") as raised:
+        fail_inside()
+    assert "1 of table 'memory.0' at slot 3" in raised.value.__notes__[0]
+    before[3] = 7.0
+    assert torch.equal(bits(table_of(model)), bits(before))
+
+
+def test_patches_end_well_where_the_memory_was_removed_inside():
+    model = tiny.memory_model()
+    table, before = memory_tables(model)[tiny.TABLE], table_of(model).clone()
+    with patches(model, chain(model)):
+        remove_memory(model)
+    assert torch.equal(bits(table.weight.data), bits(before))
+
+
 def test_patches_before_one_that_does_not_fit_are_reverted():
     model = tiny.memory_model()
     first, second = chain(model)
     before = state_fingerprint(model)
-    with pytest.raises(ValueError, match="are not the patch's originals, at slot 8"), patches(model, [second, first]):
+    with pytest.raises(ValueError, match=r"made on top of patch [0-9a-f]{12}, which"), patches(model, [second, first]):
         raise AssertionError("must not be entered")
     assert state_fingerprint(model) == before
+
+
+def test_a_bare_import_has_all_that_the_readme_uses():
+    assert tiny.run_python("import memlayer; print(memlayer.patch.merge.__module__)") == "memlayer.patch.merging\n"
 
 
 def test_the_description_has_what_a_person_asks_for():
@@ -246,11 +292,39 @@ def test_the_description_has_what_a_person_asks_for():
     table_of(model)[[1, 62]] = 0.0
     rows = torch.zeros(2, 16)
     rows[0, :2], rows[1, 0] = torch.tensor([3.0, 4.0]), 12.0
-    text = patch_of(model, [1, 62], rows, {"seed": 3, "facts": "mine.jsonl"}).describe()
+    patch = patch_of(model, [1, 62], rows, {"seed": 3, "facts": "mine.jsonl"})
+    text = patch.describe()
     assert "2 rows, 272 bytes" in text  # two slots of 8 bytes, rows and originals of 2 * 16 * 4
     assert "memory.0: 2 of 64 rows of width 16, float32, slots 1 to 62" in text
     assert "largest 12, all together 13" in text  # the norms are 5 and 12
     assert '"facts": "mine.jsonl"' in text
+    weights = patch.base.weights_sha256["float32"][:12]
+    assert f"made for: a model that is not named, weights {weights}, with no other patch" in text
+    assert "taught: not recorded" in text
+
+
+def test_the_description_says_in_a_line_what_was_taught():
+    learn = {"method": "sparse_memory", "learning_rate": 10.0, "num_rows": 400, "steps_per_fact": 20, "loss_on": "all"}
+    provenance = {"checkpoint": "runs/base", "data": {"facts": None, "num_new": 5, "first_new": 10}, "learn": learn}
+    model = tiny.memory_model()
+    patch = patch_of(model, [1], torch.ones(1, 16), provenance)
+    taught = (
+        "taught: 5 new facts from number 10 of the built-in facts, by sparse_memory with learning_rate 10.0, "
+        "num_rows 400, steps_per_fact 20"
+    )
+    assert f"made for: runs/base, weights {patch.base.weights_sha256['float32'][:12]}" in patch.describe()
+    assert f"\n{taught}\n" in patch.describe()
+    assert f"\n{patch.fingerprint[:12]}: {taught}\n" in merge([patch, patch]).describe()
+
+
+def test_the_description_warns_of_rows_that_moved_absurdly_far():
+    model = tiny.memory_model()
+    rows = torch.ones(2, 16)
+    assert "CAREFUL" not in patch_of(model, [1, 62], rows).describe()
+    rows[1] = 1e30
+    text = patch_of(model, [1, 62], rows).describe()
+    assert "CAREFUL: 1 rows moved more than 1,000 times the norm of an original row: did the run diverge?" in text
+    assert "largest 4e+30" in text
 
 
 def test_an_empty_patch_can_be_described():
