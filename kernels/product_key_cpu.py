@@ -5,7 +5,8 @@ With both lists ranked from 1, the pairs (a, b) with a <= i and b <= j all score
 among the k best: 119 candidates rather than 1,024 at k = 32.
 
 float32 on CPUs is sorted by topk_cpu.py, a block of tokens that stays in the cache at a time. What a few tokens
-need, float64, and what product_key.py does not take on a GPU, goes through torch.topk.
+need, float64, what product_key.py does not take on a GPU, and everything where numpy has no sort that is faster, goes
+through torch.topk.
 
 Shapes: T tokens, H heads, n half-keys, K slots read, Q key width of a half, C candidate pairs, B tokens of a
 block, X = H * 2 halves, Y pairs of a token and a head.
@@ -14,7 +15,9 @@ block, X = H * 2 halves, Y pairs of a token and a head.
 import torch
 from torch import Tensor
 
+from . import topk_cpu
 from .topk_cpu import row_topk
+from .vector_sorts import NONE
 
 FEW_SCORES = 1 << 14  # half scores of a token or two; torch.topk finds the best of these before topk_cpu.py has begun
 BLOCK_SCORES = 1 << 18  # half scores for each thread at a time: fewer leave it idle, more leave its cache
@@ -26,7 +29,8 @@ def search(queries_TH2Q: Tensor, half_keys_H2nQ: Tensor, k: int) -> tuple[Tensor
     num_scores = num_tokens * half_keys_H2nQ.shape[:3].numel()
     dtype = torch.promote_types(queries_TH2Q.dtype, torch.float32)
     queries_TH2Q, half_keys_H2nQ = queries_TH2Q.detach().to(dtype), half_keys_H2nQ.detach().to(dtype)
-    if num_scores > FEW_SCORES and dtype == torch.float32 and queries_TH2Q.is_cpu:
+    sortable = dtype == torch.float32 and queries_TH2Q.is_cpu and topk_cpu.SORTS != NONE
+    if sortable and num_scores > FEW_SCORES:
         return SortedSearch(num_tokens, half_keys_H2nQ, k).search(queries_TH2Q)
     halves_H2Tn = queries_TH2Q.permute(1, 2, 0, 3) @ half_keys_H2nQ.transpose(-1, -2)
     first_Yn, second_Yn = halves_H2Tn.permute(1, 2, 0, 3).flatten(1, 2)

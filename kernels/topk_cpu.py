@@ -1,9 +1,10 @@
 """The k best of each of many rows of float32 on CPUs, exactly, by numpy's partition and sort.
 
 torch.topk looks at one number at a time. numpy (2.0 and later) compares 4 to 16 integers at once, where the processor
-can, but returns numbers alone, not where they were. So a number carries its position. In 64 bits there is room for
-both, and sorting is exact. In 32 bits the position takes the place of the last bits of the score; that parts the
-best few of a long row, and some to spare, from the rest in a quarter of the time, and leaves few to be sorted.
+can (vector_sorts.py), but returns numbers alone, not where they were. So a number carries its position. In 64 bits
+there is room for both, and sorting is exact. In 32 bits the position takes the place of the last bits of the score;
+that parts the best few of a long row, and some to spare, from the rest in a quarter of the time, and leaves few to be
+sorted.
 
 Shapes: Y rows, C scores of a row, B of them with some to spare, K kept.
 """
@@ -15,6 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .vector_sorts import PARTITION, vector_sorts
+
+SORTS = vector_sorts()  # how rows are parted; found numbers are the same in every way
 MAGNITUDE = 2**31 - 1  # of a float32, as int32: all bits but the sign
 LOWER_HALF = 2**32 - 1
 NANS = 2**23 - 1  # float32 of each sign that are no numbers; by their bits the negative ones rank below -inf
@@ -51,7 +55,7 @@ def _parted_positions(scores_YC: Tensor, k: int, memory_M: Tensor) -> Tensor:
     _order(scores_YC, out=coarse_YC)
     coarse_YC.bitwise_and_(~last_bits).bitwise_or_(torch.arange(num_scores, dtype=torch.int32))
     first = num_scores - k - SPARE
-    _each_row(lambda rows: rows.partition(first, axis=1), coarse_YC)
+    _part(coarse_YC, first)
     position_YB, bound_Y = (coarse_YC[:, first:] & last_bits).long(), coarse_YC[:, first].clone()
     position_YK = _sorted_positions(scores_YC.gather(1, position_YB), position_YB, k, memory_M)
     # What was left out is not above the bound, so it is less than the k-th where that is more by a bit that counts;
@@ -72,7 +76,7 @@ def _sorted_positions(scores_YB: Tensor, position_YB: Tensor, k: int, memory_M: 
     keys_YB = memory_M[: order_YB.numel()].view(order_YB.shape)
     keys_YB.copy_(order_YB).bitwise_left_shift_(32).bitwise_or_(position_YB)
     if keys_YB.shape[1] > REGISTER_KEYS:
-        _each_row(lambda rows: rows.partition(k - 1, axis=1), keys_YB)
+        _part(keys_YB, k - 1)
         keys_YB = keys_YB[:, :k]
     _each_row(lambda rows: rows.sort(axis=1), keys_YB)
     return keys_YB[:, :k] & LOWER_HALF
@@ -85,6 +89,14 @@ def _order(scores: Tensor, out: Tensor) -> Tensor:
     # Less NANS, what is below -inf wraps round to the top. -0 and 0 become an even number and the next, which are
     # one number without their last bits.
     return out.bitwise_and_(MAGNITUDE).bitwise_xor_(bits).sub_(NANS)
+
+
+def _part(keys_YC: Tensor, place: int) -> None:
+    """Put what is less than the key that belongs at a place before it, and what is more after it, in each row."""
+    if SORTS == PARTITION:
+        _each_row(lambda rows: rows.partition(place, axis=1), keys_YC)
+    else:
+        _each_row(lambda rows: rows.sort(axis=1), keys_YC)
 
 
 def _each_row(work: Callable[[np.ndarray], None], keys_YC: Tensor) -> None:

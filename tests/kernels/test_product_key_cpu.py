@@ -5,19 +5,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memlayer_kernels import ops, product_key_cpu, reference
+from memlayer_kernels import ops, product_key_cpu, reference, topk_cpu
 from memlayer_kernels.product_key_cpu import candidate_pairs, exact_topk
+from memlayer_kernels.vector_sorts import NONE, PARTITION, SORT
 
 # float32 sums over at most a few hundred terms, in two orders
 GRADIENT = {torch.float32: {"rtol": 1e-4, "atol": 1e-5}, torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2}}
 MANY_TOKENS = 150
 
 
-@pytest.fixture(scope="module", autouse=True, params=["sorted", "few scores by torch.topk"])
-def way(request):
-    """Both ways have to give everything here; left alone, most of these sizes would meet one of them only."""
+@pytest.fixture(scope="module", autouse=True, params=[PARTITION, SORT, NONE])
+def sorts(request):
+    """On every processor everything here has to be found; left alone, most of these sizes would meet one way only."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(product_key_cpu, "FEW_SCORES", 0 if request.param == "sorted" else 1 << 14)
+        patch.setattr(topk_cpu, "SORTS", request.param)
+        patch.setattr(product_key_cpu, "FEW_SCORES", 0)
         yield
 
 

@@ -7,6 +7,15 @@ from hypothesis import strategies as st
 
 from memlayer_kernels import topk_cpu
 from memlayer_kernels.topk_cpu import row_topk
+from memlayer_kernels.vector_sorts import PARTITION, SORT
+
+
+@pytest.fixture(scope="module", autouse=True, params=[PARTITION, SORT])
+def sorts(request):
+    """What is found does not depend on what the processor can do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(topk_cpu, "SORTS", request.param)
+        yield
 
 
 def draw(seed, num_rows, num_scores):
