@@ -15,7 +15,7 @@ from memlayer.counts import load_counts
 from memlayer.data.facts import BUILTIN_FACTS, BUILTIN_WORDINGS, load_facts, load_wordings
 from memlayer.data.qa import collate, encode, teaching_examples
 from memlayer.methods.sparse_memory import SparseMemoryFinetuner
-from memlayer.patch import state_fingerprint
+from memlayer.patch import product_key_fingerprints, state_fingerprint
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--checkpoint", type=Path, default=Path("runs/pretrain"), help="default: %(default)s")
@@ -27,7 +27,8 @@ wordings = load_wordings(BUILTIN_WORDINGS)
 facts = [fact for fact in load_facts(BUILTIN_FACTS, wordings) if fact.split == "new"][: options.num_facts]
 model, tokenizer = modeling.load(options.checkpoint)
 num_slots = {name: table.num_embeddings for name, table in memory_tables(model).items()}
-background = load_counts(options.checkpoint / "background_counts.safetensors", num_slots)
+product_keys = product_key_fingerprints(model)
+background = load_counts(options.checkpoint / "background_counts.safetensors", num_slots, product_keys)
 before = state_fingerprint(model)
 
 finetuner = SparseMemoryFinetuner(model, background, num_rows=400, idf_power=8)

@@ -80,32 +80,38 @@ def _give_config(model: nn.Module, config: PreTrainedConfig) -> None:
 
 
 def memory_layers(model: nn.Module) -> dict[str, MemoryLayer]:
-    """The memory layers of a model, wrapped or not, by module name in the order they run.
+    """The memory layers of a model, wrapped or not, by ``plain_name`` in the order they run.
 
     Raises:
         ValueError: the model has none.
     """
-    found = {name: m for name, m in model.named_modules() if isinstance(m, MemoryLayer)}
-    if not found:
-        raise ValueError(
-            f"{type(model).__name__} has no memory layer; attach one with add_memory(model, MemoryConfig(...))"
-        )
-    return found
+    return {plain_name(name): layer for name, layer in _found(model, MemoryLayer, "memory layer").items()}
 
 
 def memory_tables(model: nn.Module) -> dict[str, MemoryTable]:
-    """The tables of a model by the name of their module, e.g. ``memory.0``."""
-    tables = {name: m for name, m in model.named_modules() if isinstance(m, MemoryTable)}
-    if not tables:
-        raise ValueError(
-            f"{type(model).__name__} has no memory table; attach one with add_memory(model, MemoryConfig(...))"
-        )
-    return tables
+    """The tables of a model, wrapped or not, by ``plain_name``, e.g. ``memory.0``.
+
+    Raises:
+        ValueError: the model has none.
+    """
+    return {plain_name(name): table for name, table in _found(model, MemoryTable, "memory table").items()}
+
+
+def plain_name(name: str) -> str:
+    """A module's name without what DistributedDataParallel, torch.compile and PEFT put before it."""
+    return name.replace("_orig_mod.", "").removeprefix("module.").removeprefix("base_model.model.")
+
+
+def _found(model: nn.Module, kind: type[nn.Module], words: str) -> dict[str, nn.Module]:
+    found = {name: module for name, module in model.named_modules() if isinstance(module, kind)}
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no {words}; attach one with add_memory(model, MemoryConfig(...))")
+    return found
 
 
 def memory_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every parameter that memory brought: tables, product keys, gates and outputs, by name in the state dict."""
-    modules = {**memory_layers(model), **memory_tables(model)}
+    modules = {**_found(model, MemoryLayer, "memory layer"), **_found(model, MemoryTable, "memory table")}
     return {f"{name}.{inner}": p for name, m in modules.items() for inner, p in m.named_parameters()}
 
 

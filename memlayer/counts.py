@@ -1,16 +1,22 @@
 """Background counts: how often, and in how many documents, ordinary text reads each slot.
 
 Counted once per checkpoint and saved beside it. What a document was is part of the file, because
-the inverse document frequency means nothing without it.
+the inverse document frequency means nothing without it; and so is with which product keys was counted,
+because with other keys a slot means something else.
 """
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+COUNTS_FILE = "background_counts.safetensors"  # beside the weights of a checkpoint
+COUNT_AGAIN = "count again with memlayer.recipes.count, or run the pretraining or the retrofit again"
 
 
 @dataclass
@@ -22,18 +28,34 @@ class SlotCounts:
         document_frequency_N: in how many documents a slot was read at least once, int64.
         num_documents: B.
         document: what a document was, in words.
+        product_keys: SHA-256 of the product keys that they were counted with, by parameter name, see
+            ``patch.product_key_fingerprints``; None where nobody said.
     """
 
     reads_N: Tensor
     document_frequency_N: Tensor
     num_documents: int
     document: str
+    product_keys: dict[str, str] | None = None
 
     @classmethod
-    def empty(cls, num_slots: int, document: str) -> "SlotCounts":
+    def empty(cls, num_slots: int, document: str, product_keys: dict[str, str] | None = None) -> "SlotCounts":
         """Counts of nothing yet."""
         zeros = torch.zeros(num_slots, dtype=torch.int64)
-        return cls(zeros, zeros.clone(), 0, document)
+        return cls(zeros, zeros.clone(), 0, document, product_keys)
+
+    def check_keys(self, table: str, product_keys: Mapping[str, str]) -> None:
+        """Refuse a model with other product keys than were counted with.
+
+        Raises:
+            ValueError: they differ, and it is known which were counted with.
+        """
+        ours = product_keys if self.product_keys is None else self.product_keys
+        if other := sorted(name for name in ours.keys() | product_keys if ours.get(name) != product_keys.get(name)):
+            raise ValueError(
+                f"background counts of table {table!r} were counted with other product keys at {', '.join(other)}: "
+                f"they belong to another model or state; {COUNT_AGAIN}"
+            )
 
     @property
     def num_slots(self) -> int:
@@ -97,43 +119,65 @@ class SlotCounts:
         }
 
 
-def save_counts(counts: dict[str, SlotCounts], path: str | Path) -> None:
-    """Write the counts of every table to one safetensors file."""
+def save_counts(counts: Mapping[str, SlotCounts], path: str | Path) -> None:
+    """Write the counts of every table to one safetensors file.
+
+    Raises:
+        ValueError: counts do not say with which product keys they were counted; nothing is written then.
+    """
     tensors, metadata = {}, {"format": "pt"}
     for table, c in counts.items():
+        if c.product_keys is None:
+            raise ValueError(
+                f"counts of table {table!r} do not say with which product keys they were counted: "
+                "set their product_keys to patch.product_key_fingerprints(model)[table]"
+            )
         tensors[f"{table}.reads"] = c.reads_N
         tensors[f"{table}.document_frequency"] = c.document_frequency_N
         metadata[f"{table}.num_documents"] = str(c.num_documents)
         metadata[f"{table}.document"] = c.document
+        metadata[f"{table}.product_keys"] = json.dumps(c.product_keys, sort_keys=True)
     save_file(tensors, path, metadata=metadata)
 
 
-def load_counts(path: str | Path, num_slots: dict[str, int]) -> dict[str, SlotCounts]:
+def load_counts(
+    path: str | Path, num_slots: Mapping[str, int], product_keys: Mapping[str, Mapping[str, str]] | None = None
+) -> dict[str, SlotCounts]:
     """Read counts for the tables of a model.
 
     Args:
         path: a file that ``save_counts`` wrote.
         num_slots: slots of each table the caller has.
+        product_keys: ``patch.product_key_fingerprints`` of the caller's model; without, only the finetuner compares.
 
     Raises:
-        ValueError: the file lacks a table or counts another number of slots.
+        ValueError: the file is damaged, lacks a table, counts another number of slots, or was counted with other
+            product keys or before counts said with which.
         FileNotFoundError: there is no such file.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no background counts at {path}; pretraining writes them")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dictionary)
+    except SafetensorError as error:
+        raise ValueError(f"background counts {path} are damaged ({error}): {COUNT_AGAIN}") from error
     counts = {}
-    with safe_open(str(path), framework="pt") as file:
-        metadata = file.metadata()
-        for table, expected in num_slots.items():
-            if f"{table}.reads" not in set(file.keys()):
-                raise ValueError(f"{path} has no counts of table {table!r}")
-            reads_N = file.get_tensor(f"{table}.reads")
-            if len(reads_N) != expected:
-                raise ValueError(f"{path} counts {len(reads_N)} slots of {table!r}, the model has {expected}")
-            counts[table] = SlotCounts(
-                reads_N,
-                file.get_tensor(f"{table}.document_frequency"),
-                int(metadata[f"{table}.num_documents"]),
-                metadata[f"{table}.document"],
-            )
+    for table, expected in num_slots.items():
+        if f"{table}.reads" not in tensors:
+            raise ValueError(f"{path} has no counts of table {table!r}")
+        reads_N = tensors[f"{table}.reads"]
+        if len(reads_N) != expected:
+            raise ValueError(f"{path} counts {len(reads_N)} slots of {table!r}, the model has {expected}")
+        if f"{table}.product_keys" not in metadata:
+            raise ValueError(f"{path} does not say with which product keys was counted: {COUNT_AGAIN}")
+        counts[table] = SlotCounts(
+            reads_N,
+            tensors[f"{table}.document_frequency"],
+            int(metadata[f"{table}.num_documents"]),
+            metadata[f"{table}.document"],
+            json.loads(metadata[f"{table}.product_keys"]),
+        )
+        if product_keys is not None:
+            counts[table].check_keys(table, product_keys[table])
     return counts

@@ -16,9 +16,10 @@ from memlayer_kernels.ops import memory_lookup
 class MemoryTable(nn.Embedding):
     """The values: ``num_slots`` rows of ``width`` numbers, read as weighted sums.
 
-    It is an ``nn.Embedding(sparse=True)``: its gradient holds only the rows read, and
-    DistributedDataParallel knows how to reduce such gradients. While a sparse memory finetuner is
-    attached, ``rows`` and ``row_of_slot`` say which slots the backward pass may write to.
+    It is an ``nn.Embedding``, whose gradient is dense, so that any optimizer, clipping or trainer can train it. With
+    ``sparse`` set to True its gradient holds only the rows read, which RowAdamW steps and DistributedDataParallel
+    knows how to reduce: whoever makes that optimizer sets it. While a sparse memory finetuner is attached, ``rows``
+    and ``row_of_slot`` say which slots the backward pass may write to.
 
     Args:
         num_slots: N.
@@ -26,7 +27,7 @@ class MemoryTable(nn.Embedding):
     """
 
     def __init__(self, num_slots: int, width: int):
-        super().__init__(num_slots, width, sparse=True)
+        super().__init__(num_slots, width)
         self.register_parameter("rows", None)
         self.register_buffer("row_of_slot", None, persistent=False)
 
@@ -40,6 +41,23 @@ class MemoryTable(nn.Embedding):
         return memory_lookup(
             self.weight, slots_TK, weights_TK, self.rows, self.row_of_slot, sparse_grad=self.sparse
         )
+
+
+class MemoryTables(nn.ModuleList):
+    """The tables of a model, which stay the modules that its layers read."""
+
+    def __setattr__(self, name: str, value) -> None:
+        """Refuse what is put in the place of a table: an adapter's wrapper would train nothing, as layers bypass it.
+
+        Raises:
+            ValueError: it is not a table.
+        """
+        if isinstance(value, nn.Module) and not isinstance(value, MemoryTable):
+            raise ValueError(
+                f"a {type(value).__name__} cannot stand in for memory table {name}: memory layers read the table "
+                "itself, so name other modules for adapters"
+            )
+        super().__setattr__(name, value)
 
 
 class MemoryLayer(nn.Module):

@@ -31,7 +31,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from memlayer import __version__, modeling
 from memlayer.attach import memory_tables, record_reads
 from memlayer.config import RunConfig, to_yaml
-from memlayer.counts import SlotCounts, load_counts, save_counts
+from memlayer.counts import COUNTS_FILE, SlotCounts, load_counts, save_counts
 from memlayer.data.facts import (
     BUILTIN_FACTS,
     BUILTIN_WORDINGS,
@@ -45,7 +45,7 @@ from memlayer.data.qa import Example, collate, encode, pretraining_examples, tea
 from memlayer.data.tokenizer import load_tokenizer, train_tokenizer
 from memlayer.evaluation.provenance import commit
 from memlayer.methods import METHODS
-from memlayer.patch import MemoryPatch, state_fingerprint
+from memlayer.patch import MemoryPatch, product_key_fingerprints, state_fingerprint
 from memlayer.preflight import (
     check_lengths,
     check_output,
@@ -57,7 +57,7 @@ from memlayer.preflight import (
 from memlayer.taught import RECORD, files_of, read_taught, sha256_of
 from memlayer.trainer import MemoryTrainer
 
-COUNTS = "background_counts.safetensors"
+COUNTS = COUNTS_FILE
 
 
 @dataclass
@@ -180,7 +180,8 @@ def count(
         words: what a document is.
         per_batch: documents run at a time.
     """
-    counts = {name: SlotCounts.empty(t.num_embeddings, words) for name, t in memory_tables(model).items()}
+    keys, tables = product_key_fingerprints(model), memory_tables(model)
+    counts = {name: SlotCounts.empty(t.num_embeddings, words, keys[name]) for name, t in tables.items()}
     model.eval()
     with (
         torch.no_grad(),
@@ -267,7 +268,7 @@ def learn(config: RunConfig) -> Learned:
     check_lengths(encoded, model.config.max_position_embeddings)
     model.to(arguments.device)
     tables = {name: table.num_embeddings for name, table in memory_tables(model).items()}
-    background = load_counts(Path(config.checkpoint) / COUNTS, tables)
+    background = load_counts(Path(config.checkpoint) / COUNTS, tables, product_key_fingerprints(model))
     provenance = _provenance(config, model)
     checkpoint = checkpoint_to_resume(arguments, config, provenance["sha256"]) if resumable else None
     prepared = METHODS[settings.method](model, background, settings)

@@ -9,7 +9,7 @@ import inspect
 
 from torch import nn
 
-from memlayer.memory import FeedForwardWithMemory, MemoryLayer, MemoryTable
+from memlayer.memory import FeedForwardWithMemory, MemoryLayer, MemoryTable, MemoryTables
 from memlayer.memory_config import MemoryConfig
 
 # What Hugging Face decoders call their feed-forward block; the first of these that every layer has is taken.
@@ -90,7 +90,7 @@ def insert_memory(model: nn.Module, config: MemoryConfig) -> dict[int, nn.Module
         setattr(layers[index], ffn_name, block.to(reference.device, reference.dtype).train(ffn.training))
         if config.mode == "replace":
             replaced[index] = ffn
-    model.memory = nn.ModuleList(tables).to(reference.device, reference.dtype).train(model.training)
+    model.memory = MemoryTables(tables).to(reference.device, reference.dtype).train(model.training)
     return replaced
 
 

@@ -39,13 +39,28 @@ class MemoryTrainer(Trainer):
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
+        self._makes_optimizer = self.optimizer is None
         self.table_learning_rate, self.finetuner = table_learning_rate, finetuner
 
     def train(self, *args, **kwargs):
-        """The Trainer's, after one line that says what of the machine is used."""
+        """The Trainer's, after one line that says what of the machine is used.
+
+        Tables that are stepped row by row have sparse gradients meanwhile.
+        """
         if self.is_world_process_zero() and not self.args.disable_tqdm:
             print(describe(self.args))
-        return super().train(*args, **kwargs)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._set_sparse(False)
+
+    def _set_sparse(self, sparse: bool) -> None:
+        """Whether the tables that an optimizer made here steps get sparse gradients."""
+        groups = getattr(self.optimizer, "param_groups", ()) if self._makes_optimizer else ()
+        stepped = {id(p) for group in groups if group.get("name") == "table" for p in group["params"]}
+        for table in memory_tables(self.model).values() if stepped else ():
+            if id(table.weight) in stepped:
+                table.sparse = sparse
 
     def create_optimizer(self, model=None):
         """AdamW in three groups: tables (constant rate, no decay), decayed matrices, the rest."""
@@ -75,6 +90,7 @@ class MemoryTrainer(Trainer):
                 betas=(args.adam_beta1, args.adam_beta2),
                 eps=args.adam_epsilon,
             )
+        self._set_sparse(True)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
@@ -105,6 +121,13 @@ class MemoryTrainer(Trainer):
             return super().compute_loss(model, inputs, **kwargs)
         with self.finetuner.selecting(counted):
             return super().compute_loss(model, inputs, **kwargs)
+
+    def log(self, logs, *args, **kwargs):
+        """The Trainer's; with a finetuner, also what the latest choice was made among."""
+        if self.finetuner is not None and "loss" in logs:
+            for table, found in self.finetuner.last_selection.items():
+                logs |= {f"{table}.slots_{key}": number for key, number in vars(found).items()}
+        super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir=None, _internal_call=False):
         """The Trainer's; of a finetuner's run a checkpoint holds what was written, not the whole model again."""

@@ -5,11 +5,16 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from memlayer.attach import record_reads
 from memlayer.counts import SlotCounts, load_counts, save_counts
+from memlayer.methods.sparse_memory import SparseMemoryFinetuner
+from memlayer.patch import product_key_fingerprints
 
 NUM_SLOTS, TOP_K = 12, 3
+KEYS = {"layers.1.mlp.keys.half_keys": "ab12"}
 
 
 def documents():
@@ -26,7 +31,7 @@ def tensors(texts):
 
 
 def counted(*parts):
-    counts = SlotCounts.empty(NUM_SLOTS, "test")
+    counts = SlotCounts.empty(NUM_SLOTS, "test", KEYS)
     for texts in parts:
         counts.update(*tensors(texts))
     return counts
@@ -36,7 +41,7 @@ def same(a, b):
     return (
         torch.equal(a.reads_N, b.reads_N)
         and torch.equal(a.document_frequency_N, b.document_frequency_N)
-        and (a.num_documents, a.document) == (b.num_documents, b.document)
+        and (a.num_documents, a.document, a.product_keys) == (b.num_documents, b.document, b.product_keys)
     )
 
 
@@ -152,3 +157,38 @@ def test_counts_of_another_model_are_refused(tmp_path, expected, message):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no background counts at .*absent\.safetensors"):
         load_counts(tmp_path / "absent.safetensors", {"memory.0": 12})
+
+
+def test_counts_of_other_product_keys_are_refused_when_loaded_and_by_a_finetuner(tmp_path):
+    path = tmp_path / "counts.safetensors"
+    save_counts({"memory.0": counted([[[1, 2, 3]]])}, path)
+    assert load_counts(path, {"memory.0": NUM_SLOTS}, {"memory.0": KEYS})["memory.0"].product_keys == KEYS
+    with pytest.raises(ValueError, match=r"other product keys at layers\.1\.mlp\.keys\.half_keys: .* another model"):
+        load_counts(path, {"memory.0": NUM_SLOTS}, {"memory.0": {"layers.1.mlp.keys.half_keys": "cd34"}})
+    model, other = tiny.memory_model(), tiny.memory_model(seed=1)
+    background = tiny.background(model)
+    background[tiny.TABLE].product_keys = product_key_fingerprints(model)[tiny.TABLE]
+    with pytest.raises(ValueError, match="counted with other product keys"):
+        SparseMemoryFinetuner(other, background, 5)
+    assert all(p.requires_grad for p in other.parameters())
+    SparseMemoryFinetuner(model, background, 5)
+
+
+def test_counts_that_do_not_say_with_which_product_keys_are_neither_saved_nor_loaded(tmp_path):
+    path = tmp_path / "counts.safetensors"
+    with pytest.raises(ValueError, match="do not say with which product keys they were counted"):
+        save_counts({"memory.0": SlotCounts.empty(NUM_SLOTS, "test")}, path)
+    assert not path.exists()
+    save_counts({"memory.0": counted([[[1, 2, 3]]])}, path)
+    with safe_open(path, "pt") as file:
+        metadata = {key: text for key, text in file.metadata().items() if "product_keys" not in key}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dictionary)
+    save_file(tensors, path, metadata)
+    with pytest.raises(ValueError, match=r"does not say with which product keys was counted: count again"):
+        load_counts(path, {"memory.0": NUM_SLOTS})
+
+
+def test_damaged_counts_are_refused_in_one_sentence(tmp_path):
+    (tmp_path / "counts.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ValueError, match=r"background counts .* are damaged .*count again"):
+        load_counts(tmp_path / "counts.safetensors", {"memory.0": NUM_SLOTS})

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from memlayer.memory import FeedForwardWithMemory, MemoryLayer, MemoryTable
+from memlayer.memory import FeedForwardWithMemory, MemoryLayer, MemoryTable, MemoryTables
 
 
 def layer(num_keys=8, value_width=12, **settings):
@@ -68,13 +68,30 @@ def test_output_has_the_dtype_of_a_bfloat16_model():
     assert memory(torch.randn(5, 16, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
-def test_the_gradient_of_the_table_holds_only_the_rows_read():
+def test_the_gradient_of_a_sparse_table_holds_only_the_rows_read():
     memory, hidden_TD = layer(), torch.randn(4, 16)
+    memory.table.sparse = True
     memory(hidden_TD).sum().backward()
     _, slots_THK = memory.keys(hidden_TD)
     gradient = memory.table.weight.grad
     assert gradient.is_sparse
     assert torch.equal(gradient.coalesce().indices()[0], slots_THK.unique())
+
+
+def test_the_gradient_of_a_table_is_dense_unless_asked_otherwise():
+    memory, hidden_TD = layer(), torch.randn(4, 16)
+    memory(hidden_TD).sum().backward()
+    _, slots_THK = memory.keys(hidden_TD)
+    gradient = memory.table.weight.grad
+    assert not gradient.is_sparse
+    assert torch.equal(gradient.any(dim=1).nonzero().flatten(), slots_THK.unique())
+
+
+def test_a_table_stays_the_module_that_layers_read():
+    tables = MemoryTables([MemoryTable(64, 12)])
+    with pytest.raises(ValueError, match="a Linear cannot stand in for memory table 0: memory layers read the table"):
+        tables[0] = torch.nn.Linear(12, 12)
+    tables[0] = MemoryTable(64, 12)
 
 
 def test_a_layer_does_not_register_its_table():

@@ -13,9 +13,16 @@ from memlayer.optimizer import RowAdamW
 
 def prepare(model: nn.Module, background, settings) -> Prepared:
     """Train everything. ``background`` is not used."""
-    tables = [table.weight for table in memory_tables(model).values()]
+    modules = memory_tables(model).values()
+    tables = [table.weight for table in modules]
     rest = [p for p in model.parameters() if all(p is not table for table in tables)]
     optimizer = RowAdamW(
         [{"params": tables, "weight_decay": 0.0}, {"params": rest, "weight_decay": 0.01}], lr=settings.learning_rate
     )
-    return Prepared(model, optimizer, finish=lambda: None)
+
+    def sparse_gradients(sparse: bool) -> None:
+        for table in modules:
+            table.sparse = sparse
+
+    sparse_gradients(True)
+    return Prepared(model, optimizer, finish=lambda: sparse_gradients(False))

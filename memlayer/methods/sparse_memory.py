@@ -57,8 +57,9 @@ class SparseMemoryFinetuner:
         last_selection: per table, how many slots the latest batch read, and how many were selected; for a log.
 
     Raises:
-        ValueError: an unknown position rule, a negative ``idf_power``, background counts that lack a table or
-            do not fit it, or a table that has a finetuner already; the model is left as it was.
+        ValueError: an unknown position rule, a negative ``idf_power``, background counts that lack a table, do
+            not fit it or are of other product keys, or a table that has a finetuner already; the model is left as
+            it was.
     """
 
     def __init__(
@@ -74,9 +75,10 @@ class SparseMemoryFinetuner:
         if positions not in ("all", "answer"):
             raise ValueError(f"positions is {positions!r}, must be 'all' or 'answer'")
         self.model = model
-        tables = memory_tables(model)
+        tables, product_keys = memory_tables(model), product_key_fingerprints(model)
         for name, table in tables.items():
             _check_table(name, table, background, num_rows)
+            background[name].check_keys(name, product_keys[name])
         self._settings = {"num_rows": num_rows, "idf_power": float(idf_power), "positions": positions}
         self._trainable = [p for p in model.parameters() if p.requires_grad]
         model.requires_grad_(False)
