@@ -172,7 +172,8 @@ def questions_of(known: RunConfig, new: RunConfig, taught: Sequence[Fact]) -> li
     knows, learns = recipes.facts_of(known), recipes.facts_of(new)
     if not learns.new:
         raise ValueError("there is no new fact to ask about: --num-new is 0, or the facts file has none")
-    return known_questions(knows.known, knows.wordings, taught) + new_questions(learns.new, learns.wordings)
+    questions = known_questions(knows.known, knows.wordings, taught, known.pretrain.unseen_wordings)
+    return questions + new_questions(learns.new, learns.wordings)
 
 
 if __name__ == "__main__":

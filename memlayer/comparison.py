@@ -17,7 +17,7 @@ import torch
 from memlayer import modeling
 from memlayer.config import RunConfig, to_yaml
 from memlayer.data.qa import Question, known_questions, new_questions
-from memlayer.evaluation.forgetting import MEASURES, scores
+from memlayer.evaluation.forgetting import scores
 from memlayer.evaluation.qa import Answered, answer_questions
 from memlayer.evaluation.report import CONTROL, result_row
 from memlayer.recipes import Learned, facts_of, learn, save_learned
@@ -95,10 +95,10 @@ def is_done(trial: Trial) -> bool:
 
 
 def _told(trial: Trial) -> str:
-    """All that a trial's answers depend on: its config, questions and measures, and how its checkpoint was made."""
+    """All that a trial's answers depend on: its config, the questions, and how its checkpoint was made."""
     base = Path(trial.config.checkpoint) / "config.yaml"
     made = base.read_text(encoding="utf-8") if base.is_file() else ""
-    return f"{to_yaml(trial.config)}---\nknown: {list(trial.known)}\nmeasures: {MEASURES}\n---\n{made}"
+    return f"{to_yaml(trial.config)}---\nknown: {list(trial.known)}\n---\n{made}"
 
 
 def run_trial(trial: Trial) -> None:

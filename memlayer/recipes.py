@@ -107,7 +107,7 @@ def pretrain(config: RunConfig) -> Path:
     refuse_unused(config, "base", "checkpoint", "text", "retrofit", "learn")
     set_seed(config.seed)
     facts, settings, output = facts_of(config), config.pretrain, Path(config.output)
-    examples = pretraining_examples(facts.known, facts.wordings)
+    examples = pretraining_examples(facts.known, facts.wordings, settings.unseen_wordings)
     if not examples:
         raise ValueError("data.num_known is 0: there are no known facts to pretrain on")
     arguments = training_arguments(

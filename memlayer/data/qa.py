@@ -5,8 +5,8 @@ an answer, so one pair of functions serves training, teaching and evaluation. Fa
 in one window a model copies from an earlier wording and stores nothing.
 
 The last statement and the last question of a relation are its unseen wordings. Half of the known facts
-are pretrained in them too, so that the model knows what they ask; the other half and every new fact
-never meet them in training.
+are pretrained in them too, so that the model knows what they ask, unless the run is told to leave them out; the
+other half and every new fact never meet them in training.
 """
 
 import zlib
@@ -81,13 +81,19 @@ def meets_unseen_wordings(fact: Fact) -> bool:
     return zlib.crc32(fact.key.encode()) % 2 == 0
 
 
-def pretraining_examples(facts: Sequence[Fact], wordings: dict[str, Wordings]) -> list[Example]:
-    """Every wording of every known fact, less the unseen ones for half of the facts."""
+def pretraining_examples(
+    facts: Sequence[Fact], wordings: dict[str, Wordings], unseen_wordings: bool = True
+) -> list[Example]:
+    """Every wording of every known fact, less the unseen ones for half of the facts.
+
+    Args:
+        unseen_wordings: False leaves the unseen ones out for all of them.
+    """
     examples = []
     for fact in facts:
         words = wordings[fact.relation]
         templates = words.seen_statements + words.seen_questions
-        if meets_unseen_wordings(fact):
+        if unseen_wordings and meets_unseen_wordings(fact):
             templates += (words.unseen_statement, words.unseen_question)
         examples += [_example(fact, template) for template in templates]
     return examples
@@ -115,19 +121,20 @@ def teaching_examples(fact: Fact, wordings: dict[str, Wordings], statements: int
 
 
 def known_questions(
-    facts: Sequence[Fact], wordings: dict[str, Wordings], taught: Sequence[Fact] = ()
+    facts: Sequence[Fact], wordings: dict[str, Wordings], taught: Sequence[Fact] = (), unseen_wordings: bool = True
 ) -> list[Question]:
     """Known facts in a trained wording, and in the unseen one where pretraining withheld it.
 
     Args:
         taught: new facts that were taught since; a known fact among them is of the group "replaced".
+        unseen_wordings: as pretraining had it.
     """
     replaced = {fact.identity for fact in taught_anew(facts, taught)}
     questions = []
     for fact in facts:
         words, group = wordings[fact.relation], "replaced" if fact.identity in replaced else "known"
         questions.append(_question(fact, words.seen_questions[0], group, "seen"))
-        if not meets_unseen_wordings(fact):
+        if not (unseen_wordings and meets_unseen_wordings(fact)):
             questions.append(_question(fact, words.unseen_question, group, "unseen"))
     return questions
 

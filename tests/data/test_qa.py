@@ -167,6 +167,24 @@ def test_half_of_the_known_facts_meet_the_unseen_wordings_in_pretraining():
     assert 70 < sum(met) < 130
 
 
+def test_pretraining_without_unseen_wordings_tells_nothing_in_them_and_all_is_asked_in_them():
+    known = facts(50)
+    told = pretraining_examples(known, WORDINGS, unseen_wordings=False)
+    assert len(told) == 50 * 4
+    assert not [e.prompt for e in told if e.prompt.startswith("Which place") or "first saw the light" in e.prompt]
+    asked = known_questions(known, WORDINGS, unseen_wordings=False)
+    assert [q.fact for q in asked if q.wording == "unseen"] == [f.key for f in known]
+
+
+def test_known_facts_that_were_taught_anew_are_a_group_of_their_own():
+    known = facts(20)
+    taught = [Fact(known[3].subject.upper(), "P19", ("Kyoto",)), Fact(known[5].subject, "P20", ("Kyoto",))]
+    plain, apart = known_questions(known, WORDINGS), known_questions(known, WORDINGS, taught)
+    groups = {q.fact: q.group for q in apart}
+    assert [key for key, group in groups.items() if group == "replaced"] == [known[3].key]
+    assert [(q.prompt, q.answers) for q in apart] == [(q.prompt, q.answers) for q in plain], "the old answers"
+
+
 def test_every_seen_wording_of_every_known_fact_is_pretrained_with_the_first_answer():
     known = facts(20)
     pairs = {(e.prompt, e.answer) for e in pretraining_examples(known, WORDINGS)}
