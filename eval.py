@@ -5,7 +5,8 @@
 
 The first folder is the pretrained model; the others are what train.py wrote when it taught that model the same
 facts. Known facts are those the model was pretrained on; new facts are those it was taught, unless --facts,
---first-new and --num-new say otherwise. Writes results.json, report.md, pareto.png and samples.jsonl.
+--first-new and --num-new say otherwise. Known facts that were taught anew are asked for their old answers, apart
+from the others. Writes results.json, report.md, pareto.png and samples.jsonl.
 """
 
 import memlayer_kernels.short_waits  # noqa: F401, before anything loads torch
@@ -13,6 +14,7 @@ import memlayer_kernels.short_waits  # noqa: F401, before anything loads torch
 # isort: split
 import argparse
 import sys
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +24,7 @@ from tqdm import tqdm
 
 from memlayer import modeling, recipes
 from memlayer.config import RunConfig, load_config
+from memlayer.data.facts import Fact
 from memlayer.data.qa import Question, known_questions, new_questions
 from memlayer.evaluation.forgetting import scores
 from memlayer.evaluation.provenance import provenance
@@ -40,7 +43,7 @@ def main() -> None:
     parser.add_argument("learned", type=Path, nargs="*", help="folders that train.py wrote with job: learn")
     parser.add_argument("--facts", help="JSON Lines file with the new facts")
     parser.add_argument("--wordings", help="JSON file of their wordings")
-    parser.add_argument("--num-known", type=int, help="known facts asked about (default: all)")
+    parser.add_argument("--num-known", type=int, help="known facts asked about, 0 for none (default: all)")
     parser.add_argument("--first-new", type=int, help="where in the new facts to start")
     parser.add_argument("--num-new", type=int, help="new facts asked about")
     parser.add_argument("--batch-size", type=int, default=256, help="questions at a time (%(default)s)")
@@ -69,11 +72,12 @@ def evaluate(arguments: argparse.Namespace) -> None:
         run.check_files()
         if run.config.data != asked.data:
             raise ValueError(f"{run.folder} was taught other facts than {taught[0].folder}: evaluate it apart")
+    lessons = recipes.facts_of(asked).new if taught else []
     for data, names in ((base.data, ["num_known"]), (asked.data, ["facts", "wordings", "first_new", "num_new"])):
         for name in names:
             if (value := getattr(arguments, name)) is not None:
                 setattr(data, name, value)
-    questions = questions_of(base, asked)
+    questions = questions_of(base, asked, lessons)
     check_output(arguments.output)
     device = device_of(arguments.device)
     model, tokenizer = modeling.load(checkpoint)
@@ -156,19 +160,20 @@ def check_finite(model: torch.nn.Module, folder: Path) -> None:
         raise ValueError(f"the model in {folder} holds numbers that are not finite")
 
 
-def questions_of(known: RunConfig, new: RunConfig) -> list[Question]:
+def questions_of(known: RunConfig, new: RunConfig, taught: Sequence[Fact]) -> list[Question]:
     """The known facts of one config and the new facts of another as questions.
 
+    Args:
+        taught: by the runs that are evaluated; known facts among them are asked for their old answers, apart.
+
     Raises:
-        ValueError: there are too few facts for a score of each kind.
+        ValueError: there is no new fact.
     """
     knows, learns = recipes.facts_of(known), recipes.facts_of(new)
-    questions = known_questions(knows.known, knows.wordings) + new_questions(learns.new, learns.wordings)
-    for group in ("known", "new"):
-        for wording in ("seen", "unseen"):
-            if not any((q.group, q.wording) == (group, wording) for q in questions):
-                raise ValueError(f"no {group} fact to ask about in {wording} wording: ask about more {group} facts")
-    return questions
+    if not learns.new:
+        raise ValueError("there is no new fact to ask about: --num-new is 0, or the facts file has none")
+    questions = known_questions(knows.known, knows.wordings, taught, known.pretrain.unseen_wordings)
+    return questions + new_questions(learns.new, learns.wordings)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,12 @@ class DataConfig:
 
 @dataclass
 class PretrainConfig:
-    """Optimisation of pretraining. Tables have a constant learning rate and no weight decay."""
+    """Pretraining. Tables have a constant learning rate and no weight decay.
+
+    Attributes:
+        unseen_wordings: tell half of the known facts in the wordings too in which the others are asked only; false
+            keeps those wordings out of pretraining, so that not even the sentences are known.
+    """
 
     steps: int = 1200
     batch_size: int = 128
@@ -69,6 +74,7 @@ class PretrainConfig:
     weight_decay: float = 0.01
     warmup_steps: int = 100
     loss_on: str = "all"
+    unseen_wordings: bool = True
 
     def __post_init__(self):
         check_at_least(1, "pretrain", self, "steps", "batch_size")

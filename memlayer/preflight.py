@@ -124,15 +124,18 @@ def check_output(folder: str | Path) -> None:
         raise ValueError(f"cannot write to output {folder}: {error.strerror}") from error
 
 
-def check_lengths(encoded: Sequence[dict], max_length: int) -> None:
+def check_lengths(encoded: Sequence[dict], max_length: int, examples: Sequence) -> None:
     """Refuse examples that the model's positions do not cover.
+
+    Args:
+        examples: what was encoded, each with its ``text``.
 
     Raises:
         ValueError: an example is longer than ``max_length`` tokens.
     """
-    longest = max(example["length"] for example in encoded)
+    longest, text = max((ids["length"], example.text) for ids, example in zip(encoded, examples, strict=True))
     if longest > max_length:
-        raise ValueError(f"the longest example has {longest} tokens, model.max_length is {max_length}")
+        raise ValueError(f"the longest example has {longest} tokens, model.max_length is {max_length}: {text!r:.200}")
 
 
 def checkpoint_to_resume(

@@ -4,6 +4,7 @@ Each takes a resolved RunConfig, writes a folder, and can be called from a noteb
 """
 
 import json
+import logging
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from memlayer import __version__, modeling
 from memlayer.attach import memory_tables, record_reads
-from memlayer.config import RunConfig, to_yaml
+from memlayer.config import RunConfig, load_config, to_yaml
 from memlayer.counts import COUNTS_FILE, SlotCounts, load_counts, save_counts
 from memlayer.data.facts import (
     BUILTIN_FACTS,
@@ -40,10 +41,12 @@ from memlayer.data.facts import (
     check_disjoint,
     load_facts,
     load_wordings,
+    taught_anew,
 )
 from memlayer.data.qa import Example, collate, encode, pretraining_examples, teaching_examples
 from memlayer.data.tokenizer import load_tokenizer, train_tokenizer
 from memlayer.evaluation.provenance import commit
+from memlayer.evaluation.qa import check_answers
 from memlayer.methods import METHODS
 from memlayer.patch import MemoryPatch, product_key_fingerprints, state_fingerprint
 from memlayer.preflight import (
@@ -58,6 +61,8 @@ from memlayer.taught import RECORD, files_of, read_taught, sha256_of
 from memlayer.trainer import MemoryTrainer
 
 COUNTS = COUNTS_FILE
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -102,7 +107,7 @@ def pretrain(config: RunConfig) -> Path:
     refuse_unused(config, "base", "checkpoint", "text", "retrofit", "learn")
     set_seed(config.seed)
     facts, settings, output = facts_of(config), config.pretrain, Path(config.output)
-    examples = pretraining_examples(facts.known, facts.wordings)
+    examples = pretraining_examples(facts.known, facts.wordings, settings.unseen_wordings)
     if not examples:
         raise ValueError("data.num_known is 0: there are no known facts to pretrain on")
     arguments = training_arguments(
@@ -120,7 +125,8 @@ def pretrain(config: RunConfig) -> Path:
     tokenizer = _train_tokenizer_once(arguments, examples, config.model.vocab_size)
     model = modeling.build(config.model, config.memory, tokenizer)
     encoded = encode(tokenizer, examples)
-    check_lengths(encoded, config.model.max_length)
+    check_lengths(encoded, config.model.max_length, examples)
+    check_answers(tokenizer, examples)
     trainer = MemoryTrainer(
         model,
         arguments,
@@ -144,7 +150,7 @@ def _train_tokenizer_once(
     with arguments.main_process_first(local=False):
         if arguments.process_index:
             return load_tokenizer(arguments.output_dir)
-        return train_tokenizer((f"{e.prompt} {e.answer}" for e in examples), vocab_size, arguments.output_dir)
+        return train_tokenizer((example.text for example in examples), vocab_size, arguments.output_dir)
 
 
 def train_to_end(trainer: Trainer, checkpoint: Path | None) -> None:
@@ -264,8 +270,10 @@ def learn(config: RunConfig) -> Learned:
     resumable = arguments.save_strategy != "no"
     check_output(arguments.output_dir if resumable else config.output)
     model, tokenizer = modeling.load(config.checkpoint)
+    _tell_taught_anew(config)
     encoded = encode(tokenizer, lessons)
-    check_lengths(encoded, model.config.max_position_embeddings)
+    check_lengths(encoded, model.config.max_position_embeddings, lessons)
+    check_answers(tokenizer, lessons)
     model.to(arguments.device)
     tables = {name: table.num_embeddings for name, table in memory_tables(model).items()}
     background = load_counts(Path(config.checkpoint) / COUNTS, tables, product_key_fingerprints(model))
@@ -315,6 +323,20 @@ def _provenance(config: RunConfig, model: nn.Module) -> dict:
         "memlayer_version": __version__,
         "commit": commit(),
     }
+
+
+def _tell_taught_anew(config: RunConfig) -> None:
+    """One line where the facts to teach give known facts of the checkpoint another answer."""
+    base = Path(config.checkpoint) / "config.yaml"
+    if not base.is_file():
+        return
+    new = facts_of(config).new
+    anew = taught_anew(facts_of(load_config(base)).known, new)
+    if anew:
+        log.warning(
+            f"{len(anew)} of {len(new)} facts to teach are known to {config.checkpoint} already, {anew[0].key!r} for "
+            "one: eval.py asks for their old answers apart from the known facts"
+        )
 
 
 def _lessons(config: RunConfig) -> list[Example]:

@@ -121,6 +121,40 @@ def test_facts_and_wordings_of_ones_own_are_taught_and_asked(tmp_path, checkpoin
     assert len(samples) > len(asked), "known facts are still those of the checkpoint"
 
 
+def test_known_facts_taught_anew_are_asked_for_their_old_answers_apart(tmp_path, checkpoint):
+    """A model that learned gives their old answer no longer, and that is no forgetting."""
+    known = recipes.facts_of(config_of(LEARN, tmp_path / "asked")).known
+    lines = [
+        json.dumps({"subject": subject, "relation": fact.relation, "answers": ["Kyoto"]})
+        for fact, subject in ((known[0], known[0].subject.upper()), (known[5], known[5].subject))
+    ]
+    (tmp_path / "facts.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    settings = {"method": "full", "learning_rate": 0.02, "steps_per_fact": 25}
+    data = {"facts": str(tmp_path / "facts.jsonl"), "num_known": None}
+    paths = {"output": str(tmp_path / "out"), "checkpoint": str(checkpoint)}
+    done = run("train.py", write_config(tmp_path / "learn.yaml", LEARN, **paths, data=data, learn=settings))
+    assert f"2 of 2 facts to teach are known to {checkpoint} already, {known[0].key!r} for one" in done.stderr
+    done = run("eval.py", checkpoint, tmp_path / "out", "--output", tmp_path / "report")
+    assert done.returncode == 0, done.stderr
+    assert "old answer" in done.stdout
+    _, row = rows_of(tmp_path / "report")
+    assert (row["known_seen_n"], row["old_answer_seen_n"], row["learning_seen_n"]) == (22, 2, 2)
+    samples = [json.loads(line) for line in (tmp_path / "report" / "samples.jsonl").read_text("utf-8").splitlines()]
+    old = {sample["fact"]: sample for sample in samples if (sample["group"], sample["wording"]) == ("replaced", "seen")}
+    assert set(old) == {known[0].key, known[5].key}
+    assert [sample["answers"] for sample in old.values()] == [list(known[0].answers), list(known[5].answers)]
+    assert row["old_answer_seen_after"] == sum(sample["exact_match_after"] for sample in old.values()) / 2
+
+
+def test_new_facts_are_asked_alone(tmp_path, checkpoint, learned):
+    command = [checkpoint, learned["full"], "--num-known", 0, "--output", tmp_path / "report"]
+    done = run("eval.py", *command)
+    assert done.returncode == 0, done.stderr
+    assert "not asked" in done.stdout
+    for row in rows_of(tmp_path / "report"):
+        assert (row["known_seen_n"], row["known_seen_after"], row["learning_seen_n"]) == (0, None, 2)
+
+
 @pytest.mark.parametrize("method", ["sparse_memory", "full"])
 def test_a_run_of_another_checkpoint_is_refused_before_any_question(tmp_path, checkpoint, learned, method):
     """Whatever it wrote, a patch or a whole model: their difference would count as forgetting."""
@@ -215,9 +249,8 @@ def test_runs_that_were_taught_different_facts_are_not_compared(tmp_path, checkp
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--num-new", 0], "no new fact to ask about in seen wording: ask about more new facts"),
+        (["--num-new", 0], "there is no new fact to ask about: --num-new is 0"),
         (["--num-new", 99999], "new facts 0 to 99999 asked for, the file has"),
-        (["--num-new", 2, "--num-known", 0], "no known fact to ask about in seen wording"),
         (["--facts", "absent.jsonl"], "absent.jsonl: the file cannot be read"),
     ],
 )

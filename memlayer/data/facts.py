@@ -6,6 +6,7 @@ bad line found after an hour of training costs the hour. Turning facts into toke
 """
 
 import json
+import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,14 @@ BUILTIN_FACTS = Path(str(files(__package__) / "facts" / "facts.jsonl"))
 BUILTIN_WORDINGS = Path(str(files(__package__) / "facts" / "wordings.json"))
 
 SPLITS = ("known", "new")
+QUESTION_MARKS = ("?", "\uff1f", "\u061f")  # full width, Arabic
+SHAPE = '{"subject": "Shop Ada", "relation": "city", "answers": ["Bonn"]}'
+# Keys of the lines of public question sets: SQuAD, Natural Questions, TriviaQA, zsRE, CounterFact.
+QUESTION_SET_KEYS = {"question", "Question", "data", "paragraphs", "qas", "src", "requested_rewrite"}
+# What nobody sees: soft hyphen, zero-width space, marks of direction, joiners of words, byte order mark. The two
+# joiners that Persian, Indian scripts and emoji need are not among them.
+INVISIBLE = "\u00ad\u061c\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff"
+MAX_REFUSALS = 10
 REQUIRED_KEYS = ("subject", "relation", "answers")
 OPTIONAL_KEYS = ("split", "source", "licence")
 
@@ -46,8 +55,13 @@ class Fact:
 
     @property
     def key(self) -> str:
-        """Identity of the fact within a file."""
+        """Name of the fact, as messages and records give it."""
         return f"{self.relation}|{self.subject}"
+
+    @property
+    def identity(self) -> tuple[str, str]:
+        """What two spellings of one fact share."""
+        return self.relation, same_name(self.subject)
 
 
 @dataclass(frozen=True)
@@ -59,7 +73,7 @@ class Wordings:
     Args:
         name: the relation in a few plain words.
         statements: sentences holding [X] once and ending in [Y], so that leaving the answer out asks for it.
-        questions: sentences holding [X] once and ending in a question mark.
+        questions: sentences holding [X] once and ending in a question mark: ?, full width or Arabic.
     """
 
     name: str
@@ -83,6 +97,14 @@ class Wordings:
         return self.questions[-1]
 
 
+def same_name(text: str) -> str:
+    """A name without what only spelling makes different: Unicode forms and case.
+
+    Lower case, not case folding, which would make one name of Maße and Masse.
+    """
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).lower())
+
+
 def load_facts(path: str | Path, wordings: Mapping[str, Wordings]) -> list[Fact]:
     """Read a JSON Lines file of facts, refusing it whole when any line is bad.
 
@@ -94,12 +116,15 @@ def load_facts(path: str | Path, wordings: Mapping[str, Wordings]) -> list[Fact]
         facts in the order of the file.
 
     Raises:
-        FactsError: "FILE:LINE: reason" for the first bad line, and how many more there are; "FILE: reason"
-            for a file that is missing or holds nothing.
+        FactsError: "FILE:LINE: reason", a line for each of the first ten bad lines, and how many more there are;
+            "FILE: reason" for a file that is missing, holds nothing or is no JSON Lines file of facts.
     """
-    lines = _read_bytes(path).removeprefix(b"\xef\xbb\xbf").rstrip().split(b"\n")
+    data = _read_bytes(path).rstrip()
+    lines = data.split(b"\n")
     if lines == [b""]:
         raise FactsError(f"{path}: the file holds no facts")
+    if other := _other_format(data, lines[0]):
+        raise FactsError(f"{path}: {other}; a facts file is JSON Lines, one object a line, like {SHAPE}")
     facts, refusals, line_of_fact = [], [], {}
     for number, line in enumerate(lines, start=1):
         try:
@@ -109,10 +134,32 @@ def load_facts(path: str | Path, wordings: Mapping[str, Wordings]) -> list[Fact]
         except FactsError as error:
             refusals.append(f"{path}:{number}: {error}")
     if refusals:
-        more = len(refusals) - 1
-        also = f" (and {more} more bad {'line' if more == 1 else 'lines'})" if more else ""
-        raise FactsError(refusals[0] + also)
+        more = len(refusals) - MAX_REFUSALS
+        also = f" (and {more} more bad {'line' if more == 1 else 'lines'})" if more > 0 else ""
+        raise FactsError("\n".join(refusals[:MAX_REFUSALS]) + also)
     return facts
+
+
+def _other_format(data: bytes, first_line: bytes) -> str:
+    """What the file is where it is none of facts, a line each; nothing where it may be one."""
+    whole, line = _json_or_none(data), _json_or_none(first_line)
+    if isinstance(whole, list):
+        record, found = (whole or [None])[0], "a JSON array (jq -c '.[]' FILE writes its members one a line)"
+    elif isinstance(whole, dict) and line is None:
+        record, found = whole, "one JSON object over several lines (jq -c . FILE writes it on one)"
+    else:
+        table = not first_line.lstrip().startswith((b"{", b"[")) and b"subject" in first_line.lower()
+        record, found = line, "a table such as spreadsheets write, not JSON" if table else ""
+    if isinstance(record, dict) and "subject" not in record and QUESTION_SET_KEYS & record.keys():
+        return "a question set, which only a later version will read"
+    return found
+
+
+def _json_or_none(data: bytes) -> object:
+    try:
+        return _parse_json(data)
+    except FactsError:
+        return None
 
 
 def load_wordings(path: str | Path) -> dict[str, Wordings]:
@@ -139,17 +186,23 @@ def check_disjoint(known: Iterable[Fact], new: Iterable[Fact]) -> None:
     Raises:
         FactsError: names the first such subject and how many there are.
     """
-    known_subjects = {fact.subject.casefold() for fact in known}
-    shared = [fact for fact in new if fact.subject.casefold() in known_subjects]
+    known_subjects = {same_name(fact.subject) for fact in known}
+    shared = [fact for fact in new if same_name(fact.subject) in known_subjects]
     if shared:
         raise FactsError(
             f"new fact {shared[0].key!r} is about a known subject, one of {len(shared)} such facts"
         )
 
 
+def taught_anew(known: Iterable[Fact], new: Iterable[Fact]) -> list[Fact]:
+    """The known facts that new ones are about too, of the same subject and relation: their answers are replaced."""
+    identities = {fact.identity for fact in new}
+    return [fact for fact in known if fact.identity in identities]
+
+
 def _read_bytes(path: str | Path) -> bytes:
     try:
-        return Path(path).read_bytes()
+        return Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
     except OSError as error:
         raise FactsError(f"{path}: the file cannot be read: {error.strerror}") from None
 
@@ -224,13 +277,15 @@ def _checked_text(name: str, value: object) -> str:
         raise FactsError(f"{name} {value!r:.60} starts or ends with white space")
     if any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
         raise FactsError(f"{name} {value!r:.60} holds a control character or half a surrogate pair")
+    if found := re.search(f"[{INVISIBLE}]", value):
+        raise FactsError(f"{name} {value!r:.60} holds U+{ord(found[0]):04X}, which nobody sees: delete it")
     if "[X]" in value or "[Y]" in value:
         raise FactsError(f"{name} {value!r:.60} holds a placeholder of the wordings, [X] or [Y]")
     return value
 
 
 def _refuse_repeat(fact: Fact, number: int, line_of_fact: dict[tuple[str, str], int]) -> None:
-    first = line_of_fact.setdefault((fact.relation, fact.subject.casefold()), number)
+    first = line_of_fact.setdefault(fact.identity, number)
     if first != number:
         raise FactsError(f"fact {fact.key!r} is already given on line {first}")
 
@@ -241,22 +296,22 @@ def _parse_wordings(relation: str, entry: object) -> Wordings:
     try:
         _check_keys(entry, ("name", "statements", "questions"))
         name = _checked_text("name", entry["name"])
-        statements = _checked_sentences("statement", entry["statements"], ending="[Y]", num_objects=1)
-        questions = _checked_sentences("question", entry["questions"], ending="?", num_objects=0)
+        statements = _checked_sentences("statement", entry["statements"], endings=("[Y]",), num_objects=1)
+        questions = _checked_sentences("question", entry["questions"], endings=QUESTION_MARKS, num_objects=0)
     except FactsError as error:
         raise FactsError(f"relation {relation!r}: {error}") from None
     return Wordings(name, statements, questions)
 
 
-def _checked_sentences(kind: str, sentences: object, ending: str, num_objects: int) -> tuple[str, ...]:
+def _checked_sentences(kind: str, sentences: object, endings: tuple[str, ...], num_objects: int) -> tuple[str, ...]:
     if not isinstance(sentences, list) or len(sentences) < 2:
         raise FactsError(f"{kind}s {sentences!r:.60} is not a list of at least 2")
     for number, sentence in enumerate(sentences, start=1):
         where = f"{kind} {number} {sentence!r:.120}"
         if not isinstance(sentence, str):
             raise FactsError(f"{where} is not a string")
-        if not sentence.endswith(ending):
-            raise FactsError(f"{where} does not end with {ending}")
+        if not sentence.endswith(endings):
+            raise FactsError(f"{where} does not end with {' or '.join(endings)}")
         for placeholder, expected in (("[X]", 1), ("[Y]", num_objects)):
             if sentence.count(placeholder) != expected:
                 found = sentence.count(placeholder)

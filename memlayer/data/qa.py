@@ -5,8 +5,8 @@ an answer, so one pair of functions serves training, teaching and evaluation. Fa
 in one window a model copies from an earlier wording and stores nothing.
 
 The last statement and the last question of a relation are its unseen wordings. Half of the known facts
-are pretrained in them too, so that the model knows what they ask; the other half and every new fact
-never meet them in training.
+are pretrained in them too, so that the model knows what they ask, unless the run is told to leave them out; the
+other half and every new fact never meet them in training.
 """
 
 import zlib
@@ -17,17 +17,23 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from memlayer.data.facts import Fact, Wordings
+from memlayer.data.facts import Fact, Wordings, taught_anew
 
+FULL_WIDTH_QUESTION_MARK = "\uff1f"
 IGNORED = -100  # the label that transformers leaves out of the loss
 
 
 @dataclass(frozen=True)
 class Example:
-    """One sequence to train on: a prompt and the answer that completes it."""
+    """One sequence to train on: a prompt and the answer that completes it, with what joins the two in the wording."""
 
     prompt: str
     answer: str
+    joint: str = " "
+
+    @property
+    def text(self) -> str:
+        return self.prompt + self.joint + self.answer
 
 
 @dataclass(frozen=True)
@@ -36,15 +42,33 @@ class Question:
 
     Attributes:
         fact: ``Fact.key``.
-        group: "known" or "new".
+        group: "known", "new", or "replaced": a known fact that was taught anew, with the answers it had before.
         wording: "seen" (trained on) or "unseen".
+        joint: what stands between the prompt and an answer.
     """
 
     prompt: str
     answers: tuple[str, ...]
     fact: str
-    group: Literal["known", "new"]
+    group: Literal["known", "new", "replaced"]
     wording: Literal["seen", "unseen"]
+    joint: str = " "
+
+
+def joint(template: str) -> str:
+    """What stands between a wording's prompt and the answer.
+
+    In a statement it is the white space before ``[Y]``, if any. A question is answered after a space; the full-width
+    question mark has its own.
+    """
+    if template.endswith("[Y]"):
+        head = template.removesuffix("[Y]")
+        return head[len(head.rstrip()) :]
+    return "" if template.endswith(FULL_WIDTH_QUESTION_MARK) else " "
+
+
+def _example(fact: Fact, template: str) -> Example:
+    return Example(fill(template, fact.subject), fact.answers[0], joint(template))
 
 
 def fill(template: str, subject: str) -> str:
@@ -57,15 +81,21 @@ def meets_unseen_wordings(fact: Fact) -> bool:
     return zlib.crc32(fact.key.encode()) % 2 == 0
 
 
-def pretraining_examples(facts: Sequence[Fact], wordings: dict[str, Wordings]) -> list[Example]:
-    """Every wording of every known fact, less the unseen ones for half of the facts."""
+def pretraining_examples(
+    facts: Sequence[Fact], wordings: dict[str, Wordings], unseen_wordings: bool = True
+) -> list[Example]:
+    """Every wording of every known fact, less the unseen ones for half of the facts.
+
+    Args:
+        unseen_wordings: False leaves the unseen ones out for all of them.
+    """
     examples = []
     for fact in facts:
         words = wordings[fact.relation]
         templates = words.seen_statements + words.seen_questions
-        if meets_unseen_wordings(fact):
+        if unseen_wordings and meets_unseen_wordings(fact):
             templates += (words.unseen_statement, words.unseen_question)
-        examples += [Example(fill(template, fact.subject), fact.answers[0]) for template in templates]
+        examples += [_example(fact, template) for template in templates]
     return examples
 
 
@@ -87,17 +117,25 @@ def teaching_examples(fact: Fact, wordings: dict[str, Wordings], statements: int
     templates = words.seen_statements[:statements] + words.seen_questions[:questions]
     if not templates:
         raise ValueError("0 statements and 0 questions per batch asked for: nothing to teach with")
-    return [Example(fill(template, fact.subject), fact.answers[0]) for template in templates]
+    return [_example(fact, template) for template in templates]
 
 
-def known_questions(facts: Sequence[Fact], wordings: dict[str, Wordings]) -> list[Question]:
-    """Known facts in a trained wording, and in the unseen one where pretraining withheld it."""
+def known_questions(
+    facts: Sequence[Fact], wordings: dict[str, Wordings], taught: Sequence[Fact] = (), unseen_wordings: bool = True
+) -> list[Question]:
+    """Known facts in a trained wording, and in the unseen one where pretraining withheld it.
+
+    Args:
+        taught: new facts that were taught since; a known fact among them is of the group "replaced".
+        unseen_wordings: as pretraining had it.
+    """
+    replaced = {fact.identity for fact in taught_anew(facts, taught)}
     questions = []
     for fact in facts:
-        words = wordings[fact.relation]
-        questions.append(_question(fact, words.seen_questions[0], "known", "seen"))
-        if not meets_unseen_wordings(fact):
-            questions.append(_question(fact, words.unseen_question, "known", "unseen"))
+        words, group = wordings[fact.relation], "replaced" if fact.identity in replaced else "known"
+        questions.append(_question(fact, words.seen_questions[0], group, "seen"))
+        if not (unseen_wordings and meets_unseen_wordings(fact)):
+            questions.append(_question(fact, words.unseen_question, group, "unseen"))
     return questions
 
 
@@ -112,7 +150,7 @@ def new_questions(facts: Sequence[Fact], wordings: dict[str, Wordings]) -> list[
 
 
 def _question(fact: Fact, template: str, group: str, wording: str) -> Question:
-    return Question(fill(template, fact.subject), fact.answers, fact.key, group, wording)
+    return Question(fill(template, fact.subject), fact.answers, fact.key, group, wording, joint(template))
 
 
 def encode_prompt(tokenizer, prompt: str) -> list[int]:
@@ -121,19 +159,23 @@ def encode_prompt(tokenizer, prompt: str) -> list[int]:
     return begin + tokenizer.encode(prompt, add_special_tokens=False)
 
 
-def encode_answer(tokenizer, answer: str) -> list[int]:
-    """Token ids of an answer as it reads after a word, end token last.
+def encode_answer(tokenizer, prompt: str, answer: str, joint: str = " ") -> list[int]:
+    """Token ids that an answer has behind its prompt, end token last: those of the whole sentence, less the prompt's.
 
-    Byte-level tokenizers keep the space between two words in the second, sentencepiece puts one before any
-    text: encoded behind a word, an answer gets exactly one from either.
+    Byte-level tokenizers keep the space between two words in the second, sentencepiece puts one before any text;
+    in the whole sentence each does what it does everywhere.
 
     Raises:
-        ValueError: the tokenizer joins the answer to the word before it.
+        ValueError: the tokenizer makes one token of the prompt's end and the answer's beginning, so the prompt
+            cannot be asked alone.
     """
-    word, both = (tokenizer.encode(text, add_special_tokens=False) for text in ("a", f"a {answer}"))
-    if both[: len(word)] != word:
-        raise ValueError(f"the tokenizer joins answer {answer!r} to the word before it, so it has no ids of its own")
-    return both[len(word) :] + [tokenizer.eos_token_id]
+    alone, whole = (tokenizer.encode(text, add_special_tokens=False) for text in (prompt, prompt + joint + answer))
+    if whole[: len(alone)] != alone:
+        raise ValueError(
+            f"the tokenizer joins answer {answer!r} to the end of {prompt!r}, so that one cannot be asked without the "
+            "other: put a space before [Y] in the wording"
+        )
+    return whole[len(alone) :] + [tokenizer.eos_token_id]
 
 
 def encode(tokenizer, examples: Sequence[Example]) -> list[dict]:
@@ -145,7 +187,7 @@ def encode(tokenizer, examples: Sequence[Example]) -> list[dict]:
     encoded = []
     for example in examples:
         prompt = encode_prompt(tokenizer, example.prompt)
-        ids = prompt + encode_answer(tokenizer, example.answer)
+        ids = prompt + encode_answer(tokenizer, example.prompt, example.answer, example.joint)
         encoded.append({"input_ids": ids, "answer_start": len(prompt), "length": len(ids)})
     return encoded
 

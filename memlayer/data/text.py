@@ -95,7 +95,7 @@ def _texts(name: str, column: str, reader: dict) -> Iterator[str]:
             raise ValueError(f"{name} has no column {column!r}, its columns are {', '.join(sorted(row))}")
         if not isinstance(row[column], str):
             raise ValueError(f"{name}, row {number}: {column} is {row[column]!r:.60}, not text")
-        if text := row[column].strip():
+        if text := row[column].removeprefix("\ufeff").strip():  # the byte order mark that Windows writes in front
             yield text
 
 
@@ -112,7 +112,7 @@ def _builtin_sentences() -> list[str]:
     """The known facts in all their wordings, scattered: side by side, a window could copy from one to the next."""
     wordings = load_wordings(BUILTIN_WORDINGS)
     known = [fact for fact in load_facts(BUILTIN_FACTS, wordings) if fact.split == "known"]
-    sentences = [f"{each.prompt} {each.answer}" for each in pretraining_examples(known, wordings)]
+    sentences = [each.text for each in pretraining_examples(known, wordings)]
     random.Random(0).shuffle(sentences)
     return sentences
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, stdev
 
-MEASURES = ("exact_match", "f1", "nll")
+MEASURES = ("exact_match", "f1", "exact_match_squad", "f1_squad", "nll")
 
 
 def scores(answered: Iterable) -> dict[str, dict[str, float]]:
@@ -18,9 +18,9 @@ def scores(answered: Iterable) -> dict[str, dict[str, float]]:
         answered: objects like ``qa.Answered``, with a ``question`` and the measures.
 
     Returns:
-        "GROUP_WORDING", for example "known_seen", to ``n`` (questions), ``exact_match`` and ``f1`` (0 to 1),
-        ``nll`` (nats per token) and ``stderr``, the standard error of ``exact_match`` from the choice of
-        questions.
+        "GROUP_WORDING", for example "known_seen", to ``n`` (questions), ``exact_match`` and ``f1`` (0 to 1), both
+        also by SQuAD's rule (``_squad``), ``nll`` (nats per token) and ``stderr``, the standard error of
+        ``exact_match`` from the choice of questions.
     """
     groups: dict[str, list] = {}
     for each in answered:
@@ -35,13 +35,15 @@ def _mean_scores(answered: Sequence) -> dict[str, float]:
 
 
 def relative_drop(before: float, after: float) -> float:
-    """Share of a score that was lost: 0.25 when 0.8 became 0.6, negative for a gain, nan if it was 0."""
+    """Share of a score that was lost: 0.25 when 0.8 became 0.6, negative for a gain, nan if it was 0 or not asked."""
     return (before - after) / before if before else math.nan
 
 
 def drop_in_words(before: float, after: float) -> str:
     """The relative drop with its sign as a word, so that nobody has to remember which way round it is."""
     drop = relative_drop(before, after)
+    if math.isnan(before):
+        return "not asked"
     if math.isnan(drop):
         return f"undefined: was 0 before ({before:.2f} -> {after:.2f})"
     if drop == 0:

@@ -12,7 +12,7 @@ Shapes: B questions of a batch, L longest sequence, A longest answer, C vocabula
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from memlayer.data.qa import Question, encode_answer, encode_prompt
-from memlayer.evaluation.answers import exact_match, token_f1
+from memlayer.data.qa import Example, Question, encode_answer, encode_prompt
+from memlayer.evaluation import answers, squad
 
 IGNORED = -100  # the target that cross_entropy leaves out
 MARGIN = 8  # tokens beyond the longest answer, so that a prediction that goes on is seen to
@@ -33,6 +33,8 @@ class Answered:
     """A question with what the model made of it.
 
     Attributes:
+        exact_match, f1: by the rule of answers.py.
+        exact_match_squad, f1_squad: by SQuAD 1.1's.
         nll: negative log likelihood of the first answer, end token included, in nats per token.
     """
 
@@ -40,6 +42,8 @@ class Answered:
     prediction: str
     exact_match: bool
     f1: float
+    exact_match_squad: bool
+    f1_squad: float
     nll: float
 
 
@@ -66,21 +70,26 @@ def answer_questions(
         One Answered a question, in the order of the questions.
 
     Raises:
-        ValueError: ``batch_size`` is below 1, a question has no answer, ``max_new_tokens`` cuts an answer that
-            counts, or a prompt and its answers take more tokens than the model has positions.
+        ValueError: ``batch_size`` is below 1, a question has no answer that the tokenizer gives back,
+            ``max_new_tokens`` cuts an answer that counts, or a prompt and its answers take more tokens than the model
+            has positions.
     """
     _check(questions, batch_size)
     prompts = [encode_prompt(tokenizer, question.prompt) for question in questions]
-    answers = [[encode_answer(tokenizer, answer) for answer in question.answers] for question in questions]
+    answer_ids = [
+        [encode_answer(tokenizer, question.prompt, answer, question.joint) for answer in question.answers]
+        for question in questions
+    ]
+    _check_read_back(tokenizer, questions, answer_ids)
     positions = _positions(model)
-    _check_positions(questions, prompts, answers, positions)
-    budget = _budget(questions, answers, max_new_tokens)
+    _check_positions(questions, prompts, answer_ids, positions)
+    budget = _budget(questions, answer_ids, max_new_tokens)
     answered: dict[int, Answered] = {}
     with _evaluating(model), torch.no_grad():
         for batch, new_tokens in _batches(list(map(len, prompts)), batch_size, budget, positions):
             asked, batch_prompts = [questions[index] for index in batch], [prompts[index] for index in batch]
             predictions = generate(model, tokenizer, batch_prompts, new_tokens)
-            likely = answer_nll(model, batch_prompts, [answers[index][0] for index in batch])
+            likely = answer_nll(model, batch_prompts, [answer_ids[index][0] for index in batch])
             answered |= zip(batch, map(_score, asked, predictions, likely.tolist()))
             if progress is not None:
                 progress(len(batch))
@@ -107,8 +116,36 @@ def generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int) ->
         pad_token_id=pad,
         eos_token_id=tokenizer.eos_token_id,
     )
-    texts = tokenizer.batch_decode(ids_BL[:, longest:], skip_special_tokens=True)
-    return [text.strip() for text in texts]
+    return [_decode(tokenizer, ids) for ids in ids_BL[:, longest:]]
+
+
+def check_answers(tokenizer, examples: Iterable[Example]) -> None:
+    """Refuse to teach an answer that the tokenizer does not give back: written by heart it would score nothing.
+
+    Raises:
+        ValueError: names the first such answer, and what is left of it.
+    """
+    for example in {example.answer: example for example in examples}.values():
+        ids = encode_answer(tokenizer, example.prompt, example.answer, example.joint)
+        if not answers.exact_match(read := _decode(tokenizer, ids), [example.answer]):
+            raise ValueError(
+                f"the tokenizer gives answer {example.answer!r} of {example.prompt!r} back as {read!r}: what it loses "
+                "can be neither taught nor scored"
+            )
+
+
+def _check_read_back(tokenizer, questions: Sequence[Question], answer_ids: Sequence[list[list[int]]]) -> None:
+    for question, ids in zip(questions, answer_ids):
+        read = [_decode(tokenizer, each) for each in ids]
+        if not any(answers.exact_match(*pair) for pair in zip(read, ([each] for each in question.answers))):
+            raise ValueError(
+                f"the tokenizer gives answer {question.answers[0]!r} of fact {question.fact!r} back as {read[0]!r}: "
+                "what it loses cannot be scored"
+            )
+
+
+def _decode(tokenizer, ids) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
 def answer_nll(model, prompts: list[list[int]], answers: list[list[int]]) -> Tensor:
@@ -147,8 +184,9 @@ def _logits_from(model, ids_BL: Tensor, mask_BL: Tensor, first: int) -> Tensor:
 
 
 def _score(question: Question, prediction: str, nll: float) -> Answered:
-    right, f1 = exact_match(prediction, question.answers), token_f1(prediction, question.answers)
-    return Answered(question, prediction, right, f1, nll)
+    ours, theirs = ((rule.exact_match, rule.token_f1) for rule in (answers, squad))
+    measured = (measure(prediction, question.answers) for measure in (*ours, *theirs))
+    return Answered(question, prediction, *measured, nll)
 
 
 @contextmanager

@@ -9,13 +9,18 @@ their counterparts with ``_f1`` are mean token F1.
     learning_seen, learning_unseen                         new facts, after
     known_seen_before, known_seen_after                    known facts, trained wording
     known_unseen_before, known_unseen_after                known facts, unseen wording
-    the six above with _f1 behind seen or unseen           for example known_seen_f1_before
+    the six above with _f1, _exact_match_squad, _f1_squad, _nll or _stderr behind seen or unseen: F1, both by SQuAD's
+                           rule, nats per token, standard error; for example known_seen_f1_before
+    learning_seen_n, ...   questions behind a score
+    old_answer_WORDING_before, old_answer_WORDING_after, old_answer_WORDING_n
+                           known facts that were taught anew: questions that still get the old answer; only there
+                           where there are such facts
     forgetting_seen, forgetting_unseen                     relative drop of the known facts, nan from 0
     seconds                time of the learning alone
     parameters_changed     numbers in the model that differ afterwards
 
-A mean over seeds carries each deviation under ``KEY_std``. Other keys are kept in results.json and shown
-nowhere.
+A score of a group without questions is nan. A mean over seeds carries each deviation under ``KEY_std``. Other keys are
+kept in results.json and shown nowhere.
 """
 
 import io
@@ -26,20 +31,23 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from memlayer.evaluation.forgetting import drop_in_words, over_seeds, relative_drop
+from memlayer.evaluation.forgetting import MEASURES, drop_in_words, over_seeds, relative_drop
 from memlayer.evaluation.pareto import pareto_figure
 
 CONTROL = "do nothing"
 WORDINGS = ("seen", "unseen")
 WHEN = ("before", "after")
+SUFFIXES = {measure: "" if measure == "exact_match" else f"_{measure}" for measure in (*MEASURES, "stderr")}
 NUMBERS = (
-    *(f"learning_{wording}{measure}" for wording in WORDINGS for measure in ("", "_f1")),
-    *(f"known_{wording}_{when}" for wording in WORDINGS for when in WHEN),
+    *(f"learning_{wording}{suffix}" for wording in WORDINGS for suffix in SUFFIXES.values()),
+    *(f"known_{wording}{suffix}_{when}" for wording in WORDINGS for suffix in SUFFIXES.values() for when in WHEN),
     *(f"forgetting_{wording}" for wording in WORDINGS),
-    *(f"known_{wording}_f1_{when}" for wording in WORDINGS for when in WHEN),
     "seconds",
     "parameters_changed",
 )
+RECORDED = ("prediction", *MEASURES)  # of each question, before and after
+OLD_ANSWERS = tuple(f"old_answer_{wording}_{when}" for wording in WORDINGS for when in WHEN)
+NOT_ASKED = {**dict.fromkeys(SUFFIXES, math.nan), "n": 0}
 REQUIRED = ("method", "strength", "chosen", *NUMBERS)
 
 HEADER = (
@@ -52,10 +60,19 @@ HEADER = (
     "seconds",
     "numbers changed",
 )
+SQUAD_HEADER = ("method", "strength", *(f"{of}, {wording}: {score}" for of in ("learning", "known after")
+                                       for wording in WORDINGS for score in ("EM", "F1")))
 NOTES = f"""\
 Scores are shares of questions answered exactly. Learning is measured on new facts, after; forgetting on facts
 known before, relative to the score before. A star marks the strength that validation facts chose; "{CONTROL}"
-is the control. A ± is the standard deviation over seeds."""
+is the control. A ± is the standard deviation over seeds.
+
+An unseen wording is one in which the fact asked about was never told. The sentence itself is not new to the model:
+pretraining tells half of the known facts, which are not asked about there, in the very same wordings, unless
+pretrain.unseen_wordings is false."""
+OLD_ANSWER_NOTES = """\
+Some known facts were taught anew, with another answer. They are not among the known facts above: a model that learned
+gives their old answer no longer. The last column is the share of their questions, in a trained wording, that got it."""
 
 
 def result_row(
@@ -72,11 +89,17 @@ def result_row(
     """A row from the ``forgetting.scores`` of known and new questions before and after learning."""
     row = {"method": method, "strength": strength, "chosen": chosen, "seed": seed}
     for wording in WORDINGS:
-        for measure, suffix in (("exact_match", ""), ("f1", "_f1")):
-            row[f"learning_{wording}{suffix}"] = after[f"new_{wording}"][measure]
-            row[f"known_{wording}{suffix}_before"] = before[f"known_{wording}"][measure]
-            row[f"known_{wording}{suffix}_after"] = after[f"known_{wording}"][measure]
+        new = after[f"new_{wording}"]
+        known = [scores.get(f"known_{wording}", NOT_ASKED) for scores in (before, after)]
+        for measure, suffix in SUFFIXES.items():
+            row[f"learning_{wording}{suffix}"] = new[measure]
+            row |= {f"known_{wording}{suffix}_{when}": each[measure] for when, each in zip(WHEN, known)}
+        row |= {f"learning_{wording}_n": new["n"], f"known_{wording}_n": known[0]["n"]}
         row[f"forgetting_{wording}"] = relative_drop(*(row[f"known_{wording}_{when}"] for when in WHEN))
+        if (group := f"replaced_{wording}") in before:
+            old = [scores[group]["exact_match"] for scores in (before, after)]
+            row |= {f"old_answer_{wording}_{when}": score for when, score in zip(WHEN, old)}
+            row[f"old_answer_{wording}_n"] = before[group]["n"]
     return row | {"seconds": seconds, "parameters_changed": parameters_changed}
 
 
@@ -86,7 +109,8 @@ def mean_rows(rows: Iterable[Mapping]) -> list[dict]:
     for row in rows:
         settings.setdefault((row["method"], row["strength"]), []).append(row)
     return [
-        over_seeds(runs, NUMBERS) | {"chosen": sum(run["chosen"] for run in runs) * 2 > len(runs)}
+        over_seeds(runs, [*NUMBERS, *(key for key in OLD_ANSWERS if all(key in run for run in runs))])
+        | {"chosen": sum(run["chosen"] for run in runs) * 2 > len(runs)}
         for runs in settings.values()
     ]
 
@@ -99,12 +123,12 @@ def sample(before, after) -> dict:
             f"a sample is of one question, not {question.prompt!r} and {after.question.prompt!r}"
         )
     return {
+        "fact": question.fact,
         "question": question.prompt,
         "answers": list(question.answers),
         "group": question.group,
         "wording": question.wording,
-        "prediction_before": before.prediction,
-        "prediction_after": after.prediction,
+        **{f"{key}_{when}": getattr(each, key) for key in RECORDED for when, each in zip(WHEN, (before, after))},
     }
 
 
@@ -142,25 +166,59 @@ def format_table(rows: Sequence[Mapping]) -> str:
     _check(rows)
     header = ("method", "strength", "learns", "unseen", "known facts", "unseen wording", "seconds", "changed")
     table = [header, *(_cells(row, short=True) for row in rows)]
+    if _replaced(rows):
+        table = [[*line, cell] for line, cell in zip(table, ("old answer", *map(_old_answer, rows)))]
     widths = [max(map(len, column)) for column in zip(*table)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in table]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
 def _markdown(title: str, rows: Sequence[Mapping], provenance: Mapping) -> str:
-    table = [HEADER, ["---"] * len(HEADER), *(_cells(row, short=False) for row in rows)]
-    lines = ["| " + " | ".join(cells) + " |" for cells in table]
+    table = [HEADER, *(_cells(row, short=False) for row in rows)]
+    if _replaced(rows):
+        table = [[*line, cell] for line, cell in zip(table, ("old answer still given", *map(_old_answer, rows)))]
     origin = [f"- {key}: `{json.dumps(without_nan(provenance[key]))}`" for key in provenance]
     picture = "![learning against forgetting](pareto.png)"
     sections = [
         f"# {title}",
-        "\n".join(lines),
+        _markdown_table(table),
         NOTES,
+        *([OLD_ANSWER_NOTES] if _replaced(rows) else []),
         picture,
+        "## The same by SQuAD's rule",
+        "Exact match (EM) and token F1 as papers report them. It takes 3.14 for 314, -5 for 5 and C++ for C.",
+        _markdown_table([SQUAD_HEADER, *map(_squad_cells, rows)]),
         "## Where the numbers come from",
         "\n".join(origin),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    head, *rest = ["| " + " | ".join(cells) + " |" for cells in lines]
+    return "\n".join([head, "|" + " --- |" * len(lines[0]), *rest])
+
+
+def _squad_cells(row: Mapping) -> list[str]:
+    keys = [
+        f"{of}_{wording}_{measure}_squad{when}"
+        for of, when in (("learning", ""), ("known", "_after"))
+        for wording in WORDINGS
+        for measure in ("exact_match", "f1")
+    ]
+    return [row["method"], row["strength"] + (" *" if row["chosen"] else ""), *(_score(row, key) for key in keys)]
+
+
+def _replaced(rows: Sequence[Mapping]) -> bool:
+    """Whether known facts were taught anew in any of the runs."""
+    return any(OLD_ANSWERS[0] in row for row in rows)
+
+
+def _old_answer(row: Mapping) -> str:
+    if OLD_ANSWERS[0] not in row:
+        return "-"
+    before, after = (row[f"old_answer_seen_{when}"] for when in WHEN)
+    return f"{before:.2f} -> {after:.2f}"
 
 
 def _cells(row: Mapping, short: bool) -> list[str]:
@@ -176,7 +234,7 @@ def _cells(row: Mapping, short: bool) -> list[str]:
 
 
 def _score(row: Mapping, key: str) -> str:
-    return f"{row[key]:.2f}{_deviation(row, key, '.2f')}"
+    return "not asked" if math.isnan(row[key]) else f"{row[key]:.2f}{_deviation(row, key, '.2f')}"
 
 
 def _forgetting(row: Mapping, wording: str, short: bool) -> str:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import unicodedata
 from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from memlayer.data.facts import (
     check_disjoint,
     load_facts,
     load_wordings,
+    taught_anew,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -156,6 +158,9 @@ BAD_LINES = {
     "subject ' Bob' starts or ends with white space": GOOD | {"subject": " Bob"},
     r"subject 'B\nob' holds a control character": GOOD | {"subject": "B\nob"},
     r"answer 1 '\ud800' holds a control character or half a surrogate": GOOD | {"answers": ["\ud800"]},
+    r"answer 1 'Ulm\u200b' holds U+200B, which nobody sees": GOOD | {"answers": ["Ulm\u200b"]},
+    r"answer 2 '\u200fJena' holds U+200F, which nobody sees": GOOD | {"answers": ["Gera", "\u200fJena"]},
+    r"subject 'A\xadda' holds U+00AD, which nobody sees": GOOD | {"subject": "A\u00adda"},
     "subject 'the [Y]' holds a placeholder": GOOD | {"subject": "the [Y]"},
     "relation None is not a non-empty string": GOOD | {"relation": None},
     "relation 'age' has no wordings; born, job have": GOOD | {"relation": "age"},
@@ -183,10 +188,51 @@ def test_a_bad_line_is_refused_with_file_line_and_reason(tmp_path, reason):
     assert str(refusal.value).startswith(f"{path}:2: {reason}")
 
 
-def test_the_first_bad_line_is_told_with_how_many_more_there_are(tmp_path):
+def test_ten_bad_lines_are_told_with_how_many_more_there_are(tmp_path):
     path = write_lines(tmp_path / "facts.jsonl", GOOD, {}, GOOD | {"relation": "job"}, [], GOOD)
-    with pytest.raises(FactsError, match=r":2: required key 'subject' is missing \(and 2 more bad lines\)$"):
+    with pytest.raises(FactsError) as refusal:
         load_facts(path, WORDINGS)
+    assert str(refusal.value).splitlines() == [
+        f"{path}:2: required key 'subject' is missing",
+        f"{path}:4: expected a JSON object, found []",
+        f"{path}:5: fact 'born|Ada' is already given on line 1",
+    ]
+    write_lines(path, GOOD, *[{}] * 12)
+    with pytest.raises(FactsError) as refusal:
+        load_facts(path, WORDINGS)
+    assert len(str(refusal.value).splitlines()) == 10
+    assert str(refusal.value).endswith(":11: required key 'subject' is missing (and 2 more bad lines)")
+
+
+OTHER_FORMATS = {
+    "a JSON array (jq -c": json.dumps([GOOD, GOOD | {"relation": "job"}]),
+    "a JSON array (jq": json.dumps([GOOD], indent=2),
+    "one JSON object over several lines (jq": json.dumps(GOOD, indent=2),
+    "a table such as spreadsheets write": "subject;relation;answers\r\nAda;born;London",
+    "a question set, which": json.dumps({"question": "where is ada", "answer": ["London"]}),
+    "a question set, which only": json.dumps({"Question": "Where is Ada?", "Answer": {"Value": "London"}}),
+    "a question set, which only a": json.dumps({"version": "1.1", "data": [{"title": "x", "paragraphs": []}]}),
+    "a question set, which only a later": json.dumps([{"requested_rewrite": {"prompt": "{} is"}}]),
+}
+
+
+@pytest.mark.parametrize("found", OTHER_FORMATS)
+def test_another_kind_of_file_is_told_what_a_facts_file_is(tmp_path, found):
+    path = tmp_path / "facts.json"
+    path.write_bytes(b"\xef\xbb\xbf" + OTHER_FORMATS[found].encode())
+    with pytest.raises(FactsError) as refusal:
+        load_facts(path, WORDINGS)
+    assert str(refusal.value).startswith(f"{path}: {found}")
+    assert str(refusal.value).endswith(
+        '; a facts file is JSON Lines, one object a line, like {"subject": "Shop Ada", "relation": "city", '
+        '"answers": ["Bonn"]}'
+    )
+
+
+def test_joiners_that_scripts_and_emoji_need_are_read(tmp_path):
+    astronaut, persian = "\U0001f469\u200d\U0001f680", "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645"
+    path = write_lines(tmp_path / "facts.jsonl", GOOD | {"subject": astronaut, "answers": [persian]})
+    assert load_facts(path, WORDINGS) == [Fact(astronaut, "born", (persian,))]
 
 
 def test_same_subject_may_have_several_relations(tmp_path):
@@ -217,7 +263,7 @@ def test_line_ends_and_byte_order_mark_of_windows_are_read(tmp_path):
 
 
 names = (
-    st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1)
+    st.text(st.characters(exclude_categories=["Cc", "Cf", "Cs"]), min_size=1)
     .map(str.strip)
     .filter(lambda text: text and "[X]" not in text and "[Y]" not in text)
 )
@@ -232,7 +278,7 @@ fact_lists = st.lists(
         licence=st.just("") | names,
     ),
     min_size=1,
-    unique_by=lambda fact: (fact.relation, fact.subject.casefold()),
+    unique_by=lambda fact: fact.identity,
 )
 
 
@@ -243,6 +289,29 @@ def test_facts_survive_writing_and_reading(tmp_path_factory, facts, ascii_only):
     lines = [json.dumps(vars(fact), ensure_ascii=ascii_only) for fact in facts]
     path.write_text("\n".join(lines), encoding="utf-8", newline="\n")
     assert load_facts(path, WORDINGS) == facts
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("Ada", "ADA", True),
+        ("Café", "Cafe\u0301", True),
+        ("\uff21\uff44\uff41", "Ada", True),
+        ("Maße", "Masse", False),
+        ("Cafe", "Café", False),
+        ("İzmir", "izmir", False),
+    ],
+)
+def test_a_subject_is_one_in_any_case_and_unicode_form(tmp_path, one, other, same):
+    path = write_lines(tmp_path / "facts.jsonl", GOOD | {"subject": one}, GOOD | {"subject": other})
+    if same:
+        with pytest.raises(FactsError, match=r":2: fact .* is already given on line 1"):
+            load_facts(path, WORDINGS)
+    else:
+        assert [fact.subject for fact in load_facts(path, WORDINGS)] == [one, other]
+    known, new = Fact(one, "born", ("Bonn",)), Fact(other, "born", ("Kiel",))
+    assert taught_anew([known], [new]) == ([known] if same else [])
+    assert taught_anew([known], [replace(new, relation="job")]) == []
 
 
 # Wordings files.
@@ -272,7 +341,7 @@ BAD_ENTRIES = {
     "statement 1 '[X] [Y].' does not end with [Y]": statements("[X] [Y].", "[X] [Y]"),
     "statement 2 '[X] [Y]' repeats an earlier one": statements("[X] [Y]", "[X] [Y]"),
     "statement 1 3 is not a string": statements(3, "[X] [Y]"),
-    "question 2 'Is [X]' does not end with ?": questions("[X]?", "Is [X]"),
+    "question 2 'Is [X]' does not end with ? or \uff1f or \u061f": questions("[X]?", "Is [X]"),
     "question 1 'Is it?' holds [X] 0 times where 1 is expected": questions("Is it?", "Is [X]?"),
     "question 1 'Is [X] [Y]?' holds [Y] 1 times where 0 is expected": questions("Is [X] [Y]?", "Is [X]?"),
 }
@@ -304,9 +373,16 @@ def test_a_bad_wordings_file_is_refused_with_file_and_reason(tmp_path, reason):
 
 def test_good_wordings_are_read(tmp_path):
     path = tmp_path / "wordings.json"
-    path.write_text(json.dumps({"born": ENTRY}))
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps({"born": ENTRY}).encode())
     expected = Wordings("birth", ("[X] a [Y]", "[X] b [Y]"), ("Is [X] a?", "Is [X] b?"))
     assert load_wordings(path) == {"born": expected}
+
+
+def test_questions_may_end_in_the_question_marks_of_other_scripts(tmp_path):
+    path = tmp_path / "wordings.json"
+    asked = "[X]在哪里\uff1f", "أين يقع [X]\u061f"
+    path.write_text(json.dumps({"born": questions(*asked)}), encoding="utf-8")
+    assert load_wordings(path)["born"].questions == asked
 
 
 def test_a_new_fact_about_a_known_subject_is_refused():

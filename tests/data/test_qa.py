@@ -15,6 +15,7 @@ from memlayer.data.qa import (
     encode,
     encode_answer,
     fill,
+    joint,
     known_questions,
     meets_unseen_wordings,
     new_questions,
@@ -60,12 +61,50 @@ def test_byte_level_sequences_read_as_the_sentence_and_begin_where_there_is_a_be
         assert tokenizer.decode(encoded["input_ids"][encoded["answer_start"] :]) == f" Norway 42{END}"
 
 
-def test_answers_of_our_own_tokenizer_have_the_ids_they_have_alone(tmp_path):
-    tokenizer = tiny.tokenizer(tmp_path)
-    for fact in load_facts(BUILTIN_FACTS, load_wordings(BUILTIN_WORDINGS)):
-        for answer in fact.answers:
-            alone = tokenizer.encode(answer, add_special_tokens=False)
-            assert encode_answer(tokenizer, answer) == [*alone, tokenizer.eos_token_id]
+@pytest.mark.parametrize("kind", ["ours", "byte level"])
+def test_answers_of_the_builtin_facts_have_the_ids_they_have_behind_any_word(tmp_path, kind):
+    """The built-in wordings put a space before the answer, so a prompt and its answer are encoded as if apart."""
+    tokenizer = tiny.tokenizer(tmp_path) if kind == "ours" else byte_level_tokenizer()
+    wordings = load_wordings(BUILTIN_WORDINGS)
+    word = tokenizer.encode("a", add_special_tokens=False)
+    for number, fact in enumerate(load_facts(BUILTIN_FACTS, wordings)[::7]):
+        words, answer = wordings[fact.relation], fact.answers[number % len(fact.answers)]
+        behind = tokenizer.encode(f"a {answer}", add_special_tokens=False)
+        assert behind[: len(word)] == word
+        for template in words.statements + words.questions:
+            expected = [*behind[len(word) :], tokenizer.eos_token_id]
+            assert encode_answer(tokenizer, fill(template, fact.subject), answer, joint(template)) == expected
+
+
+JOINTS = {
+    "The number of [X] is [Y]": "The number of Book Ada is 3455",
+    "The number of [X] is 978-[Y]": "The number of Book Ada is 978-3455",
+    '[X] is filed as "[Y]': 'Book Ada is filed as "3455',
+    "[X]: #[Y]": "Book Ada: #3455",
+    "[X]:\u3000[Y]": "Book Ada:\u30003455",
+    "[X]位于[Y]": "Book Ada位于3455",
+    "[X][Y]": "Book Ada3455",
+    "Which number has [X]?": "Which number has Book Ada? 3455",
+    "[X]在哪里\uff1f": "Book Ada在哪里\uff1f3455",
+    "أين [X]\u061f": "أين Book Ada\u061f 3455",
+}
+
+
+@pytest.mark.parametrize("template", JOINTS)
+def test_an_answer_is_joined_as_the_wording_has_it_and_has_the_ids_of_the_whole_sentence(tmp_path, template):
+    words = Wordings("number", (template, "[X] z [Y]"), (template, "[X] z?"))
+    fact = Fact("Book Ada", "isbn", ("3455",))
+    (taught,) = teaching_examples(fact, {"isbn": words}, 1, 0)
+    question = new_questions([fact], {"isbn": words})[0]
+    assert taught.text == JOINTS[template]
+    assert (question.prompt, question.joint) == (taught.prompt, taught.joint)
+    for tokenizer in (tiny.tokenizer(tmp_path), byte_level_tokenizer()):
+        (encoded,) = encode(tokenizer, [taught])
+        whole = tokenizer.encode(JOINTS[template], add_special_tokens=False)
+        begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        assert encoded["input_ids"] == [*begin, *whole, tokenizer.eos_token_id]
+        answer = tokenizer.decode(encoded["input_ids"][encoded["answer_start"] :], skip_special_tokens=True)
+        assert answer.strip() == "3455"
 
 
 def test_a_tokenizer_that_joins_words_is_refused():
@@ -73,8 +112,9 @@ def test_a_tokenizer_that_joins_words_is_refused():
         def encode(self, text, add_special_tokens):
             return [len(text)]
 
-    with pytest.raises(ValueError, match="joins answer 'xy' to the word before it"):
-        encode_answer(Whole(), "xy")
+    refusal = "joins answer 'xy' to the end of 'where:', so that one cannot be asked without the other: put a space"
+    with pytest.raises(ValueError, match=refusal):
+        encode_answer(Whole(), "where:", "xy", "")
 
 
 def test_collate_marks_positions_as_worked_out_by_hand():
@@ -125,6 +165,24 @@ def test_half_of_the_known_facts_meet_the_unseen_wordings_in_pretraining():
     assert met == [UNSEEN_STATEMENT.format(f.subject) in prompts for f in known]
     assert met == [meets_unseen_wordings(f) for f in known]
     assert 70 < sum(met) < 130
+
+
+def test_pretraining_without_unseen_wordings_tells_nothing_in_them_and_all_is_asked_in_them():
+    known = facts(50)
+    told = pretraining_examples(known, WORDINGS, unseen_wordings=False)
+    assert len(told) == 50 * 4
+    assert not [e.prompt for e in told if e.prompt.startswith("Which place") or "first saw the light" in e.prompt]
+    asked = known_questions(known, WORDINGS, unseen_wordings=False)
+    assert [q.fact for q in asked if q.wording == "unseen"] == [f.key for f in known]
+
+
+def test_known_facts_that_were_taught_anew_are_a_group_of_their_own():
+    known = facts(20)
+    taught = [Fact(known[3].subject.upper(), "P19", ("Kyoto",)), Fact(known[5].subject, "P20", ("Kyoto",))]
+    plain, apart = known_questions(known, WORDINGS), known_questions(known, WORDINGS, taught)
+    groups = {q.fact: q.group for q in apart}
+    assert [key for key, group in groups.items() if group == "replaced"] == [known[3].key]
+    assert [(q.prompt, q.answers) for q in apart] == [(q.prompt, q.answers) for q in plain], "the old answers"
 
 
 def test_every_seen_wording_of_every_known_fact_is_pretrained_with_the_first_answer():

@@ -48,6 +48,11 @@ def test_every_layout_gives_the_same_documents(tmp_path, name):
     assert list(load_documents([write(tmp_path / name, STORIES)])) == STORIES
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffErster Satz.\r\n\r\nZweiter Satz.\r\n".encode())
+    assert list(load_documents([tmp_path / "a.txt"])) == ["Erster Satz.", "Zweiter Satz."]
+
+
 def test_files_are_read_one_after_the_other_up_to_the_limit(tmp_path):
     files = [write(tmp_path / "b.txt", STORIES[:2]), write(tmp_path / "a.jsonl", STORIES[2:])]
     assert list(load_documents(files)) == STORIES

@@ -21,7 +21,8 @@ shares = st.floats(0, 1)
 
 def answered(group, wording, right, f1=0.5, nll=1.0):
     question = SimpleNamespace(group=group, wording=wording)
-    return SimpleNamespace(question=question, exact_match=right, f1=f1, nll=nll)
+    squad = {"exact_match_squad": right, "f1_squad": f1}
+    return SimpleNamespace(question=question, exact_match=right, f1=f1, **squad, nll=nll)
 
 
 def test_scores_keep_groups_and_wordings_apart():
@@ -36,7 +37,11 @@ def test_scores_keep_groups_and_wordings_apart():
     )
     assert list(found) == ["known_seen", "new_unseen"]
     assert found["known_seen"] == pytest.approx(
-        {"n": 4, "exact_match": 0.5, "f1": 0.6, "nll": 1.0, "stderr": math.sqrt(0.5 * 0.5 / 4)}
+        {
+            "n": 4,
+            **{"exact_match": 0.5, "f1": 0.6, "exact_match_squad": 0.5, "f1_squad": 0.6, "nll": 1.0},
+            "stderr": math.sqrt(0.5 * 0.5 / 4),
+        }
     )
     assert found["new_unseen"]["exact_match"] == 0.0
 
@@ -57,6 +62,7 @@ def test_exact_match_is_the_share_of_right_answers(rights):
         (0.7, 0.7, 0.0, "unchanged (0.70)"),
         (0.0, 0.3, math.nan, "undefined: was 0 before (0.00 -> 0.30)"),
         (0.0, 0.0, math.nan, "undefined: was 0 before (0.00 -> 0.00)"),
+        (math.nan, math.nan, math.nan, "not asked"),
     ],
 )
 def test_drop_in_numbers_and_in_words(before, after, drop, words):

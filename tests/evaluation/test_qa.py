@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from memlayer.data.qa import Question, encode_answer, encode_prompt
+from memlayer.data.qa import Example, Question, encode_answer, encode_prompt
 from memlayer.data.tokenizer import train_tokenizer
-from memlayer.evaluation.qa import answer_nll, answer_questions, generate
+from memlayer.evaluation.qa import answer_nll, answer_questions, check_answers, generate
 
 CITIES = ("Paris", "New York", "Łódź", "Rio de Janeiro")
 PEOPLE = (
@@ -63,7 +63,7 @@ def overfit(llama, tokenizer):
     """The Llama trained on these very questions, through the loss that answer_nll reports."""
     optimizer = torch.optim.AdamW(llama.parameters(), lr=3e-3)
     prompts = [encode_prompt(tokenizer, question.prompt) for question in QUESTIONS]
-    answers = [encode_answer(tokenizer, question.answers[0]) for question in QUESTIONS]
+    answers = [encode_answer(tokenizer, question.prompt, question.answers[0]) for question in QUESTIONS]
     for _ in range(80):
         optimizer.zero_grad()
         answer_nll(llama, prompts, answers).mean().backward()
@@ -112,7 +112,7 @@ def test_nll_is_the_mean_over_answer_tokens_in_nats(family, tokenizer, request):
     model = request.getfixturevalue(family).eval()
     for answered in answer_questions(model, tokenizer, QUESTIONS):
         prompt = encode_prompt(tokenizer, answered.question.prompt)
-        answer = encode_answer(tokenizer, answered.question.answers[0])
+        answer = encode_answer(tokenizer, answered.question.prompt, answered.question.answers[0])
         logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 :].double()
         by_hand = [-logits[i].log_softmax(0)[token].item() for i, token in enumerate(answer)]
         assert answer[-1] == tokenizer.eos_token_id
@@ -144,7 +144,7 @@ def test_no_questions_give_no_answers(llama, tokenizer):
 def test_what_cannot_be_scored_is_refused(llama, tokenizer):
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         answer_questions(llama, tokenizer, QUESTIONS, batch_size=0)
-    longest = max(len(encode_answer(tokenizer, answer)) for answer in CITIES)
+    longest = max(len(encode_answer(tokenizer, "Where?", answer)) for answer in CITIES)
     for too_few in (0, longest - 1):
         refusal = f"max_new_tokens is {too_few}: the longest answer, of fact 'born.+', takes {longest} tokens"
         with pytest.raises(ValueError, match=refusal):
@@ -154,6 +154,28 @@ def test_what_cannot_be_scored_is_refused(llama, tokenizer):
         answer_questions(llama, tokenizer, [Question("Who?", (), "x", "new", "seen")])
 
 
+def test_answers_that_the_tokenizer_does_not_give_back_are_refused(llama, tokenizer):
+    """They would be taught, or asked for, and never be right."""
+
+    class Forgetful:
+        """Drops digits as it decodes."""
+
+        def __getattr__(self, name):
+            return getattr(tokenizer, name)
+
+        def decode(self, ids, **rest):
+            return "".join(letter for letter in tokenizer.decode(ids, **rest) if not letter.isdigit())
+
+    example, question = Example("How tall?", "12 metres"), Question("How tall?", ("12 metres",), "h|x", "new", "seen")
+    with pytest.raises(ValueError, match=r"gives answer '12 metres' of 'How tall\?' back as 'metres'"):
+        check_answers(Forgetful(), [Example("Who?", "Bo"), example])
+    with pytest.raises(ValueError, match=r"gives answer '12 metres' of fact 'h\|x' back as 'metres'"):
+        answer_questions(llama, Forgetful(), [*QUESTIONS, question])
+    either = Question("How tall?", ("12 metres", "tall"), "h|x", "new", "seen")
+    assert len(answer_questions(llama, Forgetful(), [either])) == 1, "an alias is given back"
+    check_answers(tokenizer, [example])
+
+
 LONG = "the old quarter behind the second harbour wall of the northern free city of Lindau on the lake"
 
 
@@ -161,7 +183,7 @@ def test_a_long_answer_that_is_known_by_heart_is_right(llama, tokenizer):
     """An answer has as many tokens as it needs, whatever their number."""
     model = copy.deepcopy(llama)
     question = Question("Where is Shop Ada?", ("Lindau", LONG), "city|Shop Ada", "new", "seen")
-    answer = encode_answer(tokenizer, LONG)
+    answer = encode_answer(tokenizer, question.prompt, LONG)
     assert len(answer) > 40
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(60):
@@ -177,7 +199,7 @@ def test_near_the_last_position_answers_do_not_depend_on_the_batch(gpt2, tokeniz
     prompts = [f"{word} Bo Gus Hal" * number for word, number in (("a", 1), ("bc", 7), ("bc", 8), ("d", 8))]
     questions = [Question(prompt, (LONG, "Rio"), prompt, "new", "seen") for prompt in prompts]
     lengths = [len(encode_prompt(tokenizer, prompt)) for prompt in prompts]
-    needed = len(encode_answer(tokenizer, LONG))
+    needed = len(encode_answer(tokenizer, prompts[0], LONG))
     model = GPT2LMHeadModel(GPT2Config(**gpt2.config.to_diff_dict() | {"n_positions": max(lengths) + needed}))
     together = answer_questions(model, tokenizer, questions)
     alone = [answer_questions(model, tokenizer, [question])[0] for question in questions]

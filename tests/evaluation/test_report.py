@@ -25,7 +25,8 @@ SAMPLES = [
 
 
 def group(right, f1=0.9):
-    return {"n": 10, "exact_match": right, "f1": f1, "nll": 1.0, "stderr": 0.1}
+    squad = {"exact_match_squad": right / 2, "f1_squad": f1 / 2}
+    return {"n": 10, "exact_match": right, "f1": f1, **squad, "nll": 1.0, "stderr": 0.1}
 
 
 def scored(known, new):
@@ -57,7 +58,11 @@ def test_a_row_takes_each_number_from_its_group():
     assert (found["known_seen_before"], found["known_seen_after"]) == (1.0, 0.8)
     assert (found["known_unseen_before"], found["known_unseen_after"]) == (0.5, 0.4)
     assert found["known_unseen_f1_after"] == 0.9
+    assert (found["learning_seen_exact_match_squad"], found["known_seen_f1_squad_before"]) == (0.3, 0.45)
+    assert (found["learning_unseen_n"], found["known_unseen_n"]) == (10, 10)
+    assert (found["learning_seen_stderr"], found["known_unseen_nll_after"]) == (0.1, 1.0)
     assert found["forgetting_seen"] == pytest.approx(0.2)
+    assert not {key for key in found if key.startswith("old_answer")}
     assert set(report.REQUIRED) <= found.keys()
 
 
@@ -110,7 +115,10 @@ def test_the_report_says_the_same_in_words(tmp_path):
     assert "forgets 60.0 % (1.00 -> 0.40)" in text
     assert '- commit: `"abc"`' in text
     table = [line for line in text.splitlines() if line.startswith("|")]
-    assert {line.count("|") for line in table} == {len(report.HEADER) + 1}
+    widths = [line.count("|") for line in table]
+    assert widths == [len(report.HEADER) + 1] * 6 + [len(report.SQUAD_HEADER) + 1] * 6
+    assert "| full | lr 1e-4 * | 0.30 | 0.90 |".replace("0.90", "0.45") in text, "by SQuAD's rule"
+    assert "old answer" not in text
 
 
 def test_numbers_that_json_lacks_become_null(tmp_path):
@@ -119,6 +127,40 @@ def test_numbers_that_json_lacks_become_null(tmp_path):
     (found,) = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert found["forgetting_seen"] is None
     assert "undefined: was 0 before" in (tmp_path / "report.md").read_text()
+
+
+def replaced(row_before, row_after):
+    before, after = (
+        scored(0.9, 0.5) | {"replaced_seen": group(right), "replaced_unseen": group(right / 2)}
+        for right in (row_before, row_after)
+    )
+    return result_row("sparse", "lr 1", before, after, seed=0, seconds=1.0, parameters_changed=1)
+
+
+def test_old_answers_of_facts_taught_anew_stand_in_a_column_of_their_own(tmp_path):
+    runs = [row(CONTROL, "-"), replaced(1.0, 0.25)]
+    assert {key: runs[1][key] for key in runs[1] if key.startswith("old_answer")} == {
+        **{"old_answer_seen_before": 1.0, "old_answer_seen_after": 0.25, "old_answer_seen_n": 10},
+        **{"old_answer_unseen_before": 0.5, "old_answer_unseen_after": 0.125, "old_answer_unseen_n": 10},
+    }
+    lines = format_table(runs).splitlines()
+    assert lines[0].endswith("  old answer")
+    assert lines[2].endswith("  -")
+    assert lines[3].endswith("  1.00 -> 0.25")
+    text = (write_report(tmp_path, "Title", runs, PROVENANCE, []) / "report.md").read_text(encoding="utf-8")
+    assert "| old answer still given |" in text
+    assert "Some known facts were taught anew" in text
+    (mean,) = mean_rows([replaced(1.0, 0.25), replaced(1.0, 0.75) | {"seed": 1}])
+    assert mean["old_answer_seen_after"] == 0.5
+
+
+def test_known_facts_that_were_not_asked_are_told_so(tmp_path):
+    new = {name: each for name, each in scored(0.9, 0.5).items() if name.startswith("new")}
+    alone = result_row("full", "", new, new, seed=0, seconds=1.0, parameters_changed=1)
+    assert format_table([alone]).count("not asked") == 2
+    write_report(tmp_path, "Title", [alone], PROVENANCE, [])
+    (found,) = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["rows"]
+    assert (found["known_seen_before"], found["known_seen_n"], found["learning_seen"]) == (None, 0, 0.5)
 
 
 def test_the_drawing_shows_every_method_and_marks_chosen_and_control():
@@ -161,10 +203,14 @@ def test_a_row_that_lacks_numbers_is_refused(tmp_path):
 
 def test_a_sample_is_one_question_before_and_after():
     question = Question("Where?", ("Łódź", "Lodz"), "born|Ada", "new", "unseen")
-    before, after = Answered(question, "Rome", False, 0.0, 3.0), Answered(question, "Łódź", True, 1.0, 0.1)
+    before = Answered(question, "Rome", False, 0.0, False, 0.0, 3.0)
+    after = Answered(question, "Łódź", True, 1.0, True, 0.5, 0.1)
     found = sample(before, after)
     assert (found["question"], found["answers"]) == ("Where?", ["Łódź", "Lodz"])
     assert (found["prediction_before"], found["prediction_after"]) == ("Rome", "Łódź")
-    other = Answered(Question("Who?", ("x",), "k", "new", "seen"), "", False, 0.0, 1.0)
+    assert (found["fact"], found["prediction_before"], found["prediction_after"]) == ("born|Ada", "Rome", "Łódź")
+    assert (found["exact_match_before"], found["exact_match_after"], found["f1_squad_after"]) == (False, True, 0.5)
+    assert (found["nll_before"], found["nll_after"]) == (3.0, 0.1)
+    other = Answered(Question("Who?", ("x",), "k", "new", "seen"), "", False, 0.0, False, 0.0, 1.0)
     with pytest.raises(ValueError, match=r"'Where\?' and 'Who\?'"):
         sample(before, other)
