@@ -97,12 +97,12 @@ class Base:
 
 def patches_of(model: nn.Module) -> list[str]:
     """Fingerprints of the patches that the model has, as its config says; saving and loading keeps them."""
-    return list(getattr(getattr(model, "config", None), MARK, ()))
+    return list(getattr(getattr(_unwrapped(model), "config", None), MARK, ()))
 
 
 def mark(model: nn.Module, patches: Sequence[str], had: bool) -> None:
     """Let the model's config say that it has these patches, or that it no longer has them."""
-    config = getattr(model, "config", None)
+    config = getattr(_unwrapped(model), "config", None)
     if config is None:
         return
     kept = [patch for patch in patches_of(model) if patch not in patches]
@@ -114,7 +114,7 @@ def mark(model: nn.Module, patches: Sequence[str], had: bool) -> None:
 
 def _precision(model: nn.Module) -> str:
     dtypes = {parameter.dtype for parameter in model.parameters()}
-    return max((name for name, dtype in PRECISIONS.items() if dtype in dtypes), key=list(PRECISIONS).index)
+    return next((name for name in reversed(PRECISIONS) if PRECISIONS[name] in dtypes), "float32")
 
 
 def _sample(weight: Tensor) -> Tensor:

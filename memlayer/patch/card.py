@@ -10,6 +10,7 @@ from memlayer.patch.table import TablePatch
 
 # A row that has moved so many times the usual norm of a row is no knowledge.
 ABSURD = 1000
+PART = {"fingerprint", "provenance"}
 
 CARD = """---
 {metadata}
@@ -55,6 +56,12 @@ def describe(tables: dict[str, TablePatch], provenance: dict, base: Base | None)
     return "\n".join(lines)
 
 
+def parts_of(provenance: dict, key: str) -> list[dict]:
+    """The patches of which this one was put together: fingerprint and provenance of each."""
+    parts = provenance.get(key)
+    return [part for part in parts if isinstance(part, dict) and part.keys() >= PART] if isinstance(parts, list) else []
+
+
 def _base_line(provenance: dict, base: Base | None) -> str:
     name = provenance.get("base_model") or provenance.get("checkpoint") or "a model that is not named"
     if base is None:
@@ -65,8 +72,7 @@ def _base_line(provenance: dict, base: Base | None) -> str:
 
 def _taught_lines(provenance: dict) -> list[str]:
     """What a learning run of train.py recorded, or those of which a patch was put together."""
-    parts = [part for key in ("parents", "squash") for part in provenance.get(key, ())]
-    if parts:
+    if parts := parts_of(provenance, "parents") + parts_of(provenance, "squash"):
         return [f"{part['fingerprint'][:12]}: {line}" for part in parts for line in _taught_lines(part["provenance"])]
     data, learn = provenance.get("data"), provenance.get("learn")
     if not (isinstance(data, dict) and isinstance(learn, dict)):

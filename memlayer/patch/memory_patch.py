@@ -81,8 +81,10 @@ class MemoryPatch(ModelHubMixin, library_name="memlayer"):
 
     @property
     def marks(self) -> list[str]:
-        """Fingerprints of the patches that a model has once this one is applied to it."""
-        return [part["fingerprint"] for part in self.provenance.get("squash", ())] or [self.fingerprint]
+        """Fingerprints of the patches that a model has once this one is applied to it; none where it has no row."""
+        if not self.num_rows:
+            return []
+        return [part["fingerprint"] for part in card.parts_of(self.provenance, "squash")] or [self.fingerprint]
 
     def describe(self) -> str:
         """What the patch changes and where it comes from, a few lines for people."""

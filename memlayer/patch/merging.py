@@ -43,7 +43,6 @@ def merge(patches: Sequence[MemoryPatch], on_conflict: str = "error", density: f
     if not 0 < density <= 1:
         raise ValueError(f"density is {density}, must be above 0 and at most 1")
     _check_siblings(patches)
-    base = base_without(patches)
     names = sorted({name for patch in patches for name in patch.tables})
     tables = {
         name: _merge_table(name, [p.tables[name] for p in patches if name in p.tables], on_conflict, density)
@@ -52,7 +51,7 @@ def merge(patches: Sequence[MemoryPatch], on_conflict: str = "error", density: f
     how = {"on_conflict": on_conflict} | ({"density": density} if on_conflict == "ties" else {})
     parents = [{"fingerprint": patch.fingerprint, "provenance": patch.provenance} for patch in patches]
     provenance = {**shared_provenance(patches), "merge": how, "parents": parents}
-    return MemoryPatch(tables, provenance, base)
+    return MemoryPatch(tables, provenance, base_without(patches))
 
 
 def shared_provenance(patches: Sequence[MemoryPatch]) -> dict:

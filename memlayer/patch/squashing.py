@@ -20,7 +20,6 @@ def squash(patches: Sequence[MemoryPatch]) -> MemoryPatch:
     """
     if not patches:
         raise ValueError("no patch to squash")
-    base = base_without(patches, patches)
     names = sorted({name for patch in patches for name in patch.tables})
     tables = {}
     for name in names:
@@ -30,7 +29,8 @@ def squash(patches: Sequence[MemoryPatch]) -> MemoryPatch:
                 whole = patch.tables[name] if whole is None else _on_top(name, whole, patch.tables[name], number)
         tables[name] = whole
     parts = [{"fingerprint": patch.fingerprint, "provenance": patch.provenance} for patch in patches]
-    return MemoryPatch(tables, {**shared_provenance(patches), "squash": parts}, base)
+    provenance = {**shared_provenance(patches), "squash": parts}
+    return MemoryPatch(tables, provenance, base_without(patches, patches))
 
 
 def _on_top(name: str, below: TablePatch, above: TablePatch, number: int) -> TablePatch:

@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 from patch_cases import bits, odd_patch, patch_of, table_of
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from memlayer import remove_memory
@@ -121,6 +122,24 @@ def test_the_table_is_not_read():
         table_of(model).fill_(float("nan"))
     model.memory.append(MemoryTable(4, 4))
     assert Base.of(model) == base
+
+
+def with_lora(model):
+    adapted = ["q_proj", "embed_tokens", "keys.query"]
+    config = LoraConfig(r=2, target_modules=adapted, modules_to_save=["norm"], task_type="CAUSAL_LM")
+    return get_peft_model(model, config)
+
+
+@pytest.mark.parametrize("wrap", [with_lora, torch.compile, lambda model: torch.compile(with_lora(model))])
+def test_a_wrapped_model_is_the_model_that_is_wrapped(wrap):
+    base = Base.of(tiny.memory_model())
+    wrapped = wrap(tiny.memory_model())
+    assert Base.of(wrapped) == base
+    base_module.mark(wrapped, ["a patch"], had=True)
+    assert Base.of(wrapped).patches == ["a patch"]
+    with torch.no_grad():
+        next(p for name, p in wrapped.named_parameters() if "layers.0.self_attn.q_proj" in name).add_(1)
+    assert not Base.of(wrapped).same_weights(base)
 
 
 def test_offloaded_weights_cannot_be_compared():

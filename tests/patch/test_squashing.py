@@ -86,9 +86,10 @@ def test_a_squash_says_which_patches_lie_below_it(models_and_chain):
 
 
 def test_patches_of_other_bases_are_neither_squashed_nor_merged(models_and_chain):
-    _, _, (one, two, _) = models_and_chain
-    sha256 = dict.fromkeys(two.base.weights_sha256, "0" * 64)
-    other = MemoryPatch(two.tables, base=replace(two.base, weights_sha256=sha256, patches=[]))
+    _, after, (one, _, _) = models_and_chain
+    elsewhere = patch_of(after, [60], torch.ones(1, tiny.WIDTH))
+    sha256 = dict.fromkeys(elsewhere.base.weights_sha256, "0" * 64)
+    other = MemoryPatch(elsewhere.tables, base=replace(elsewhere.base, weights_sha256=sha256, patches=[]))
     for together in (squash, merge):
         with pytest.raises(ValueError, match="different weights outside the memory"):
             together([one, other])
