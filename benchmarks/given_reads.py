@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from memlayer.counts import SlotCounts
 from memlayer.memory import MemoryLayer, MemoryTable
+from memlayer.product_keys import FindsSlots
 
 TABLE = "memory.0"
 HEADS = 4
@@ -23,7 +24,7 @@ NUM_DOCUMENTS = 1000
 SKEW = 1.5
 
 
-class GivenReads(nn.Module):
+class GivenReads(FindsSlots):
     """Stands where product keys stand, and gives the same scores and slots (T, H, K) to whatever it is asked."""
 
     def __init__(self, scores_THK: Tensor, slots_THK: Tensor):
@@ -31,6 +32,7 @@ class GivenReads(nn.Module):
         self.scores_THK, self.slots_THK = scores_THK, slots_THK
 
     def forward(self, _) -> tuple[Tensor, Tensor]:
+        self.tell(self.slots_THK)
         return self.scores_THK, self.slots_THK
 
 

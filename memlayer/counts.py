@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 COUNTS_FILE = "background_counts.safetensors"  # beside the weights of a checkpoint
+TOLD = "counts"  # key of the file's metadata
 COUNT_AGAIN = "count again with memlayer.recipes.count, or run the pretraining or the retrofit again"
 
 
@@ -82,6 +83,23 @@ class SlotCounts:
         document_frequency_N[slots_W] = more_W.clamp(max=self.num_documents)
         return self.with_frequency(document_frequency_N)
 
+    def raised(self, slots_P: Tensor, documents_P: Tensor) -> "SlotCounts":
+        """Counts in which these slots were read by so many more background documents, or fewer if negative; exactly.
+
+        Raises:
+            ValueError: a document frequency would leave 0 to B, so these are not the counts that were meant.
+        """
+        document_frequency_N = self.document_frequency_N.clone()
+        document_frequency_N[slots_P] += documents_P
+        changed_P = document_frequency_N[slots_P]
+        outside = int(((changed_P < 0) | (changed_P > self.num_documents)).sum())
+        if outside:
+            raise ValueError(
+                f"the document frequency of {outside} slots would leave 0 to {self.num_documents}: "
+                "these are not the background counts that the patch was made with"
+            )
+        return self.with_frequency(document_frequency_N)
+
     def update(self, slots_TK: Tensor, document_T: Tensor) -> None:
         """Add whole documents: the slots each position read and the document it belongs to.
 
@@ -125,7 +143,7 @@ def save_counts(counts: Mapping[str, SlotCounts], path: str | Path) -> None:
     Raises:
         ValueError: counts do not say with which product keys they were counted; nothing is written then.
     """
-    tensors, metadata = {}, {"format": "pt"}
+    tensors, told = {}, {}
     for table, c in counts.items():
         if c.product_keys is None:
             raise ValueError(
@@ -134,10 +152,13 @@ def save_counts(counts: Mapping[str, SlotCounts], path: str | Path) -> None:
             )
         tensors[f"{table}.reads"] = c.reads_N
         tensors[f"{table}.document_frequency"] = c.document_frequency_N
-        metadata[f"{table}.num_documents"] = str(c.num_documents)
-        metadata[f"{table}.document"] = c.document
-        metadata[f"{table}.product_keys"] = json.dumps(c.product_keys, sort_keys=True)
-    save_file(tensors, path, metadata=metadata)
+        told[table] = {
+            "num_documents": c.num_documents,
+            "document": c.document,
+            "product_keys": c.product_keys,
+        }
+    # One key: safetensors writes several in any order, and the same counts would not be the same bytes.
+    save_file(tensors, path, metadata={TOLD: json.dumps(told, sort_keys=True)})
 
 
 def load_counts(
@@ -169,15 +190,10 @@ def load_counts(
         reads_N = tensors[f"{table}.reads"]
         if len(reads_N) != expected:
             raise ValueError(f"{path} counts {len(reads_N)} slots of {table!r}, the model has {expected}")
-        if f"{table}.product_keys" not in metadata:
+        if TOLD not in metadata:
             raise ValueError(f"{path} does not say with which product keys was counted: {COUNT_AGAIN}")
-        counts[table] = SlotCounts(
-            reads_N,
-            tensors[f"{table}.document_frequency"],
-            int(metadata[f"{table}.num_documents"]),
-            metadata[f"{table}.document"],
-            json.loads(metadata[f"{table}.product_keys"]),
-        )
+        told = json.loads(metadata[TOLD])[table]
+        counts[table] = SlotCounts(reads_N, tensors[f"{table}.document_frequency"], **told)
         if product_keys is not None:
             counts[table].check_keys(table, product_keys[table])
     return counts

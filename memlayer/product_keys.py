@@ -16,7 +16,40 @@ from torch import Tensor, nn
 from memlayer_kernels.ops import product_key_topk
 
 
-class ProductKeys(nn.Module):
+class FindsSlots(nn.Module):
+    """A module that finds slots, and tells whoever listens which."""
+
+    def __init__(self):
+        super().__init__()
+        self._listeners: list[Callable[[Tensor], None]] = []
+        self._is_heard = False  # what torch.compile looks at: hooks added later would not be heard
+
+    @contextmanager
+    def heard_by(self, listener: Callable[[Tensor], None]) -> Iterator[None]:
+        """Call ``listener`` with the slots (T, H, K) of every forward pass while the context lasts.
+
+        A model that was compiled before is compiled anew, with a break in its graph at every memory layer.
+        """
+        self._listeners.append(listener)
+        self._is_heard = True
+        try:
+            yield
+        finally:
+            self._listeners.remove(listener)
+            self._is_heard = bool(self._listeners)
+
+    def tell(self, slots_THK: Tensor) -> None:
+        """Say which slots a forward pass found."""
+        if self._is_heard:
+            self._tell(slots_THK)
+
+    @torch.compiler.disable(reason="whoever listens to what is read is told outside graphs")
+    def _tell(self, slots_THK: Tensor) -> None:
+        for listener in self._listeners:
+            listener(slots_THK.detach())
+
+
+class ProductKeys(FindsSlots):
     """Finds the ``top_k`` slots of each head whose two half-keys match the query best.
 
     Source: arXiv:1907.05242, section 3; defaults of arXiv:2412.09764. Each half of the query is
@@ -45,8 +78,6 @@ class ProductKeys(nn.Module):
         self.norm = nn.LayerNorm(self.half_width)
         self.half_keys = nn.Parameter(torch.empty(num_heads, 2, num_keys, self.half_width))
         self.reset_parameters()
-        self._listeners: list[Callable[[Tensor], None]] = []
-        self._is_heard = False  # what torch.compile looks at: hooks added later would not be heard
 
     def reset_parameters(self) -> None:
         """Half-keys so that the score of a half has unit variance under a normalised query."""
@@ -57,28 +88,8 @@ class ProductKeys(nn.Module):
         queries_TH2Q = self.norm(self.query(hidden_TD).unflatten(-1, (self.num_heads, 2, self.half_width)))
         # Under autocast the projection is in half precision; the search keeps the precision of its keys.
         scores_THK, slots_THK = product_key_topk(queries_TH2Q.to(self.half_keys.dtype), self.half_keys, self.top_k)
-        if self._is_heard:
-            self._tell(slots_THK)
+        self.tell(slots_THK)
         return scores_THK, slots_THK
-
-    @contextmanager
-    def heard_by(self, listener: Callable[[Tensor], None]) -> Iterator[None]:
-        """Call ``listener`` with the slots (T, H, K) of every forward pass while the context lasts.
-
-        A model that was compiled before is compiled anew, with a break in its graph at every memory layer.
-        """
-        self._listeners.append(listener)
-        self._is_heard = True
-        try:
-            yield
-        finally:
-            self._listeners.remove(listener)
-            self._is_heard = bool(self._listeners)
-
-    @torch.compiler.disable(reason="whoever listens to what is read is told outside graphs")
-    def _tell(self, slots_THK: Tensor) -> None:
-        for listener in self._listeners:
-            listener(slots_THK.detach())
 
     def extra_repr(self) -> str:
         return f"num_slots={self.num_keys**2}, num_heads={self.num_heads}, top_k={self.top_k}"

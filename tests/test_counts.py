@@ -133,6 +133,24 @@ def test_counts_are_saved_and_loaded_to_the_bit(tmp_path):
     assert loaded["memory.0"].document_frequency_N.dtype == torch.int64
 
 
+def test_the_same_counts_are_the_same_bytes(tmp_path):
+    files = [tmp_path / f"{number}.safetensors" for number in range(4)]
+    for file in files:
+        save_counts({"memory.0": counted([[[1, 2, 3]]]), "memory.1": counted([[[0, 1, 11]]])}, file)
+    assert len({file.read_bytes() for file in files}) == 1
+
+
+def test_raising_and_lowering_document_frequencies_is_exact_and_stays_between_none_and_all():
+    counts = counted([[[1, 2, 3]], [[3, 3, 4]], [[5, 6, 7]]])
+    slots_P, documents_P = torch.tensor([0, 3, 9]), torch.tensor([3, 1, 2])
+    raised = counts.raised(slots_P, documents_P)
+    assert raised.document_frequency_N.tolist() == [3, 1, 1, 3, 1, 1, 1, 1, 0, 2, 0, 0]
+    assert same(raised.raised(slots_P, -documents_P), counts)
+    for sign in (1, -1):
+        with pytest.raises(ValueError, match=r"of \d slots would leave 0 to 3: these are not the background counts"):
+            (raised if sign == 1 else counts).raised(slots_P, sign * documents_P)
+
+
 def test_loaded_counts_can_be_counted_on(tmp_path):
     first, second = [[[1, 2, 3]], [[3, 3, 4]]], [[[0, 1, 11]]]
     save_counts({"memory.0": counted(first)}, tmp_path / "counts.safetensors")
@@ -181,9 +199,8 @@ def test_counts_that_do_not_say_with_which_product_keys_are_neither_saved_nor_lo
     assert not path.exists()
     save_counts({"memory.0": counted([[[1, 2, 3]]])}, path)
     with safe_open(path, "pt") as file:
-        metadata = {key: text for key, text in file.metadata().items() if "product_keys" not in key}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dictionary)
-    save_file(tensors, path, metadata)
+    save_file(tensors, path, {"format": "pt", "memory.0.num_documents": "1", "memory.0.document": "test"})
     with pytest.raises(ValueError, match=r"does not say with which product keys was counted: count again"):
         load_counts(path, {"memory.0": NUM_SLOTS})
 

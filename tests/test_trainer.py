@@ -92,6 +92,23 @@ def test_rows_that_were_never_read_do_not_move_in_pretraining(tmp_path):
     assert 0 < moved_N.sum() <= (steps_N > 0).sum() < len(steps_N)
 
 
+def test_tables_have_sparse_gradients_while_they_are_pretrained_and_dense_ones_afterwards(tmp_path):
+    seen = []
+
+    class Sparse(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **_):
+            seen.append(model.memory[0].weight.grad.is_sparse)
+
+    model = tiny.memory_model()
+    trainer = trainer_of(model, tmp_path, examples(), callbacks=[Sparse()], max_steps=2)
+    trainer.train()
+    assert seen == [True, True]
+    model(**tiny.inputs(tiny.batch())).loss.backward()
+    assert not model.memory[0].weight.grad.is_sparse
+    trainer.train()
+    assert seen == [True] * 4
+
+
 def assert_same(ours, theirs, where=""):
     """Nested dictionaries and lists of tensors and numbers are equal, tensors to the bit."""
     assert type(ours) is type(theirs), where
@@ -221,6 +238,17 @@ def taught(folder, positions="all", **settings):
     trainer.train()
     assert trainer.state.global_step == 2
     return finetuner.detach().tables[tiny.TABLE].slots, model.state_dict()["memory.0.weight"]
+
+
+def test_the_log_says_among_how_many_slots_a_step_chose(tmp_path):
+    model = tiny.memory_model()
+    finetuner = SparseMemoryFinetuner(model, tiny.background(model), 9)
+    optimizer = finetuner.watch(torch.optim.SGD(finetuner.parameters(), lr=1.0))
+    trainer = trainer_of(model, tmp_path, examples(4), finetuner, optimizer, max_steps=1)
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    assert entry["memory.0.slots_selected"] == 9 < entry["memory.0.slots_read"] < 64
+    assert 0 <= entry["memory.0.slots_zero_idf"] < entry["memory.0.slots_read"]
 
 
 @pytest.mark.parametrize("positions", ["all", "answer"])

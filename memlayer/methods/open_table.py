@@ -148,12 +148,16 @@ class OpenTable:
     def _written(self, product_keys: dict[str, str]) -> tuple[TablePatch, Tensor]:
         """Every row that was ever stepped, whether it moved or not, and its place in the store."""
         weight = self.table.weight.detach()
-        if not self._store.num_slots:
-            at_W = torch.empty(0, dtype=torch.int64, device=weight.device)
-            return TablePatch(at_W.cpu(), weight[:0].cpu(), weight[:0].cpu(), len(weight), product_keys), at_W
-        slots_W, at_W = self._store.column(SLOTS).sort()
-        originals = self._store.get(ORIGINALS, at_W).cpu()
-        return TablePatch(slots_W.cpu(), weight[slots_W].cpu(), originals, len(weight), product_keys), at_W
+        slots_W = at_W = torch.empty(0, dtype=torch.int64, device=weight.device)
+        originals = weight[:0]
+        if self._store.num_slots:
+            slots_W, at_W = self._store.column(SLOTS).sort()
+            originals = self._store.get(ORIGINALS, at_W)
+        raised_N = self.background.document_frequency_N - self._background_before.document_frequency_N
+        slots_P = raised_N.nonzero().flatten()
+        parts = (slots_W, weight[slots_W], originals), (slots_P, raised_N[slots_P])
+        changed, protected = ([part.cpu() for part in each] for each in parts)
+        return TablePatch(*changed, len(weight), product_keys, *protected), at_W
 
     def state_dict(self, product_keys: dict[str, str]) -> dict:
         written, at_W = self._written(product_keys)
@@ -163,7 +167,6 @@ class OpenTable:
             "columns": columns,
             "numbers": dict(self._steps.numbers),
             "background": self._told_background(),
-            "document_frequency": self.background.document_frequency_N.cpu(),
         }
 
     def _told_background(self) -> dict:
@@ -191,7 +194,8 @@ class OpenTable:
         for name, column in columns.items():
             self._store.put(name, at_W, column.to(device))
         self.table.row_of_slot[slots_W] = (-2 - at_W).int()
-        self.background = self.background.with_frequency(state["document_frequency"].to(device))
+        protected = written.protected_slots.to(device), written.protected_documents.to(device)
+        self.background = self._background_before.raised(*protected)
 
     def close(self) -> None:
         self.table.rows, self.table.row_of_slot = None, None

@@ -189,7 +189,8 @@ class SparseMemoryFinetuner:
         """Count the slots written since the last call as read by so many more background documents.
 
         Called when a fact is learned, it keeps later facts from overwriting it, and spreads what is written
-        over more rows. The caller's background counts are not changed.
+        over more rows. The caller's background counts are not changed; the patch says what was protected, and its
+        ``protect`` gives the counts for a later run over the patched model.
 
         Raises:
             ValueError: ``documents`` is negative.

@@ -24,6 +24,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from memlayer import modeling
+from memlayer.attach import memory_tables
+from memlayer.counts import COUNTS_FILE, load_counts, save_counts
 from memlayer.patch.files import CARD_FILE, CONFIG_FILE, ROWS_FILE
 from memlayer.patch.memory_patch import MemoryPatch
 from memlayer.patch.merging import POLICIES, merge
@@ -56,7 +58,8 @@ def parse_options() -> argparse.Namespace:
         command.add_argument("patch", type=Path, metavar="PATCH", help="folder of a patch")
         command.add_argument("model", type=Path, metavar="MODEL", help="folder of a memory model")
         command.add_argument("out", type=Path, metavar="OUT", help="folder to write, new or empty")
-        command.set_defaults(run=change_model, change=getattr(MemoryPatch, name))
+        counts = {"apply": MemoryPatch.protect, "revert": MemoryPatch.unprotect}[name]
+        command.set_defaults(run=change_model, change=getattr(MemoryPatch, name), change_counts=counts)
         if name == "apply":
             command.add_argument(
                 "--any-base",
@@ -91,7 +94,10 @@ def show_patch(options: argparse.Namespace) -> None:
 
 
 def change_model(options: argparse.Namespace) -> None:
-    """Load, apply or revert, and write a folder with whatever else the model's folder held."""
+    """Load, apply or revert, and write a folder with whatever else the model's folder held.
+
+    Background counts get, or lose, what the run that made the patch protected.
+    """
     check_new(options.out)
     patch = MemoryPatch.load(options.patch)
     model = modeling.load_model(options.model)
@@ -101,6 +107,9 @@ def change_model(options: argparse.Namespace) -> None:
         whole = Path(beside) / "model"
         model.save_pretrained(whole)
         copy_others(options.model, whole)
+        if patch.protects and (path := whole / COUNTS_FILE).is_file():
+            num_slots = {name: table.num_embeddings for name, table in memory_tables(model).items()}
+            save_counts(options.change_counts(patch, load_counts(path, num_slots)), path)
         whole.rename(options.out)
     print(f"wrote {options.out}")
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from memlayer.patch.base import Base
 from memlayer.patch.fingerprint import fingerprint
-from memlayer.patch.table import PARTS, TablePatch
+from memlayer.patch.table import PARTS, PROTECTED, TablePatch
 
 # Not adapter_config.json: transformers would hand the folder to peft.
 CONFIG_FILE, ROWS_FILE, CARD_FILE = "memory_patch_config.json", "memory_patch.safetensors", "README.md"
@@ -35,6 +35,17 @@ def tensors_of(tables: dict[str, TablePatch]) -> dict[str, Tensor]:
     }
 
 
+def _all_tensors(tables: dict[str, TablePatch]) -> dict[str, Tensor]:
+    """Those of ``tensors_of`` and, where a table has any, its protected slots."""
+    protected = {
+        f"{name}.{part}": getattr(patch, part)
+        for name, patch in tables.items()
+        for part in PROTECTED
+        if len(patch.protected_slots)
+    }
+    return tensors_of(tables) | protected
+
+
 def write(folder: Path, tables: dict[str, TablePatch], provenance: dict, base: Base | None, card: str) -> None:
     """Write a patch; see the top of this file for what a crash leaves."""
     config = {
@@ -45,7 +56,7 @@ def write(folder: Path, tables: dict[str, TablePatch], provenance: dict, base: B
         "base": base and asdict(base),
     }
     # One key: safetensors writes several in any order, and the same patch would not be the same bytes.
-    rows = save(tensors_of(tables), {"config_sha256": _config_sha256(config)})
+    rows = save(_all_tensors(tables), {"config_sha256": _config_sha256(config)})
     config["sha256"] = hashlib.sha256(rows).hexdigest()
     folder.mkdir(parents=True, exist_ok=True)
     _finish_earlier(folder)
@@ -68,7 +79,7 @@ def read(folder: Path) -> tuple[dict[str, TablePatch], dict, Base | None]:
     tensors, metadata = _read_rows(folder, config["sha256"])
     where = folder / CONFIG_FILE
     tables = {name: _table(f"{where}: table {name!r}", name, e, tensors) for name, e in config["tables"].items()}
-    if unknown := sorted(tensors.keys() - tensors_of(tables).keys()):
+    if unknown := sorted(tensors.keys() - _all_tensors(tables).keys()):
         raise ValueError(f"{where} has no table for {', '.join(unknown)} of {ROWS_FILE}")
     if metadata.get("config_sha256") != _config_sha256(config):
         raise ValueError(f"{where} was altered: its SHA-256 is not the one in {ROWS_FILE}")
@@ -192,9 +203,9 @@ def _table(where: str, name: str, entry: dict, tensors: dict[str, Tensor]) -> Ta
     missing = [f"{name}.{part}" for part in PARTS if f"{name}.{part}" not in tensors]
     if missing:
         raise ValueError(f"{where} needs {', '.join(missing)}, not in {ROWS_FILE}")
-    parts = (tensors[f"{name}.{part}"] for part in PARTS)
+    parts = {part: tensors[f"{name}.{part}"] for part in (*PARTS, *PROTECTED) if f"{name}.{part}" in tensors}
     try:
-        patch = TablePatch(*parts, num_slots=entry["num_slots"], product_keys=entry["product_keys"])
+        patch = TablePatch(**parts, num_slots=entry["num_slots"], product_keys=entry["product_keys"])
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     found = _table_entry(patch)

@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 from torch import nn
 
 from memlayer.attach import memory_tables
+from memlayer.counts import SlotCounts
 from memlayer.memory import MemoryTable
 from memlayer.patch import card, files
 from memlayer.patch.base import Base, mark
@@ -156,6 +157,34 @@ class MemoryPatch(ModelHubMixin, library_name="memlayer"):
             patch.check_rows(name, tables[name], expected)
         for name, patch in fitting.items():
             patch.write(tables[name], written)
+
+    def protect(self, counts: Mapping[str, SlotCounts]) -> dict[str, SlotCounts]:
+        """The background counts of a model that takes this patch: what the patch protects is protected in them.
+
+        A learning run over the patched model then keeps away from these slots as the run that made the patch did.
+
+        Raises:
+            ValueError: these are not the counts that the patch was made with.
+        """
+        return self._protect(counts, 1)
+
+    def unprotect(self, counts: Mapping[str, SlotCounts]) -> dict[str, SlotCounts]:
+        """Undo ``protect`` to the last bit."""
+        return self._protect(counts, -1)
+
+    def _protect(self, counts: Mapping[str, SlotCounts], sign: int) -> dict[str, SlotCounts]:
+        changed = dict(counts)
+        for name, patch in self.tables.items():
+            if len(patch.protected_slots):
+                if name not in counts:
+                    raise ValueError(f"the patch protects slots of table {name!r}, the counts have {sorted(counts)}")
+                changed[name] = counts[name].raised(patch.protected_slots, sign * patch.protected_documents)
+        return changed
+
+    @property
+    def protects(self) -> bool:
+        """Whether the run that made the patch protected anything."""
+        return any(len(patch.protected_slots) for patch in self.tables.values())
 
     def save(self, folder: str | Path) -> None:
         """Write the patch as ``memory_patch.safetensors``, ``memory_patch_config.json`` and a model card.

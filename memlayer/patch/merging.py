@@ -103,8 +103,21 @@ def _merge_table(name: str, parts: list[TablePatch], on_conflict: str, density: 
             rows_UV[some] = combine(rows_PCV, has_PC, _wide(originals_UV[some])).to(rows_UV.dtype)
     first = parts[0]
     return TablePatch.of_changed(
-        slots_U, rows_UV, originals_UV, num_slots=first.num_slots, product_keys=first.product_keys
+        slots_U,
+        rows_UV,
+        originals_UV,
+        num_slots=first.num_slots,
+        product_keys=first.product_keys,
+        **protection(parts, "amax"),
     )
+
+
+def protection(parts: list[TablePatch], of_several: str) -> dict[str, Tensor]:
+    """Every slot that a part protects; "amax" keeps the strongest of siblings, "sum" adds up a chain."""
+    slots_P, at = torch.cat([part.protected_slots for part in parts]).unique(return_inverse=True)
+    documents = torch.cat([part.protected_documents for part in parts])
+    documents_P = torch.zeros_like(slots_P).scatter_reduce_(0, at, documents, of_several)
+    return {"protected_slots": slots_P, "protected_documents": documents_P}
 
 
 def check_same_table(name: str, one: TablePatch, other: TablePatch) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from memlayer.patch.fingerprint import bits
 from memlayer.patch.memory_patch import MemoryPatch
-from memlayer.patch.merging import base_without, check_same_table, shared_provenance
+from memlayer.patch.merging import base_without, check_same_table, protection, shared_provenance
 from memlayer.patch.table import TablePatch, named
 
 
@@ -50,4 +50,5 @@ def _on_top(name: str, below: TablePatch, above: TablePatch, number: int) -> Tab
     originals_UV[at_above], originals_UV[at_below] = above.originals, below.originals
     rows_UV[at_above] = above.rows
     changed = (bits(rows_UV) != bits(originals_UV)).any(dim=1)
-    return replace(below, slots=slots_U[changed], rows=rows_UV[changed], originals=originals_UV[changed])
+    parts = {"slots": slots_U[changed], "rows": rows_UV[changed], "originals": originals_UV[changed]}
+    return replace(below, **parts, **protection([below, above], "sum"))

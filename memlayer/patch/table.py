@@ -3,7 +3,7 @@
 Shapes: N slots, R rows, V value width.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from memlayer.memory import MemoryTable
 from memlayer.patch.fingerprint import bits, differing
 
 PARTS = ("slots", "rows", "originals")
+PROTECTED = ("protected_slots", "protected_documents")
 # Numbers compared at a time, so that two tables are compared without a temporary of their size.
 BLOCK = 2**22
 SLOTS_NAMED = 5
@@ -28,6 +29,8 @@ class TablePatch:
         num_slots: N of the table.
         product_keys: SHA-256 of the product keys of every layer that reads the table, by parameter name: with
             other keys a slot means something else.
+        protected_slots: slots that the learning run protected from later writes, int64, shape (P,), ascending.
+        protected_documents: by how many background documents it raised the document frequency of each, int64.
 
     Raises:
         ValueError: the parts do not fit each other.
@@ -38,13 +41,19 @@ class TablePatch:
     originals: Tensor
     num_slots: int
     product_keys: dict[str, str]
+    protected_slots: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    protected_documents: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
     def __post_init__(self):
         slots, rows, originals = self.slots, self.rows, self.originals
-        if slots.dtype != torch.int64 or slots.dim() != 1 or not (slots[1:] > slots[:-1]).all():
-            raise ValueError(f"slots must be int64, ascending and distinct, are {slots}")
-        if len(slots) and not 0 <= int(slots[0]) <= int(slots[-1]) < self.num_slots:
-            raise ValueError(f"slots {int(slots[0])} to {int(slots[-1])}, the table has {self.num_slots}")
+        for name, some in (("slots", slots), ("protected_slots", self.protected_slots)):
+            if some.dtype != torch.int64 or some.dim() != 1 or not (some[1:] > some[:-1]).all():
+                raise ValueError(f"{name} must be int64, ascending and distinct, are {some}")
+            if len(some) and not 0 <= int(some[0]) <= int(some[-1]) < self.num_slots:
+                raise ValueError(f"{name} {int(some[0])} to {int(some[-1])}, the table has {self.num_slots}")
+        documents = self.protected_documents
+        if documents.dtype != torch.int64 or documents.shape != self.protected_slots.shape or (documents < 1).any():
+            raise ValueError(f"protected_documents must be int64 and positive, one a protected slot, are {documents}")
         if rows.dim() != 2 or len(rows) != len(slots):
             raise ValueError(f"rows of shape {tuple(rows.shape)} for {len(slots)} slots")
         if (rows.shape, rows.dtype) != (originals.shape, originals.dtype):
