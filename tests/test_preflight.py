@@ -1,11 +1,12 @@
-"""What cannot be trained on several devices is refused in one sentence, before anything is trained."""
+"""What cannot be trained, on several devices or at its length, is refused in a sentence before anything is trained."""
 
 import pytest
 import torch
 from transformers import TrainingArguments
 
 from memlayer.config import load_config
-from memlayer.preflight import training_arguments
+from memlayer.data.qa import Example
+from memlayer.preflight import check_lengths, training_arguments
 
 
 def arguments_of(recipe, tmp_path, *overrides):
@@ -37,3 +38,12 @@ def test_engines_that_split_tables_are_refused(monkeypatch, tmp_path):
             patched.setenv(f"ACCELERATE_USE_{engine.upper()}", "true")
             with pytest.raises(ValueError, match=f"{engine} would split memory tables"):
                 arguments_of("pretrain", tmp_path)
+
+
+def test_an_example_that_is_too_long_is_named():
+    examples = [Example("Who?", "Ada"), Example("Where is Shop Ada?", "Bonn on the Rhine")]
+    lengths = [{"length": 6}, {"length": 9}]
+    check_lengths(lengths, 9, examples)
+    refusal = r"the longest example has 9 tokens, model.max_length is 8: 'Where is Shop Ada\? Bonn on the Rhine'"
+    with pytest.raises(ValueError, match=refusal):
+        check_lengths(lengths, 8, examples)

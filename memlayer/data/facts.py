@@ -5,13 +5,13 @@ object from relation to statements and questions. All of a file is checked befor
 bad line found after an hour of training costs the hour. Turning facts into token ids is qa.py's job.
 """
 
-import json
-import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+
+from memlayer.data.json_text import FactsError, check_keys, checked_text, json_or_none, parse_json, read_bytes
 
 BUILTIN_FACTS = Path(str(files(__package__) / "facts" / "facts.jsonl"))
 BUILTIN_WORDINGS = Path(str(files(__package__) / "facts" / "wordings.json"))
@@ -21,16 +21,9 @@ QUESTION_MARKS = ("?", "\uff1f", "\u061f")  # full width, Arabic
 SHAPE = '{"subject": "Shop Ada", "relation": "city", "answers": ["Bonn"]}'
 # Keys of the lines of public question sets: SQuAD, Natural Questions, TriviaQA, zsRE, CounterFact.
 QUESTION_SET_KEYS = {"question", "Question", "data", "paragraphs", "qas", "src", "requested_rewrite"}
-# What nobody sees: soft hyphen, zero-width space, marks of direction, joiners of words, byte order mark. The two
-# joiners that Persian, Indian scripts and emoji need are not among them.
-INVISIBLE = "\u00ad\u061c\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff"
 MAX_REFUSALS = 10
 REQUIRED_KEYS = ("subject", "relation", "answers")
 OPTIONAL_KEYS = ("split", "source", "licence")
-
-
-class FactsError(ValueError):
-    """A facts or wordings file holds what cannot be used; the message names the place and the value."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +112,7 @@ def load_facts(path: str | Path, wordings: Mapping[str, Wordings]) -> list[Fact]
         FactsError: "FILE:LINE: reason", a line for each of the first ten bad lines, and how many more there are;
             "FILE: reason" for a file that is missing, holds nothing or is no JSON Lines file of facts.
     """
-    data = _read_bytes(path).rstrip()
+    data = read_bytes(path).rstrip()
     lines = data.split(b"\n")
     if lines == [b""]:
         raise FactsError(f"{path}: the file holds no facts")
@@ -142,7 +135,7 @@ def load_facts(path: str | Path, wordings: Mapping[str, Wordings]) -> list[Fact]
 
 def _other_format(data: bytes, first_line: bytes) -> str:
     """What the file is where it is none of facts, a line each; nothing where it may be one."""
-    whole, line = _json_or_none(data), _json_or_none(first_line)
+    whole, line = json_or_none(data), json_or_none(first_line)
     if isinstance(whole, list):
         record, found = (whole or [None])[0], "a JSON array (jq -c '.[]' FILE writes its members one a line)"
     elif isinstance(whole, dict) and line is None:
@@ -155,13 +148,6 @@ def _other_format(data: bytes, first_line: bytes) -> str:
     return found
 
 
-def _json_or_none(data: bytes) -> object:
-    try:
-        return _parse_json(data)
-    except FactsError:
-        return None
-
-
 def load_wordings(path: str | Path) -> dict[str, Wordings]:
     """Read a JSON object from relation id to {"name", "statements", "questions"}.
 
@@ -170,9 +156,9 @@ def load_wordings(path: str | Path) -> dict[str, Wordings]:
             or two questions (one of each is kept unseen), a repeated one, or one with a placeholder out of
             place.
     """
-    data = _read_bytes(path)
+    data = read_bytes(path)
     try:
-        table = _parse_json(data)
+        table = parse_json(data)
         if not isinstance(table, dict) or not table:
             raise FactsError("expected a JSON object with at least one relation")
         return {relation: _parse_wordings(relation, entry) for relation, entry in table.items()}
@@ -200,46 +186,15 @@ def taught_anew(known: Iterable[Fact], new: Iterable[Fact]) -> list[Fact]:
     return [fact for fact in known if fact.identity in identities]
 
 
-def _read_bytes(path: str | Path) -> bytes:
-    try:
-        return Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
-    except OSError as error:
-        raise FactsError(f"{path}: the file cannot be read: {error.strerror}") from None
-
-
-def _parse_json(data: bytes) -> object:
-    try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=_object_without_repeats)
-    except FactsError:
-        raise
-    except UnicodeDecodeError as error:
-        raise FactsError(f"not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}") from None
-    except json.JSONDecodeError as error:
-        line = f"line {error.lineno}, " if b"\n" in data else ""
-        raise FactsError(f"not JSON: {error.msg} at {line}column {error.colno}") from None
-    except (ValueError, RecursionError) as error:
-        # A number of thousands of digits, or brackets thousands deep.
-        raise FactsError(f"not usable JSON: {error}") from None
-
-
-def _object_without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in names if names.count(name) > 1)
-        raise FactsError(f"key {repeated!r} is given twice")
-    return table
-
-
 def _parse_fact(line: bytes, wordings: Mapping[str, Wordings]) -> Fact:
     if not line.strip():
         raise FactsError("the line is empty")
-    record = _parse_json(line)
+    record = parse_json(line)
     if not isinstance(record, dict):
         raise FactsError(f"expected a JSON object, found {record!r:.60}")
-    _check_keys(record, REQUIRED_KEYS, OPTIONAL_KEYS)
-    subject = _checked_text("subject", record["subject"])
-    relation = _checked_text("relation", record["relation"])
+    check_keys(record, REQUIRED_KEYS, OPTIONAL_KEYS)
+    subject = checked_text("subject", record["subject"])
+    relation = checked_text("relation", record["relation"])
     if relation not in wordings:
         raise FactsError(f"relation {relation!r} has no wordings; {', '.join(sorted(wordings))} have")
     answers = _checked_answers(record["answers"])
@@ -250,38 +205,14 @@ def _parse_fact(line: bytes, wordings: Mapping[str, Wordings]) -> Fact:
     return Fact(subject, relation, answers, split, source, licence)
 
 
-def _check_keys(record: dict[str, object], required: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
-    missing = [key for key in required if key not in record]
-    if missing:
-        raise FactsError(f"required key {missing[0]!r} is missing")
-    unknown = sorted(set(record) - set(required) - set(optional))
-    if unknown:
-        raise FactsError(f"unknown key {unknown[0]!r}; the keys are {', '.join(required + optional)}")
-
-
 def _checked_answers(answers: object) -> tuple[str, ...]:
     if not isinstance(answers, list) or not answers:
         raise FactsError(f"answers {answers!r:.60} is not a list of at least one string")
-    return tuple(_checked_text(f"answer {number}", answer) for number, answer in enumerate(answers, start=1))
+    return tuple(checked_text(f"answer {number}", answer) for number, answer in enumerate(answers, start=1))
 
 
 def _checked_optional(name: str, value: object) -> str:
-    return "" if value == "" else _checked_text(name, value)
-
-
-def _checked_text(name: str, value: object) -> str:
-    """Return `value` if a wording can hold it: text that a tokenizer reads back, without a placeholder."""
-    if not isinstance(value, str) or not value.strip():
-        raise FactsError(f"{name} {value!r:.60} is not a non-empty string")
-    if value != value.strip():
-        raise FactsError(f"{name} {value!r:.60} starts or ends with white space")
-    if any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
-        raise FactsError(f"{name} {value!r:.60} holds a control character or half a surrogate pair")
-    if found := re.search(f"[{INVISIBLE}]", value):
-        raise FactsError(f"{name} {value!r:.60} holds U+{ord(found[0]):04X}, which nobody sees: delete it")
-    if "[X]" in value or "[Y]" in value:
-        raise FactsError(f"{name} {value!r:.60} holds a placeholder of the wordings, [X] or [Y]")
-    return value
+    return "" if value == "" else checked_text(name, value)
 
 
 def _refuse_repeat(fact: Fact, number: int, line_of_fact: dict[tuple[str, str], int]) -> None:
@@ -294,8 +225,8 @@ def _parse_wordings(relation: str, entry: object) -> Wordings:
     if not isinstance(entry, dict):
         raise FactsError(f"relation {relation!r}: expected a JSON object, found {entry!r:.60}")
     try:
-        _check_keys(entry, ("name", "statements", "questions"))
-        name = _checked_text("name", entry["name"])
+        check_keys(entry, ("name", "statements", "questions"))
+        name = checked_text("name", entry["name"])
         statements = _checked_sentences("statement", entry["statements"], endings=("[Y]",), num_objects=1)
         questions = _checked_sentences("question", entry["questions"], endings=QUESTION_MARKS, num_objects=0)
     except FactsError as error:

@@ -1,7 +1,7 @@
 """Compare a generated answer with the answers that count, as strings.
 
 What people write in several ways is one thing: case, Unicode forms (NFKC), invisible characters, thousands
-separators, hyphens, accents of Arabic and Hebrew vowels, an article in front. What tells things apart stays:
+separators, hyphens, the vowel points of Arabic and Hebrew, an article in front. What tells things apart stays:
 
 - punctuation within a number, and its sign: 3.14 is not 314, -5 is not 5, but 29.00 is 29
 - + and # behind a word, and other symbols: C++ is neither C# nor C

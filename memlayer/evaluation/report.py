@@ -60,8 +60,13 @@ HEADER = (
     "seconds",
     "numbers changed",
 )
-SQUAD_HEADER = ("method", "strength", *(f"{of}, {wording}: {score}" for of in ("learning", "known after")
-                                       for wording in WORDINGS for score in ("EM", "F1")))
+SQUAD_SCORES = {
+    f"{name}, {wording}: {score}": f"{group}_{wording}_{measure}_squad{when}"
+    for name, group, when in (("learning", "learning", ""), ("known, after", "known", "_after"))
+    for wording in WORDINGS
+    for score, measure in (("EM", "exact_match"), ("F1", "f1"))
+}
+SQUAD_HEADER = ("method", "strength", *SQUAD_SCORES)
 NOTES = f"""\
 Scores are shares of questions answered exactly. Learning is measured on new facts, after; forgetting on facts
 known before, relative to the score before. A star marks the strength that validation facts chose; "{CONTROL}"
@@ -200,13 +205,8 @@ def _markdown_table(lines: Sequence[Sequence[str]]) -> str:
 
 
 def _squad_cells(row: Mapping) -> list[str]:
-    keys = [
-        f"{of}_{wording}_{measure}_squad{when}"
-        for of, when in (("learning", ""), ("known", "_after"))
-        for wording in WORDINGS
-        for measure in ("exact_match", "f1")
-    ]
-    return [row["method"], row["strength"] + (" *" if row["chosen"] else ""), *(_score(row, key) for key in keys)]
+    scores = (_score(row, key) for key in SQUAD_SCORES.values())
+    return [row["method"], row["strength"] + (" *" if row["chosen"] else ""), *scores]
 
 
 def _replaced(rows: Sequence[Mapping]) -> bool:
