@@ -20,6 +20,7 @@ from accelerate import PartialState
 from memlayer import recipes
 from memlayer.config import RunConfig, describe_fields, load_config, to_yaml
 from memlayer.retrofit import retrofit
+from memlayer.run_folder import is_finished
 
 NOT_HEALED = 3
 
@@ -40,7 +41,7 @@ def heal(config: RunConfig) -> int:
 
 def learn(config: RunConfig) -> int:
     """Teach new facts and write what changed."""
-    recipes.save_learned(recipes.learn(config), config.output)
+    recipes.learn_into_output(config)
     return 0
 
 
@@ -66,11 +67,12 @@ def main() -> None:
             return
         if config.job not in JOBS:
             raise ValueError(f"job is {config.job!r}, must be one of {sorted(JOBS)}")
+        finished = is_finished(config.output)
         status = JOBS[config.job](config)
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
     if PartialState().is_main_process:
-        print(f"wrote {config.output}")
+        print(f"{config.output} holds this result already" if finished else f"wrote {config.output}")
     PartialState().destroy_process_group()  # left to the end of the process, its threads sometimes abort it
     sys.exit(status)
 
