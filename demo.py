@@ -11,7 +11,6 @@ import memlayer_kernels.short_waits  # noqa: F401, before anything loads torch
 # isort: split
 import argparse
 import dataclasses
-import sys
 from pathlib import Path
 
 from tqdm import tqdm
@@ -23,6 +22,7 @@ from memlayer.evaluation.forgetting import drop_in_words
 from memlayer.evaluation.provenance import provenance
 from memlayer.evaluation.report import CONTROL, format_table, mean_rows, sample, write_report
 from memlayer.patch import MemoryPatch, state_fingerprint
+from memlayer.refusals import refusals
 from memlayer.run_folder import is_finished
 from memlayer.workers import worker_processes
 
@@ -160,7 +160,5 @@ def show_revert(folder: Path, rows: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with refusals("demo.py"):
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"demo.py: {error}")

@@ -83,11 +83,15 @@ def run_trials(trials: Sequence[Trial], workers: int, progress: Callable[[Trial]
             progress(trial)
     if not missing:
         return
-    with worker_processes(workers, threads=1) as pool:
-        running = {pool.submit(run_trial, trial): trial for trial in missing}
-        for future in as_completed(running):
-            future.result()
-            progress(running[future])
+    try:
+        with worker_processes(workers, threads=1) as pool:
+            running = {pool.submit(run_trial, trial): trial for trial in missing}
+            for future in as_completed(running):
+                future.result()
+                progress(running[future])
+    except KeyboardInterrupt as stop:
+        stop.add_note("stopped; the trials that are done stay, and the same command runs the others")
+        raise
 
 
 def trial_is_done(trial: Trial) -> bool:

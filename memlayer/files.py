@@ -57,7 +57,7 @@ def writing(path: str | Path) -> Iterator[None]:
     except (OSError, SafetensorError, RuntimeError) as error:
         if not _is_about_a_file(error):
             raise
-        raise NotWritten(f"cannot write {getattr(error, 'filename', None) or path}: {_reason(error)}") from error
+        raise NotWritten(f"cannot write {getattr(error, 'filename', None) or path}: {reason(error)}") from error
 
 
 @contextmanager
@@ -88,7 +88,8 @@ def _is_about_a_file(error: Exception) -> bool:
     return not isinstance(error, RuntimeError) or any(words in str(error) for words in TORCH_FILE_WORDS)
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """Why a library could not write, and what to do about a full disk."""
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or f"os error {errno.ENOSPC}" in str(error)
     if full:
         return "no space is left on the device; make room and run the same command again"

@@ -109,6 +109,9 @@ def claimed(config: RunConfig, inputs: Mapping[str, str]) -> Iterator[bool]:
         done = is_done(folder, config, inputs)
         PartialState().wait_for_everyone()
         yield done
+    except KeyboardInterrupt as stop:
+        stop.add_note("stopped; the same command " + ("goes on" if trained_model(folder) else "starts anew"))
+        raise
     finally:
         (folder / LOCK).unlink(missing_ok=True)  # while it is held: who opened it before sees that it is gone
         lock.release()

@@ -22,6 +22,7 @@ FLOORS = {
     "memlayer.optimizer": 1,
     "memlayer.checks": 1,
     "memlayer.files": 1,
+    "memlayer.refusals": 1,
     "memlayer.workers": 1,
     "memlayer.machine": 1,
     "memlayer.memory_config": 1,

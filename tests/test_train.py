@@ -1,7 +1,10 @@
 """train.py as a user runs it: what it writes, that it goes on where it was stopped, and what it refuses."""
 
 import json
+import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +14,7 @@ import torch
 from commands import LEARN, REPO, TINY, checkpoint, is_written, refusal, run, start, write_config
 
 from memlayer import modeling, recipes
+from memlayer.checkpoints import damage_of, newest_checkpoint
 from memlayer.config import describe_fields, load_config
 from memlayer.counts import load_counts, save_counts
 from memlayer.methods import METHODS
@@ -219,6 +223,52 @@ def test_a_result_that_was_whole_when_the_run_was_killed_is_moved_to_its_place(t
     assert sorted(each.name for each in result_paths(tmp_path / "out")) == ["config.yaml", "learned.json", "patch"]
 
 
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_is_stopped_says_in_one_line_where_it_goes_on(tmp_path, sent, status):
+    path = write_config(tmp_path / "pretrain.yaml", TINY, output=str(tmp_path / "out"), **LONG)
+    process = start("train.py", path, folder=tmp_path)
+    first = tmp_path / "out" / "trainer" / "checkpoint-10"
+    while process.is_alive() and not is_written(first / "trainer_state.json"):
+        time.sleep(0.005)
+    os.kill(process.pid, sent)
+    process.join()
+    assert process.exitcode == status
+    said = (tmp_path / "stderr").read_text().splitlines()[-1]
+    assert re.fullmatch(r"train.py: stopped at step \d+ of 120; the same command goes on from checkpoint-\d+0", said)
+    assert newest_checkpoint(first.parent).name == said.rpartition(" ")[2]
+    assert not [each for each in (tmp_path / "out").rglob("*") if each.name.startswith(".")]
+    assert all(damage_of(each) is None for each in first.parent.glob("checkpoint-*"))
+
+
+FULL_DISK = """
+import resource, sys, train
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))  # no file may be larger
+sys.argv = ["train.py", *sys.argv[2:]]
+train.main()
+"""
+
+
+@pytest.mark.parametrize("strategy", ["no", "steps"])
+def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(tmp_path, strategy):
+    path = write_config(tmp_path / "pretrain.yaml", TINY, output=str(tmp_path / "out"))
+    done = run("-c", FULL_DISK, path, f"trainer.save_strategy={strategy}", "trainer.save_steps=2")
+    assert done.returncode == 1
+    written = "out" if strategy == "no" else "checkpoint-2"
+    assert re.search(rf"^train.py: cannot write .*/{written}: [^\n]*$", done.stderr, re.MULTILINE), done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(each.name for each in (tmp_path / "out").rglob("*")) == ["config.yaml", "tokenizer.model", "trainer"]
+
+
+def test_a_rate_that_makes_the_loss_no_number_is_one_sentence_and_nothing_is_written(tmp_path, checkpoint):
+    path = write_config(tmp_path / "learn.yaml", LEARN, output=str(tmp_path / "out"), checkpoint=str(checkpoint))
+    for method in ("full", "sparse_memory"):
+        done = run("train.py", path, f"learn.method={method}", "learn.learning_rate=1e30")
+        assert done.returncode == 1
+        said = "train.py: the loss is nan at step 2, nothing is written: a learn.learning_rate=1e+30 may be too high"
+        assert said in done.stderr.splitlines(), done.stderr
+        assert not [each for each in (tmp_path / "out").rglob("*") if each.is_file()]
+
+
 def test_two_runs_into_one_folder_at_once_are_refused(tmp_path):
     path = write_config(tmp_path / "pretrain.yaml", TINY, output=str(tmp_path / "out"), pretrain={"steps": 10_000})
     process = start("train.py", path, folder=tmp_path)
@@ -310,6 +360,11 @@ def test_learning_refuses_in_one_sentence_and_teaches_nothing(tmp_path, checkpoi
     path = write_config(tmp_path / "learn.yaml", LEARN, output=str(tmp_path / "out"), checkpoint=str(checkpoint))
     assert message in refusal("train.py", path, override)
     assert not list(tmp_path.rglob("learned.json"))
+
+
+def test_a_package_that_is_not_installed_is_one_sentence(tmp_path):
+    path = write_config(tmp_path / "pretrain.yaml", TINY, output=str(tmp_path / "out"))
+    assert "requires wandb to be installed" in refusal("train.py", path, "trainer.report_to=wandb")
 
 
 def test_a_missing_config_is_refused(tmp_path):

@@ -64,6 +64,26 @@ def test_tables_keep_their_rate_while_the_rest_follows_the_schedule(tmp_path):
     assert [r["no_decay"] for r in rates.seen] == pytest.approx(expected)
 
 
+def test_tables_keep_their_rate_when_a_plateau_lowers_the_others(tmp_path):
+    settings = {"learning_rate": 0.0, "max_steps": 6, "eval_strategy": "steps", "eval_steps": 1}
+    plateau = {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 0, "mode": "max"}}
+    trainer = trainer_of(tiny.memory_model(), tmp_path, examples(), **settings, **plateau)
+    trainer.eval_dataset = examples(2)
+    trainer.create_optimizer_and_scheduler(6)
+    for loss in (3.0, 2.0, 1.0):  # in mode max none but the first is an improvement
+        for group in trainer.optimizer.param_groups[1:]:
+            group["lr"] = group["lr"] or 1.0
+        trainer.lr_scheduler.step(loss)
+    rates = {group["name"]: group["lr"] for group in trainer.optimizer.param_groups}
+    assert rates == pytest.approx({"table": 0.003, "decay": 0.01, "no_decay": 0.01})
+
+
+def test_a_schedule_that_would_move_the_tables_rate_is_refused(tmp_path):
+    trainer = trainer_of(tiny.memory_model(), tmp_path, examples(), lr_scheduler_type="greedy", eval_strategy="epoch")
+    with pytest.raises(ValueError, match="lr_scheduler_type 'greedy' moves the rate of the tables too"):
+        trainer.create_optimizer_and_scheduler(6)
+
+
 def test_groups_hold_every_parameter_once_and_decay_only_matrices(tmp_path):
     model = tiny.memory_model(layers=[0, 2], share=False)
     trainer = trainer_of(model, tmp_path, examples(), weight_decay=0.1)
@@ -248,6 +268,14 @@ def test_a_finetuner_in_the_trainer_takes_the_steps_it_takes_in_a_plain_loop(tmp
         optimizer.zero_grad()
     assert torch.equal(finetuner.detach().tables[tiny.TABLE].slots, slots)
     torch.testing.assert_close(model.state_dict()["memory.0.weight"], table, rtol=1e-5, atol=1e-6)
+
+
+def test_a_finetuner_has_no_best_model_to_go_back_to(tmp_path):
+    model = tiny.memory_model()
+    finetuner = SparseMemoryFinetuner(model, tiny.background(model), 9)
+    best = {"load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch"}
+    with pytest.raises(ValueError, match="load_best_model_at_end has no meaning while facts are taught"):
+        trainer_of(model, tmp_path, examples(), finetuner, **best)
 
 
 def test_a_finetuner_survives_clipping_and_activation_checkpointing(tmp_path):
