@@ -18,9 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
 from accelerate import PartialState
 from filelock import FileLock, Timeout
-from omegaconf import OmegaConf
 
 from memlayer.config import RunConfig, load_config, to_yaml
 from memlayer.files import write_file, writing
@@ -37,7 +37,8 @@ RESULTS = {
 WITHOUT_EFFECT = {"output", *(f"trainer.{name}" for name in ("disable_tqdm", "report_to", "run_name"))}
 WITHOUT_EFFECT |= {f"trainer.{name}" for name in ("logging_steps", "logging_strategy", "save_total_limit")}
 # Settings that name a file -> the input that stands for its content.
-CONTENT_OF = {"checkpoint": "checkpoint", "base": "base", "data.facts": "facts", "data.wordings": "wordings"}
+CONTENT_OF = {"checkpoint": "checkpoint", "base": "base", "text.files": "text"}
+CONTENT_OF |= {"data.facts": "facts", "data.wordings": "wordings"}
 DIGEST = "# SHA-256 of "
 NAMED = 3  # differences that a refusal names
 
@@ -151,7 +152,7 @@ def write_result(
 
 def _told(config: RunConfig, inputs: Mapping[str, str]) -> dict[str, Any]:
     """Everything a result depends on, flat."""
-    settings = _flat(OmegaConf.to_container(OmegaConf.structured(config)))
+    settings = _flat(yaml.safe_load(to_yaml(config)))
     by_content = {name for name, content in CONTENT_OF.items() if content in inputs}
     kept = {name: value for name, value in settings.items() if name not in WITHOUT_EFFECT | by_content}
     return kept | {f"SHA-256 of {name}": digest for name, digest in inputs.items()}
