@@ -27,15 +27,19 @@ FINETUNER = "finetuner.pt"  # in a checkpoint: what a sparse memory finetuner ha
 
 
 class _BestModelIsHere(TrainerCallback):
-    """A state names the best checkpoint by the path it had; the folder of the run may have another name now."""
+    """The Trainer forgets a best checkpoint that is not where it was: the folder of the run may have another name."""
+
+    def __init__(self, best: Path):
+        self.best = best
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if state.best_global_step:
-            state.best_model_checkpoint = str(_best_checkpoint(args, state))
+        state.best_model_checkpoint = str(self.best)
 
 
-def _best_checkpoint(args, state: TrainerState) -> Path:
-    best = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+def _best_checkpoint(args, state: TrainerState | None) -> Path | None:
+    if not (args.load_best_model_at_end and state and state.best_model_checkpoint):
+        return None
+    best = Path(args.output_dir) / Path(state.best_model_checkpoint).name
     if damage := damage_of(best) if best.is_dir() else "it is gone":
         raise ValueError(f"{best} held the best model so far, and {damage}: delete {args.output_dir} and start anew")
     return best
@@ -48,10 +52,6 @@ class StepwiseTrainer(Trainer):
     whether it trained in one go, went on from a checkpoint or had nothing left to do.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.add_callback(_BestModelIsHere())
-
     def train_to_end(self, checkpoint: Path | None) -> None:
         """Train to the last step, from a checkpoint of this run where there is one.
 
@@ -59,11 +59,13 @@ class StepwiseTrainer(Trainer):
             FloatingPointError: the loss is no finite number.
         """
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)) if checkpoint else None
+        best = _best_checkpoint(self.args, state)
         if state is not None and state.global_step >= state.max_steps:  # the Trainer would take a step more
             self.state = state
-            best = self.args.load_best_model_at_end and state.best_global_step
-            self._load_from_checkpoint(str(_best_checkpoint(self.args, state) if best else checkpoint))
+            self._load_from_checkpoint(str(best or checkpoint))
             return
+        if best is not None:
+            self.add_callback(_BestModelIsHere(best))
         try:
             self.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         except KeyboardInterrupt as stop:
@@ -256,7 +258,9 @@ def restore(model: PreTrainedModel, folder: str | Path) -> None:
     Raises:
         ValueError: the folder lacks some of them, or holds others.
     """
-    saved, loading = type(model).from_pretrained(folder, dtype="auto", output_loading_info=True)
+    saved, loading = type(model).from_pretrained(
+        folder, config=model.config, dtype="auto", output_loading_info=True
+    )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(map(str, loading[kind])):
             what = f"{len(names)} {kind.replace('_', ' ')}, {names[0]} first"

@@ -80,8 +80,8 @@ def test_the_best_model_is_the_end_of_the_first_run_and_of_any_other(tmp_path):
     settings = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "learning_rate": 1.0}
 
     def ended(folder, seed=0):
-        trainer = trainer_of(tiny.memory_model(seed=seed), folder, examples(), **{**STEPS, **settings})
-        trainer.eval_dataset = examples(4, seed=1)
+        model, validation = tiny.memory_model(seed=seed), examples(4, seed=1)
+        trainer = trainer_of(model, folder, examples(), validation=validation, **{**STEPS, **settings})
         trainer.train_to_end(newest_checkpoint(folder))
         return trainer
 
