@@ -11,20 +11,20 @@ import memlayer_kernels.short_waits  # noqa: F401, before anything loads torch
 # isort: split
 import argparse
 import dataclasses
-import sys
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 from tqdm import tqdm
 
 from memlayer import comparison, modeling, recipes
 from memlayer.comparison import Trial
-from memlayer.config import RunConfig, load_config, to_yaml
+from memlayer.config import RunConfig, load_config
 from memlayer.evaluation.forgetting import drop_in_words
 from memlayer.evaluation.provenance import provenance
 from memlayer.evaluation.report import CONTROL, format_table, mean_rows, sample, write_report
 from memlayer.patch import MemoryPatch, state_fingerprint
+from memlayer.refusals import refusals
+from memlayer.run_folder import is_finished
+from memlayer.workers import worker_processes
 
 NUM_VALIDATION, NUM_TEST = 50, 100  # new facts taught, one after the other
 FIRST_TEST = 400  # the facts before it were used to find the recipes in configs/
@@ -77,13 +77,13 @@ def main() -> None:
 def pretrained(folder: Path, seed: int) -> RunConfig:
     """The config of the pretrained model of a seed, pretraining it if it is not there."""
     config = load_config("configs/pretrain.yaml", [f"output={folder}", f"seed={seed}"])
-    done = folder / "config.yaml"
-    if done.is_file() and done.read_text(encoding="utf-8") == to_yaml(config):
+    if is_finished(folder):
+        recipes.pretrain(config)  # trains nothing, and refuses what another config made
         print(f"seed {seed}: pretrained model found in {folder}")
     else:
         print(f"seed {seed}: pretraining on {len(recipes.facts_of(config).known)} known facts")
         # In a process of its own: its memory is free again when the trials run side by side.
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        with worker_processes(1) as pool:
             pool.submit(recipes.pretrain, config).result()
     return config
 
@@ -160,7 +160,5 @@ def show_revert(folder: Path, rows: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with refusals("demo.py"):
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"demo.py: {error}")

@@ -13,7 +13,6 @@ import memlayer_kernels.short_waits  # noqa: F401, before anything loads torch
 
 # isort: split
 import argparse
-import sys
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import asdict
@@ -32,6 +31,7 @@ from memlayer.evaluation.qa import Answered, answer_questions
 from memlayer.evaluation.report import CONTROL, format_table, result_row, sample, write_report
 from memlayer.patch import state_fingerprint
 from memlayer.preflight import check_output
+from memlayer.refusals import refusals
 from memlayer.taught import is_taught, read_taught
 
 
@@ -55,10 +55,8 @@ def main() -> None:
         "--output", type=Path, default=Path("runs/report"), help="folder to write (%(default)s)"
     )
     arguments = parser.parse_args()
-    try:
+    with refusals("eval.py"):
         evaluate(arguments)
-    except (ValueError, OSError) as error:
-        sys.exit(f"eval.py: {error}")
 
 
 def evaluate(arguments: argparse.Namespace) -> None:

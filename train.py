@@ -6,7 +6,7 @@
     accelerate launch train.py configs/pretrain.yaml
 
 The config is YAML; every setting can be overridden as section.key=value. --print-config shows the resolved
-configuration and stops. Exit status: 0 done, 1 refused, 3 retrofitted and written but not healed.
+configuration and stops. Exit status: 0 done, 1 refused, 3 retrofitted and written but not healed, 130 or 143 stopped.
 """
 
 import memlayer_kernels.short_waits  # noqa: F401, before anything loads torch
@@ -19,7 +19,9 @@ from accelerate import PartialState
 
 from memlayer import recipes
 from memlayer.config import RunConfig, describe_fields, load_config, to_yaml
+from memlayer.refusals import refusals
 from memlayer.retrofit import retrofit
+from memlayer.run_folder import is_finished
 
 NOT_HEALED = 3
 
@@ -40,7 +42,7 @@ def heal(config: RunConfig) -> int:
 
 def learn(config: RunConfig) -> int:
     """Teach new facts and write what changed."""
-    recipes.save_learned(recipes.learn(config), config.output)
+    recipes.learn_into_output(config)
     return 0
 
 
@@ -59,18 +61,17 @@ def main() -> None:
         "--print-config", action="store_true", help="show the resolved configuration and stop"
     )
     arguments = parser.parse_args()
-    try:
+    with refusals("train.py"):
         config = load_config(arguments.config, arguments.overrides)
         if arguments.print_config:
             print(to_yaml(config), end="")
             return
         if config.job not in JOBS:
             raise ValueError(f"job is {config.job!r}, must be one of {sorted(JOBS)}")
+        finished = is_finished(config.output)
         status = JOBS[config.job](config)
-    except (ValueError, OSError) as error:
-        sys.exit(f"train.py: {error}")
     if PartialState().is_main_process:
-        print(f"wrote {config.output}")
+        print(f"{config.output} holds this result already" if finished else f"wrote {config.output}")
     PartialState().destroy_process_group()  # left to the end of the process, its threads sometimes abort it
     sys.exit(status)
 

@@ -1,28 +1,29 @@
 """Compare finetuning methods on the same facts and the same questions.
 
-A trial is one setting of one method on one set of new facts: learn, then ask. It is written to a folder
-with all that it depends on and read back from there when that is the same, so an interrupted
-comparison goes on where it stopped. Strengths are chosen on validation facts and reported on test facts.
+A trial is one setting of one method on one set of new facts: learn, then ask. What it learned and its answers come
+into its folder together, so an interrupted comparison goes on where it stopped; see ``memlayer.run_folder``.
+Strengths are chosen on validation facts and reported on test facts.
 """
 
+import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
-import torch
-
 from memlayer import modeling
-from memlayer.config import RunConfig, to_yaml
+from memlayer.config import RunConfig
 from memlayer.data.qa import Question, known_questions, new_questions
 from memlayer.evaluation.forgetting import scores
 from memlayer.evaluation.qa import Answered, answer_questions
 from memlayer.evaluation.report import CONTROL, result_row
-from memlayer.recipes import Learned, facts_of, learn, save_learned
+from memlayer.files import write_file
+from memlayer.recipes import Learned, facts_of, inputs_of, learn, write_learned
+from memlayer.run_folder import claimed, is_done, write_result
+from memlayer.workers import worker_processes
 
-ANSWERS, TOLD = "answers.jsonl", "trial.yaml"
+ANSWERS = "answers.jsonl"
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,12 @@ def ask(
     model, tokenizer, config: RunConfig, known: tuple[int, int], progress: Callable | None = None
 ) -> list[Answered]:
     """Ask about known facts ``known`` (first, last) and the config's new facts."""
+    return answer_questions(model, tokenizer, _questions(config, known), progress=progress)
+
+
+def _questions(config: RunConfig, known: tuple[int, int]) -> list[Question]:
     facts = facts_of(config)
-    questions = known_questions(facts.known[slice(*known)], facts.wordings)
-    questions += new_questions(facts.new, facts.wordings)
-    return answer_questions(model, tokenizer, questions, progress=progress)
+    return known_questions(facts.known[slice(*known)], facts.wordings) + new_questions(facts.new, facts.wordings)
 
 
 def run_trials(trials: Sequence[Trial], workers: int, progress: Callable[[Trial], object]) -> None:
@@ -66,7 +69,7 @@ def run_trials(trials: Sequence[Trial], workers: int, progress: Callable[[Trial]
         progress: called with each trial when its result is there.
 
     Raises:
-        ValueError: a trial is to save checkpoints.
+        ValueError: a trial is to save checkpoints, or its folder holds something else; none is run then.
     """
     for trial in trials:
         if trial.config.trainer.get("save_strategy", "no") not in ("no", False):
@@ -74,44 +77,56 @@ def run_trials(trials: Sequence[Trial], workers: int, progress: Callable[[Trial]
                 f"trainer.save_strategy is {trial.config.trainer['save_strategy']!r}: a trial of a comparison is "
                 "timed from its first step, so one that was interrupted starts again"
             )
-    missing = [trial for trial in trials if not is_done(trial)]
+    missing = [trial for trial in trials if not trial_is_done(trial)]
     for trial in trials:
         if trial not in missing:
             progress(trial)
     if not missing:
         return
-    one_thread = {"initializer": torch.set_num_threads, "initargs": (1,)}
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), **one_thread) as pool:
-        running = {pool.submit(run_trial, trial): trial for trial in missing}
-        for future in as_completed(running):
-            future.result()
-            progress(running[future])
+    try:
+        with worker_processes(workers, threads=1) as pool:
+            running = {pool.submit(run_trial, trial): trial for trial in missing}
+            for future in as_completed(running):
+                future.result()
+                progress(running[future])
+    except KeyboardInterrupt as stop:
+        stop.add_note("stopped; the trials that are done stay, and the same command runs the others")
+        raise
 
 
-def is_done(trial: Trial) -> bool:
-    """Whether the folder holds the answers of exactly this trial."""
-    told = trial.folder / TOLD
-    return (trial.folder / ANSWERS).is_file() and told.is_file() and told.read_text(encoding="utf-8") == _told(trial)
+def trial_is_done(trial: Trial) -> bool:
+    """Whether the folder holds the answers of exactly this trial.
 
-
-def _told(trial: Trial) -> str:
-    """All that a trial's answers depend on: its config, the questions, and how its checkpoint was made."""
-    base = Path(trial.config.checkpoint) / "config.yaml"
-    made = base.read_text(encoding="utf-8") if base.is_file() else ""
-    return f"{to_yaml(trial.config)}---\nknown: {list(trial.known)}\n---\n{made}"
+    Raises:
+        ValueError: it holds those of another one.
+    """
+    # A folder that is not there needs no hash of the checkpoint.
+    return trial.folder.is_dir() and is_done(trial.folder, trial.config, _inputs(trial))
 
 
 def run_trial(trial: Trial) -> None:
-    """Learn, ask, and write the outcome; the answers go last and mark the trial as done."""
-    (trial.folder / ANSWERS).unlink(missing_ok=True)
-    if trial.method == CONTROL:
-        nothing = {"patch": None, "seconds": 0.0, "steps": 0, "resumed_at": 0, "parameters_changed": 0, "sha256": {}}
-        learned = Learned(trial.config, *modeling.load(trial.config.checkpoint), **nothing)
-    else:
-        learned = learn(trial.config)
-    save_learned(learned, trial.folder, with_model=False)
-    (trial.folder / TOLD).write_text(_told(trial), encoding="utf-8")
-    write_answers(ask(learned.model, learned.tokenizer, trial.config, trial.known), trial.folder)
+    """Learn, ask, and write the outcome, unless that is done already."""
+    inputs = _inputs(trial)
+    with claimed(trial.config, inputs) as done:
+        if done:
+            return
+        if trial.method == CONTROL:
+            nothing = {"patch": None, "seconds": 0.0, "steps": 0, "resumed_at": 0, "parameters_changed": 0}
+            learned = Learned(trial.config, *modeling.load(trial.config.checkpoint), **nothing)
+        else:
+            learned = learn(trial.config)
+        answers = ask(learned.model, learned.tokenizer, trial.config, trial.known)
+
+        def write(folder: Path) -> None:
+            write_learned(learned, folder, with_model=False)
+            write_answers(answers, folder)
+
+        write_result(trial.folder, trial.config, inputs, write)
+
+
+def _inputs(trial: Trial) -> Mapping[str, str]:
+    questions = repr(_questions(trial.config, trial.known))
+    return inputs_of(trial.config) | {"questions": hashlib.sha256(questions.encode("utf-8")).hexdigest()}
 
 
 def row(trial: Trial, before: Iterable[Answered], chosen: bool = False) -> dict:
@@ -144,12 +159,9 @@ def _merit(candidate: dict) -> tuple[float, float]:
 
 
 def write_answers(answered: Iterable[Answered], folder: Path) -> None:
-    """One JSON line an answer, moved into place when complete."""
-    folder.mkdir(parents=True, exist_ok=True)
-    beside = folder / f".{ANSWERS}"
+    """One JSON line an answer."""
     lines = (json.dumps(asdict(each), ensure_ascii=False) + "\n" for each in answered)
-    beside.write_text("".join(lines), encoding="utf-8")
-    beside.replace(folder / ANSWERS)
+    write_file(folder / ANSWERS, "".join(lines))
 
 
 def read_answers(folder: Path) -> list[Answered]:

@@ -1,19 +1,17 @@
-"""What is settled and checked before a run trains: arguments, output folder, lengths, where to go on from.
+"""What is settled and checked before a run trains: arguments, output folder, lengths.
 
 A mistake found after an hour of training costs the hour, and one found while writing costs the result.
 """
 
-import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from transformers import TrainingArguments
 
-from memlayer.config import RunConfig, to_yaml
+from memlayer.config import RunConfig
 from memlayer.machine import use_threads
 
 # Settings of transformers.TrainingArguments that would be overruled, and what they follow from.
@@ -43,6 +41,7 @@ def training_arguments(config: RunConfig, folder: str = "trainer", **ours) -> Tr
     defaults = {
         "save_strategy": "no",
         "logging_steps": 100,
+        "logging_nan_inf_filter": False,  # it would leave batches of nan out of a validation loss
         "report_to": "none",
         "use_cpu": on_cpu,
         "dataloader_pin_memory": not on_cpu,
@@ -136,43 +135,3 @@ def check_lengths(encoded: Sequence[dict], max_length: int, examples: Sequence) 
     longest, text = max((ids["length"], example.text) for ids, example in zip(encoded, examples, strict=True))
     if longest > max_length:
         raise ValueError(f"the longest example has {longest} tokens, model.max_length is {max_length}: {text!r:.200}")
-
-
-def checkpoint_to_resume(
-    arguments: TrainingArguments, config: RunConfig, inputs: Mapping[str, str] | None = None
-) -> Path | None:
-    """The newest complete checkpoint that an interrupted run of this very config left.
-
-    Args:
-        inputs: name and SHA-256 of files that the run starts from, which have to be the same too.
-
-    Raises:
-        ValueError: the checkpoints there are of another config, or of other inputs.
-    """
-    folder = Path(arguments.output_dir)
-    started = folder / "config.yaml"
-    told = to_yaml(config) + "".join(f"# SHA-256 of {name}: {digest}\n" for name, digest in (inputs or {}).items())
-    # The Trainer writes its state last: a checkpoint without it, or with half of it, was cut short.
-    states = filter(_is_json, folder.glob("checkpoint-*/trainer_state.json"))
-    complete = [state.parent for state in states]
-    if not complete:
-        if PartialState().is_main_process:
-            started.write_text(told, encoding="utf-8")
-        return None
-    if not started.is_file() or started.read_text(encoding="utf-8") != told:
-        other = "another config or of other files" if inputs else "another config"
-        raise ValueError(f"{folder} holds checkpoints of {other}: name another output, or delete it")
-    return max(complete, key=step_of)
-
-
-def step_of(checkpoint: Path | None) -> int:
-    """The step after which the Trainer wrote a checkpoint; 0 where there is none."""
-    return int(checkpoint.name.split("-")[1]) if checkpoint else 0
-
-
-def _is_json(file: Path) -> bool:
-    try:
-        json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        return False
-    return True

@@ -5,33 +5,24 @@ Each takes a resolved RunConfig, writes a folder, and can be called from a noteb
 
 import json
 import logging
-import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from safetensors.torch import load_model
+from safetensors.torch import load_file
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import (
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerState,
-    TrainingArguments,
-    set_seed,
-)
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from memlayer import __version__, modeling
 from memlayer.attach import memory_tables, record_reads
-from memlayer.config import RunConfig, load_config, to_yaml
+from memlayer.checkpoints import checkpoint_to_resume, step_of
+from memlayer.config import RunConfig, load_config
 from memlayer.counts import COUNTS_FILE, SlotCounts, load_counts, save_counts
 from memlayer.data.facts import (
     BUILTIN_FACTS,
@@ -47,18 +38,14 @@ from memlayer.data.qa import Example, collate, encode, pretraining_examples, tea
 from memlayer.data.tokenizer import load_tokenizer, train_tokenizer
 from memlayer.evaluation.provenance import commit
 from memlayer.evaluation.qa import check_answers
+from memlayer.files import sha256_of, write_file
 from memlayer.methods import METHODS
 from memlayer.patch import MemoryPatch, product_key_fingerprints, state_fingerprint
-from memlayer.preflight import (
-    check_lengths,
-    check_output,
-    checkpoint_to_resume,
-    refuse_unused,
-    step_of,
-    training_arguments,
-)
-from memlayer.taught import RECORD, files_of, read_taught, sha256_of
-from memlayer.trainer import MemoryTrainer
+from memlayer.patch.fingerprint import fingerprint
+from memlayer.preflight import check_lengths, check_output, refuse_unused, training_arguments
+from memlayer.run_folder import claimed, is_done, trained_model, write_result, write_trained
+from memlayer.taught import RECORD, files_of, read_taught
+from memlayer.trainer import MemoryTrainer, StepwiseTrainer, restore
 
 COUNTS = COUNTS_FILE
 
@@ -102,11 +89,11 @@ def _slice(facts: list[Fact], first: int, number: int | None, kind: str) -> list
 def pretrain(config: RunConfig) -> Path:
     """Train tokenizer and model on the known facts, then count background reads; returns the folder.
 
-    Nothing is written beside an earlier result in the folder before the training is done.
+    What the folder may hold already, see ``memlayer.run_folder``.
     """
     refuse_unused(config, "base", "checkpoint", "text", "retrofit", "learn")
     set_seed(config.seed)
-    facts, settings, output = facts_of(config), config.pretrain, Path(config.output)
+    facts, settings = facts_of(config), config.pretrain
     examples = pretraining_examples(facts.known, facts.wordings, settings.unseen_wordings)
     if not examples:
         raise ValueError("data.num_known is 0: there are no known facts to pretrain on")
@@ -120,8 +107,19 @@ def pretrain(config: RunConfig) -> Path:
         lr_scheduler_type="cosine",
         train_sampling_strategy="group_by_length",  # a third fewer padding positions
     )
+    inputs = {name: sha256_of(path) for name, path in files_of(config.data).items()}
+    with claimed(config, inputs) as done:
+        if not done:
+            _pretrain(config, inputs, arguments, examples)
+        PartialState().wait_for_everyone()
+    return Path(config.output)
+
+
+def _pretrain(
+    config: RunConfig, inputs: Mapping[str, str], arguments: TrainingArguments, examples: list[Example]
+) -> None:
     check_output(arguments.output_dir)
-    checkpoint = checkpoint_to_resume(arguments, config)
+    checkpoint = checkpoint_to_resume(arguments, config, inputs)
     tokenizer = _train_tokenizer_once(arguments, examples, config.model.vocab_size)
     model = modeling.build(config.model, config.memory, tokenizer)
     encoded = encode(tokenizer, examples)
@@ -130,17 +128,39 @@ def pretrain(config: RunConfig) -> Path:
     trainer = MemoryTrainer(
         model,
         arguments,
-        table_learning_rate=settings.table_learning_rate,
+        table_learning_rate=config.pretrain.table_learning_rate,
         train_dataset=Dataset.from_list(encoded),
-        data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id, loss_on=settings.loss_on),
+        data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id, loss_on=config.pretrain.loss_on),
     )
-    train_to_end(trainer, checkpoint)
+    if whole := trained_model(config.output):  # stopped while it counted
+        restore(model, whole)
+    else:
+        train_to_end(trainer, checkpoint, f"pretrain.learning_rate={config.pretrain.learning_rate:g}")
     if PartialState().is_main_process:
-        modeling.save(model, tokenizer, output)
-        save_counts(_count_facts(config, model, tokenizer, encoded), output / COUNTS)
-        (output / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    PartialState().wait_for_everyone()
-    return output
+        if not whole:
+            save_trained(config, inputs, model, tokenizer)
+        counts = _count_facts(config, model, tokenizer, encoded)
+        write_result(config.output, config, inputs, lambda folder: save_counts(counts, folder / COUNTS))
+
+
+def save_trained(config: RunConfig, inputs: Mapping[str, str], model: nn.Module, tokenizer) -> None:
+    """Write the trained model, not yet as a result, so that a run that is stopped later need not train again."""
+    check_finite(dict(model.named_parameters()))
+    write_trained(config.output, config, inputs, lambda folder: modeling.save(model, tokenizer, folder))
+
+
+def check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse what no run may write.
+
+    Raises:
+        ValueError: a tensor holds nan or infinity.
+    """
+    for name, tensor in tensors.items():
+        if spoiled := int((~torch.isfinite(tensor.detach())).sum()):
+            raise ValueError(
+                f"{spoiled} of {tensor.numel()} numbers of {name} are nan or infinite: nothing is written; "
+                "a lower learning rate may help"
+            )
 
 
 def _train_tokenizer_once(
@@ -153,14 +173,23 @@ def _train_tokenizer_once(
         return train_tokenizer((example.text for example in examples), vocab_size, arguments.output_dir)
 
 
-def train_to_end(trainer: Trainer, checkpoint: Path | None) -> None:
-    """Train to the last step, from a checkpoint of this run where there is one."""
-    if checkpoint is not None and checkpoint.name == f"checkpoint-{trainer.args.max_steps}":
-        # Trained to the end; the Trainer would take a step more.
-        load_model(trainer.model, checkpoint / modeling.WEIGHTS)
-        trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-    else:
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+def train_to_end(trainer: StepwiseTrainer, checkpoint: Path | None, rate: str) -> None:
+    """Train to the last step, from a checkpoint of this run where there is one.
+
+    Args:
+        rate: the setting that too large a loss may come from, with its value.
+
+    Raises:
+        ValueError: the loss is no finite number.
+    """
+    try:
+        trainer.train_to_end(checkpoint)
+    except FloatingPointError as error:
+        if trainer.state.global_step:
+            cause = f"a {rate} may be too high"
+        else:
+            cause = "no step was taken before it, so the model or the precision it is computed in is at fault"
+        raise ValueError(f"{error}, nothing is written: {cause}") from error
 
 
 def _count_facts(
@@ -227,7 +256,7 @@ class Learned:
         patch: the rows changed, where the method changes memory rows only.
         seconds: time of the learning alone, from step ``resumed_at``.
         parameters_changed: numbers in the model that are not what they were.
-        sha256: of the checkpoint's state and of each file that the run read.
+        sha256: name and SHA-256 of what the run started from: checkpoint, facts, wordings, background counts.
     """
 
     config: RunConfig
@@ -238,6 +267,19 @@ class Learned:
     steps: int
     resumed_at: int
     parameters_changed: int
+    sha256: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class _Lesson:
+    """All that a learning run needs, loaded and checked."""
+
+    config: RunConfig
+    arguments: TrainingArguments
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    encoded: list[dict]
+    background: dict[str, SlotCounts] | None
     sha256: dict[str, str]
 
 
@@ -247,8 +289,23 @@ def learn(config: RunConfig) -> Learned:
     Goes on from the newest checkpoint that an interrupted run of this very config left, where there is one.
 
     Raises:
-        FileNotFoundError, ValueError: the checkpoint, its background counts, the facts or a setting do not fit.
+        FileNotFoundError, ValueError: the checkpoint, its background counts, the facts or a setting do not fit, or
+            the output holds what another run wrote.
     """
+    lesson = _prepare(config)
+    is_done(config.output, config, lesson.sha256)  # refuses what another run wrote
+    return _teach(lesson)
+
+
+def learn_into_output(config: RunConfig) -> None:
+    """``learn`` and ``save_learned``, unless that is done already."""
+    lesson = _prepare(config)
+    with claimed(config, lesson.sha256) as done:
+        if not done:
+            save_learned(_teach(lesson), config.output)
+
+
+def _prepare(config: RunConfig) -> _Lesson:
     refuse_unused(config, "base", "model", "memory", "pretrain", "text", "retrofit", "count")
     set_seed(config.seed)
     settings = config.learn
@@ -267,59 +324,76 @@ def learn(config: RunConfig) -> Learned:
         train_sampling_strategy="sequential",
         max_grad_norm=0.0,
     )
-    resumable = arguments.save_strategy != "no"
-    check_output(arguments.output_dir if resumable else config.output)
+    if arguments.load_best_model_at_end:
+        raise ValueError("trainer.load_best_model_at_end has no meaning while facts are taught: nothing is evaluated")
     model, tokenizer = modeling.load(config.checkpoint)
     _tell_taught_anew(config)
     encoded = encode(tokenizer, lessons)
     check_lengths(encoded, model.config.max_position_embeddings, lessons)
     check_answers(tokenizer, lessons)
-    model.to(arguments.device)
+    inputs = _inputs(config, state_fingerprint(model))
+    return _Lesson(config, arguments, model, tokenizer, encoded, _background(config, model), inputs)
+
+
+def _background(config: RunConfig, model: nn.Module) -> dict[str, SlotCounts] | None:
+    """The counts beside the checkpoint; full finetuning and LoRA do without."""
+    path = Path(config.checkpoint) / COUNTS
+    if config.learn.method != "sparse_memory" and not path.is_file():
+        return None
     tables = {name: table.num_embeddings for name, table in memory_tables(model).items()}
-    background = load_counts(Path(config.checkpoint) / COUNTS, tables, product_key_fingerprints(model))
-    provenance = _provenance(config, model)
-    checkpoint = checkpoint_to_resume(arguments, config, provenance["sha256"]) if resumable else None
-    prepared = METHODS[settings.method](model, background, settings)
+    return load_counts(path, tables, product_key_fingerprints(model))
+
+
+def _teach(lesson: _Lesson) -> Learned:
+    config, arguments, model, tokenizer = lesson.config, lesson.arguments, lesson.model, lesson.tokenizer
+    settings, checkpoint = config.learn, None
+    if arguments.save_strategy != "no":
+        check_output(arguments.output_dir)
+        checkpoint = checkpoint_to_resume(arguments, config, lesson.sha256)
+    provenance = _provenance(config, lesson.sha256)
+    prepared = METHODS[settings.method](model.to(arguments.device), lesson.background, settings)
     trainer = MemoryTrainer(
         prepared.model,
         arguments,
         finetuner=prepared.finetuner,
         callbacks=[_ProtectTaught(prepared.finetuner, settings)] if prepared.finetuner else None,
         optimizers=(prepared.optimizer, None),
-        train_dataset=Dataset.from_list(encoded),
+        train_dataset=Dataset.from_list(lesson.encoded),
         data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id, loss_on=settings.loss_on),
     )
     if arguments.disable_tqdm:
         trainer.remove_callback(PrinterCallback)  # what stands in for the bar would print a line a run
     start = time.perf_counter()
-    train_to_end(trainer, checkpoint)
+    train_to_end(trainer, checkpoint, f"learn.learning_rate={settings.learning_rate:g}")
     seconds = time.perf_counter() - start
     patch = prepared.finish()
     if patch is not None:
         patch.provenance = provenance
     changed = modeling.numbers_changed(model, config.checkpoint)
-    return Learned(
-        config,
-        model.eval(),
-        tokenizer,
-        patch,
-        seconds,
-        trainer.state.global_step,
-        step_of(checkpoint),
-        changed,
-        provenance["sha256"],
-    )
+    steps, resumed_at = trainer.state.global_step, step_of(checkpoint)
+    return Learned(config, model.eval(), tokenizer, patch, seconds, steps, resumed_at, changed, lesson.sha256)
 
 
-def _provenance(config: RunConfig, model: nn.Module) -> dict:
-    """Where a learning run comes from, for JSON: what was taught, how, and into which model."""
-    files = files_of(config.data) | {"background_counts": Path(config.checkpoint) / COUNTS}
+def inputs_of(config: RunConfig) -> dict[str, str]:
+    """Name and SHA-256 of what a learning run starts from: the weights of its checkpoint, and its files."""
+    files = modeling.weight_files(config.checkpoint)
+    return _inputs(config, fingerprint({name: tensor for file in files for name, tensor in load_file(file).items()}))
+
+
+def _inputs(config: RunConfig, checkpoint_sha256: str) -> dict[str, str]:
+    counts = Path(config.checkpoint) / COUNTS
+    files = files_of(config.data) | ({"background_counts": counts} if counts.is_file() else {})
+    return {"checkpoint": checkpoint_sha256} | {name: sha256_of(path) for name, path in files.items()}
+
+
+def _provenance(config: RunConfig, sha256: Mapping[str, str]) -> dict:
+    """Where a learning run's patch comes from, for JSON: what was taught, how, and into which model."""
     return {
         "checkpoint": config.checkpoint,
         "data": asdict(config.data),
         "learn": asdict(config.learn),
         "seed": config.seed,
-        "sha256": {"checkpoint": state_fingerprint(model)} | {name: sha256_of(path) for name, path in files.items()},
+        "sha256": dict(sha256),
         "memlayer_version": __version__,
         "commit": commit(),
     }
@@ -355,24 +429,28 @@ def save_learned(learned: Learned, folder: str | Path, with_model: bool = True) 
 
     Args:
         with_model: False leaves a whole model out, for comparisons that only ask it questions.
+
+    Raises:
+        ValueError: the folder holds a result or files that are in the way, or what was learned is nan or infinite;
+            nothing is written then.
     """
-    folder = Path(folder)
     if PartialState().is_main_process:
-        _write_learned(learned, folder, with_model)
+        if is_done(folder, learned.config, learned.sha256):
+            raise ValueError(f"{folder} holds this result already: name another folder, or delete it")
+        write_result(folder, learned.config, learned.sha256, partial(write_learned, learned, with_model=with_model))
     PartialState().wait_for_everyone()
 
 
-def _write_learned(learned: Learned, folder: Path, with_model: bool) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for earlier in ("patch", "model"):  # or load_learned would not know which of two is meant
-        shutil.rmtree(folder / earlier, ignore_errors=True)
+def write_learned(learned: Learned, folder: Path, with_model: bool) -> None:
+    """Write the files of ``save_learned`` but the config."""
     if learned.patch is not None:
+        check_finite({f"the patch of {name}": table.rows for name, table in learned.patch.tables.items()})
         learned.patch.save(folder / "patch")
     elif with_model:
+        check_finite(dict(learned.model.named_parameters()))
         modeling.save(learned.model, learned.tokenizer, folder / "model")
     took = {key: getattr(learned, key) for key in ("seconds", "steps", "resumed_at", "parameters_changed", "sha256")}
-    (folder / RECORD).write_text(json.dumps(took, indent=2) + "\n", encoding="utf-8")
-    (folder / "config.yaml").write_text(to_yaml(learned.config), encoding="utf-8")
+    write_file(folder / RECORD, json.dumps(took, indent=2) + "\n")
 
 
 def load_learned(checkpoint: str | Path, folder: str | Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:

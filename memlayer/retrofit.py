@@ -8,8 +8,10 @@ Left out: training the base model's own weights along. It would heal faster, but
 memory holds could no longer be told apart.
 """
 
+import json
+import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -18,24 +20,28 @@ import torch
 from accelerate import PartialState
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from memlayer import modeling
 from memlayer.attach import add_memory, memory_layers, memory_parameters
-from memlayer.config import RunConfig, to_yaml
+from memlayer.checkpoints import checkpoint_to_resume, step_of
+from memlayer.config import RunConfig
 from memlayer.counts import SlotCounts, save_counts
 from memlayer.data.text import collate_windows, load_documents, windows
 from memlayer.data.tokenizer import load_tokenizer
 from memlayer.dense_control import add_dense, touched_per_token
 from memlayer.evaluation.healing import BASE, DENSE, MEMORY, gate, write_healing_report
 from memlayer.evaluation.provenance import provenance
+from memlayer.files import write_file
 from memlayer.patch.fingerprint import fingerprint
-from memlayer.preflight import check_output, checkpoint_to_resume, refuse_unused, step_of, training_arguments
-from memlayer.recipes import COUNTS, count, train_to_end
-from memlayer.trainer import MemoryTrainer
+from memlayer.preflight import check_output, refuse_unused, training_arguments
+from memlayer.recipes import COUNTS, check_finite, count, train_to_end
+from memlayer.run_folder import claimed, trained_model, write_result, write_trained
+from memlayer.trainer import MemoryTrainer, StepwiseTrainer, restore
 
 DEFAULT_MARGIN = {"add": 0.01, "replace": 0.05}  # nats per token
 EVALUATIONS = 20  # over a training
+HEALING = "healing.json"  # what healing did, kept beside the healed model until the report is written
 
 
 @dataclass
@@ -89,6 +95,24 @@ def retrofit(config: RunConfig) -> Retrofitted:
     _arguments(config, "trainer")  # a setting that the Trainer refuses is found before a model is loaded
     model, tokenizer = load_base(config)
     text = _text(config, tokenizer, model)
+    inputs = {"base": fingerprint(model.state_dict()), "text": fingerprint(vars(text))}
+    with claimed(config, inputs) as done:
+        results = _finished(config) if done else _retrofit(config, inputs, model, tokenizer, text)
+        PartialState().wait_for_everyone()
+    return Retrofitted(modeling.load_model(config.output) if done else model.eval(), tokenizer, results)
+
+
+def _finished(config: RunConfig) -> dict:
+    return json.loads((Path(config.output) / "results.json").read_text(encoding="utf-8"))
+
+
+def _retrofit(
+    config: RunConfig,
+    inputs: Mapping[str, str],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: Text,
+) -> dict:
     set_seed(config.seed)
     add_memory(model, config.memory)
     touched = [touched_per_token(layer) for layer in memory_layers(model).values()]
@@ -97,33 +121,50 @@ def retrofit(config: RunConfig) -> Retrofitted:
         "memory, all that is trained": _size(memory_parameters(model).values()),
         "memory, touched by a token": sum(touched),
     }
-    base_loss = _base_loss(config, text)
-    healing, frozen = _train_memory(config, model, text)
+    if whole := trained_model(config.output):  # stopped after it was healed
+        restore(model, whole)
+        told = json.loads((whole / HEALING).read_text(encoding="utf-8"))
+        base_loss, healing, frozen = told["base_loss"], Trained(**told["healing"]), told["frozen"]
+        model.to(_arguments(config, "trainer").device)
+    else:
+        base_loss = _base_loss(config, text)
+        healing, frozen = _train_memory(config, inputs, model, text)
+        told = {"base_loss": base_loss, "healing": asdict(healing), "frozen": frozen}
+        if PartialState().is_main_process:
+            _write_healed(config, inputs, model, tokenizer, told)
+    before, after = frozen.values()
+    where = f"the model is in {trained_model(config.output)}"
+    assert before == after, f"healing moved frozen weights: SHA-256 {before} before, {after} after; {where}"
     trained = {MEMORY: healing}
-    _on_main_process(lambda: _write_model(config, model, tokenizer, text))
+    counts = _count(config, model, text) if PartialState().is_main_process else {}
+    PartialState().wait_for_everyone()
     if config.retrofit.dense_control:
         model.to("cpu")  # the control has its place on the accelerator
-        trained[DENSE], parameters[DENSE] = _train_dense(config, text, touched[0])
+        trained[DENSE], parameters[DENSE] = _train_dense(config, inputs, text, touched[0])
     results = _results(config, base_loss, trained, parameters, frozen, text)
-    _on_main_process(lambda: _write_report(config, results))
-    return Retrofitted(model.eval(), tokenizer, results)
 
+    def write(folder: Path) -> None:
+        save_counts(counts, folder / COUNTS)
+        write_healing_report(folder, results)
+        (folder / HEALING).unlink()
 
-def _on_main_process(write: Callable[[], None]) -> None:
     if PartialState().is_main_process:
-        write()
-    PartialState().wait_for_everyone()
+        write_result(config.output, config, inputs, write)
+    return results
 
 
-def _write_model(config: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: Text) -> None:
-    modeling.save(model, tokenizer, config.output)
-    modeling.check_saved(model, config.output)
-    save_counts(_count(config, model, text), Path(config.output) / COUNTS)
+def _write_healed(
+    config: RunConfig, inputs: Mapping[str, str], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, told: dict
+) -> None:
+    """Write the healed model, not yet as a result, so that a run that is stopped later need not heal again."""
+    check_finite(memory_parameters(model))
 
+    def write(folder: Path) -> None:
+        modeling.save(model, tokenizer, folder)
+        modeling.check_saved(model, folder)
+        write_file(folder / HEALING, json.dumps(told))
 
-def _write_report(config: RunConfig, results: dict) -> None:
-    write_healing_report(config.output, results)
-    (Path(config.output) / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    write_trained(config.output, config, inputs, write)
 
 
 def _check_folders(config: RunConfig) -> None:
@@ -131,7 +172,6 @@ def _check_folders(config: RunConfig) -> None:
         raise ValueError("base is not set: name the folder or the hub id of a pretrained model")
     if Path(config.output).resolve() == Path(config.base).resolve():
         raise ValueError(f"output and base are both {config.output}: a run would overwrite what it starts from")
-    check_output(config.output)
 
 
 def load_base(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -189,12 +229,21 @@ def _arguments(config: RunConfig, folder: str):
 def _base_loss(config: RunConfig, text: Text) -> float:
     model, _ = load_base(config)
     arguments = _arguments(config, "trainer")
-    trainer = Trainer(model, arguments, eval_dataset=text.validation_WL, data_collator=collate_windows)
-    return trainer.evaluate()["eval_loss"]
+    trainer = StepwiseTrainer(model, arguments, eval_dataset=text.validation_WL, data_collator=collate_windows)
+    return _validation_loss(trainer, f"base {config.base}")
 
 
-def _train_memory(config: RunConfig, model: PreTrainedModel, text: Text) -> tuple[Trained, dict[str, str]]:
-    """Heal; also the SHA-256 of all weights that memory did not bring, before and after, which are the same."""
+def _validation_loss(trainer: StepwiseTrainer, of: str) -> float:
+    loss = trainer.evaluate()["eval_loss"]
+    if not math.isfinite(loss):
+        raise ValueError(f"the validation loss of {of} is {loss}: nothing is written")
+    return loss
+
+
+def _train_memory(
+    config: RunConfig, inputs: Mapping[str, str], model: PreTrainedModel, text: Text
+) -> tuple[Trained, dict[str, str]]:
+    """Heal; also the SHA-256 of all weights that memory did not bring, before and after."""
     model.requires_grad_(False)
     memory = memory_parameters(model)
     for parameter in memory.values():
@@ -205,27 +254,32 @@ def _train_memory(config: RunConfig, model: PreTrainedModel, text: Text) -> tupl
 
     before = frozen()
     kind = partial(MemoryTrainer, table_learning_rate=config.retrofit.table_learning_rate)
-    trained = _train(config, model, text, kind, "trainer")
-    after = frozen()
-    assert before == after, f"healing moved frozen weights: SHA-256 {before} before, {after} after"
-    return trained, {"sha256_before": before, "sha256_after": after}
+    trained = _train(config, inputs, model, text, kind, "trainer")
+    return trained, {"sha256_before": before, "sha256_after": frozen()}
 
 
-def _train_dense(config: RunConfig, text: Text, num_parameters: int) -> tuple[Trained, int]:
+def _train_dense(config: RunConfig, inputs: Mapping[str, str], text: Text, num_parameters: int) -> tuple[Trained, int]:
     """The dense control and how many parameters it has, of which each layer's block has ``num_parameters``."""
     model, _ = load_base(config)
     model.requires_grad_(False)
     set_seed(config.seed)
     blocks = add_dense(model, config.memory.layers, num_parameters, config.memory.mode)
-    trained = _train(config, model, text, Trainer, "dense_control")
+    trained = _train(config, inputs, model, text, StepwiseTrainer, "dense_control")
     return trained, _size(p for block in blocks for p in block.parameters())
 
 
-def _train(config: RunConfig, model: nn.Module, text: Text, kind: Callable[..., Trainer], folder: str) -> Trained:
+def _train(
+    config: RunConfig,
+    inputs: Mapping[str, str],
+    model: nn.Module,
+    text: Text,
+    kind: Callable[..., StepwiseTrainer],
+    folder: str,
+) -> Trained:
     """Train what requires a gradient; every model gets the same batches, since their order follows from the seed."""
     arguments = _arguments(config, folder)
     check_output(arguments.output_dir)
-    checkpoint = checkpoint_to_resume(arguments, config)
+    checkpoint = checkpoint_to_resume(arguments, config, inputs)
     trainer = kind(
         model,
         arguments,
@@ -233,11 +287,11 @@ def _train(config: RunConfig, model: nn.Module, text: Text, kind: Callable[..., 
         eval_dataset=text.validation_WL,
         data_collator=collate_windows,
     )
-    before = trainer.evaluate()["eval_loss"]
+    before = _validation_loss(trainer, f"base {config.base} as it goes into {folder}")
     start = time.perf_counter()
-    train_to_end(trainer, checkpoint)
+    train_to_end(trainer, checkpoint, f"retrofit.learning_rate={config.retrofit.learning_rate:g}")
     seconds = time.perf_counter() - start
-    after = trainer.evaluate()["eval_loss"]
+    after = _validation_loss(trainer, f"{folder} after {trainer.state.global_step} steps")
     return Trained(before, after, _curves(before, trainer.state.log_history), seconds, step_of(checkpoint))
 
 

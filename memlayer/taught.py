@@ -4,7 +4,6 @@ A run's scores mean something only beside the checkpoint that it began with and 
 so learned.json keeps the SHA-256 of each.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from memlayer import modeling
 from memlayer.config import DataConfig, RunConfig, load_config
 from memlayer.data.facts import BUILTIN_FACTS, BUILTIN_WORDINGS
+from memlayer.files import sha256_of
 from memlayer.patch import MemoryPatch, patches
 
 RECORD = "learned.json"
@@ -110,8 +110,3 @@ def read_taught(folder: str | Path) -> Taught:
 def files_of(data: DataConfig) -> dict[str, Path]:
     """The facts and the wordings that a run reads."""
     return {"facts": Path(data.facts or BUILTIN_FACTS), "wordings": Path(data.wordings or BUILTIN_WORDINGS)}
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()

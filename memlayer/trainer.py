@@ -1,34 +1,110 @@
-"""A thin subclass of transformers.Trainer: optimizer groups by name, tables with their own rule, and the
-choice of top slots between forward and backward.
+"""Two thin subclasses of transformers.Trainer: one whose end is never a surprise, and on it one for models with memory,
+with optimizer groups by name, tables with their own rule, and the choice of top slots between forward and backward.
 
 Everything else (accumulation, clipping, schedules, checkpoints, resume, logging, accelerate) is the
 Trainer's own.
 """
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from memlayer.attach import memory_tables
-from memlayer.decoders import MemoryDecoder
+from memlayer.checkpoints import damage_of, newest_checkpoint
+from memlayer.files import writing
 from memlayer.machine import describe
 from memlayer.methods.sparse_memory import SparseMemoryFinetuner
-from memlayer.modeling import check_saved
 from memlayer.optimizer import RowAdamW
 
 FINETUNER = "finetuner.pt"  # in a checkpoint: what a sparse memory finetuner has written so far
 
 
-class MemoryTrainer(Trainer):
-    """transformers.Trainer for models with memory.
+class _BestModelIsHere(TrainerCallback):
+    """The Trainer forgets a best checkpoint that is not where it was: the folder of the run may have another name."""
+
+    def __init__(self, best: Path):
+        self.best = best
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.best_model_checkpoint = str(self.best)
+
+
+def _best_checkpoint(args, state: TrainerState | None) -> Path | None:
+    if not (args.load_best_model_at_end and state and state.best_model_checkpoint):
+        return None
+    best = Path(args.output_dir) / Path(state.best_model_checkpoint).name
+    if damage := damage_of(best) if best.is_dir() else "it is gone":
+        raise ValueError(f"{best} held the best model so far, and {damage}: delete {args.output_dir} and start anew")
+    return best
+
+
+class StepwiseTrainer(Trainer):
+    """transformers.Trainer that stops where going on is useless, and says where it stopped.
+
+    It stops at the first loss that is no number, leaves no half-written checkpoint, and ends with the same model
+    whether it trained in one go, went on from a checkpoint or had nothing left to do.
+    """
+
+    def train_to_end(self, checkpoint: Path | None) -> None:
+        """Train to the last step, from a checkpoint of this run where there is one.
+
+        Raises:
+            FloatingPointError: the loss is no finite number.
+        """
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)) if checkpoint else None
+        best = _best_checkpoint(self.args, state)
+        if state is not None and state.global_step >= state.max_steps:  # the Trainer would take a step more
+            self.state = state
+            self._load_from_checkpoint(str(best or checkpoint))
+            return
+        if best is not None:
+            self.add_callback(_BestModelIsHere(best))
+        try:
+            self.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        except KeyboardInterrupt as stop:
+            stop.add_note(self._where_it_stopped())
+            raise
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """The Trainer's; looking at every loss waits for the device no longer than the Trainer's own filter would."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss.item()} at step {self.state.global_step + 1}")
+        return loss
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        try:
+            with writing(folder):
+                super()._save_checkpoint(model, trial)
+        except BaseException:
+            if self.args.should_save and folder.is_dir() and damage_of(folder):
+                shutil.rmtree(folder)
+            raise
+
+    def _where_it_stopped(self) -> str:
+        newest = newest_checkpoint(self.args.output_dir)
+        goes_on = f"goes on from {newest.name}" if newest else "starts anew, as no checkpoint was saved"
+        return f"stopped at step {self.state.global_step} of {self.state.max_steps}; the same command {goes_on}"
+
+
+class MemoryTrainer(StepwiseTrainer):
+    """The Trainer for models with memory.
 
     Args:
         table_learning_rate: constant learning rate of the tables when the Trainer makes the optimizer.
         finetuner: a sparse memory finetuner whose optimizer is passed as ``optimizers``.
         **kwargs: transformers.Trainer's own arguments.
+
+    Raises:
+        ValueError: the best of several models is asked for while a finetuner writes into one.
     """
 
     def __init__(
@@ -41,6 +117,10 @@ class MemoryTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self._makes_optimizer = self.optimizer is None
         self.table_learning_rate, self.finetuner = table_learning_rate, finetuner
+        if finetuner is not None and self.args.load_best_model_at_end:
+            raise ValueError(
+                "load_best_model_at_end has no meaning while facts are taught in order: the last step knows all of them"
+            )
 
     def train(self, *args, **kwargs):
         """The Trainer's, after one line that says what of the machine is used.
@@ -94,15 +174,28 @@ class MemoryTrainer(Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
-        """The Trainer's schedule for every group but the tables, whose rate is constant."""
+        """The Trainer's schedule for every group but the tables, whose rate is constant.
+
+        Raises:
+            ValueError: the schedule is of a kind that moves all groups alike.
+        """
         scheduler = super().create_scheduler(num_training_steps, optimizer)
-        optimizer = optimizer or self.optimizer
-        if any(group.get("name") == "table" for group in optimizer.param_groups):
+        groups = (optimizer or self.optimizer).param_groups
+        is_table = [group.get("name") == "table" for group in groups]
+        if not any(is_table):
+            return scheduler
+        if isinstance(scheduler, ReduceLROnPlateau):
+            floors = zip(is_table, groups, scheduler.min_lrs, strict=True)
+            scheduler.min_lrs = [group["lr"] if table else floor for table, group, floor in floors]
+        elif isinstance(scheduler, LambdaLR):
             schedule = scheduler.lr_lambdas[0]
-            rates: list[Callable] = [
-                _constant if group.get("name") == "table" else schedule for group in optimizer.param_groups
-            ]
-            self.lr_scheduler = LambdaLR(optimizer, rates)
+            rates: list[Callable] = [_constant if table else schedule for table in is_table]
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, rates)
+        else:
+            raise ValueError(
+                f"lr_scheduler_type {self.args.lr_scheduler_type.value!r} moves the rate of the tables too, "
+                "which is constant: choose another"
+            )
         return self.lr_scheduler
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -138,13 +231,15 @@ class MemoryTrainer(Trainer):
             torch.save(self.finetuner.state_dict(), Path(output_dir) / FINETUNER)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        if self.finetuner is None:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            model = model or self.model
-            if isinstance(model, MemoryDecoder):  # not an adapter's wrapper, whose checkpoints hold the adapter alone
-                check_saved(model, resume_from_checkpoint)
-        else:
+        if self.finetuner is not None:
             self.finetuner.load_state_dict(torch.load(Path(resume_from_checkpoint) / FINETUNER, weights_only=True))
+        elif isinstance(self.model, PreTrainedModel):
+            restore(self.model, resume_from_checkpoint)
+        else:  # wrapped by peft, whose adapters the Trainer knows
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self):
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _clip_grad_norm(self, model):
         """Clip the dense gradients; a table's sparse gradient is left to its own optimizer rule."""
@@ -156,7 +251,24 @@ class MemoryTrainer(Trainer):
         return super()._get_grad_norm(model, grad_norm=grad_norm)
 
 
-def _dense(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+@torch.no_grad()
+def restore(model: PreTrainedModel, folder: str | Path) -> None:
+    """Give a model the weights that one of its kind saved, in one file or in shards, under whatever names.
+
+    Raises:
+        ValueError: the folder lacks some of them, or holds others.
+    """
+    saved, loading = type(model).from_pretrained(
+        folder, config=model.config, dtype="auto", output_loading_info=True
+    )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(map(str, loading[kind])):
+            what = f"{len(names)} {kind.replace('_', ' ')}, {names[0]} first"
+            raise ValueError(f"{folder} does not hold this model: {what}")
+    model.load_state_dict(saved.state_dict())
+
+
+def _dense(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.grad is not None and not p.grad.is_sparse]
 
 

@@ -7,6 +7,7 @@ them and done nothing else.
 import json
 import os
 import runpy
+import signal
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -85,6 +86,7 @@ def _main(script: str, arguments: list[str], folder: Path, cwd: Path) -> None:
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         with open(folder / name, "wb") as file:
             os.dup2(file.fileno(), descriptor)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell takes from what it runs behind
     os.chdir(cwd)
     sys.path.insert(0, str(REPO))
     sys.argv = [script, *arguments]

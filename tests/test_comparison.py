@@ -4,17 +4,19 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import torch
 from commands import LEARN, checkpoint, config_of
 
+from memlayer import modeling
 from memlayer.comparison import (
     ANSWERS,
     Trial,
     choose,
-    is_done,
     read_answers,
     row,
     run_trial,
     run_trials,
+    trial_is_done,
     write_answers,
 )
 from memlayer.evaluation.report import CONTROL
@@ -78,37 +80,39 @@ def test_two_at_a_time_give_the_answers_of_one_by_one_and_only_what_is_missing_i
 
 def test_a_trial_is_done_only_with_the_same_config_questions_and_base(tmp_path, checkpoint, one_by_one):
     done = one_by_one[1]
-    assert is_done(done)
+    assert trial_is_done(done)
     config = replace(done.config, learn=replace(done.config.learn, steps_per_fact=3))
-    assert not is_done(replace(done, config=config))
-    assert not is_done(replace(done, known=(0, 13)))
-    base = tmp_path / "base"
-    shutil.copytree(checkpoint, base)
-    again = trial(base, tmp_path / "run")
-    run_trial(again)
-    assert is_done(again)
-    (base / "config.yaml").write_text((base / "config.yaml").read_text().replace("seed: 0", "seed: 1"))
-    assert not is_done(again), "the pretrained model is another one"
+    with pytest.raises(ValueError, match=r"of another run \(learn.steps_per_fact was 2, is 3\)"):
+        trial_is_done(replace(done, config=config))
+    with pytest.raises(ValueError, match="SHA-256 of questions was"):
+        trial_is_done(replace(done, known=(0, 13)))
+    base = shutil.copytree(checkpoint, tmp_path / "base")
+    moved = replace(done, config=replace(done.config, checkpoint=str(base)))
+    assert trial_is_done(moved), "the same model under another name"
+    model, tokenizer = modeling.load(base)
+    torch.nn.init.zeros_(next(model.parameters()))
+    modeling.save(model, tokenizer, base)
+    with pytest.raises(ValueError, match="SHA-256 of checkpoint was"):
+        trial_is_done(moved)
 
 
-def test_a_trial_that_was_stopped_before_its_answers_is_not_done(tmp_path, one_by_one):
-    stopped = trial(one_by_one[1].config.checkpoint, tmp_path / "run")
-    run_trial(stopped)
-    answers = read_answers(stopped.folder)
-    (stopped.folder / ANSWERS).unlink()
-    assert not is_done(stopped)
-    run_trial(stopped)
-    assert is_done(stopped)
-    assert read_answers(stopped.folder) == answers
+def test_a_trial_that_does_not_fit_its_folder_is_refused_before_any_is_run(tmp_path, one_by_one):
+    there = copy_of(one_by_one[1], tmp_path / "run")
+    answers = read_answers(there.folder)
+    changed = replace(there, config=replace(there.config, learn=replace(there.config.learn, num_rows=5)))
+    fresh = trial(there.config.checkpoint, tmp_path / "fresh")
+    with pytest.raises(ValueError, match=r"learn\.num_rows was 4, is 5"):
+        run_trials([fresh, changed], workers=1, progress=print)
+    assert not fresh.folder.exists()
+    assert read_answers(there.folder) == answers
 
 
-def test_a_failing_trial_leaves_no_answers_of_an_earlier_one(tmp_path, one_by_one):
-    trial_there = trial(one_by_one[1].config.checkpoint, tmp_path / "run")
-    run_trial(trial_there)
-    config = replace(trial_there.config, learn=replace(trial_there.config.learn, num_rows=65))
+def test_a_trial_that_fails_leaves_nothing_behind(tmp_path, checkpoint):
+    failing = trial(checkpoint, tmp_path / "run")
+    config = replace(failing.config, learn=replace(failing.config.learn, num_rows=65))
     with pytest.raises(ValueError, match="num_rows is 65"):
-        run_trial(replace(trial_there, config=config))
-    assert not is_done(trial_there)
+        run_trial(replace(failing, config=config))
+    assert not list(failing.folder.iterdir())
 
 
 def test_answers_are_read_back_as_they_were_written(tmp_path, one_by_one):

@@ -21,6 +21,9 @@ FLOORS = {
     "memlayer.config": 1,
     "memlayer.optimizer": 1,
     "memlayer.checks": 1,
+    "memlayer.files": 1,
+    "memlayer.refusals": 1,
+    "memlayer.workers": 1,
     "memlayer.machine": 1,
     "memlayer.memory_config": 1,
     "memlayer.structure": 2,
@@ -33,6 +36,8 @@ FLOORS = {
     "memlayer.modeling": 2,
     "memlayer.patch": 2,
     "memlayer.preflight": 2,
+    "memlayer.run_folder": 2,
+    "memlayer.checkpoints": 2,
     "memlayer.data": 2,
     "memlayer.evaluation": 2,
     "memlayer.methods": 3,
@@ -48,7 +53,7 @@ SCRIPTS = 5
 ONLY = {
     "memlayer_kernels": {"memlayer_kernels"},
     "memlayer.data": {"memlayer.data"},
-    "memlayer.evaluation": {"memlayer.evaluation", "memlayer.data"},
+    "memlayer.evaluation": {"memlayer.evaluation", "memlayer.data", "memlayer.files"},
     "memlayer.product_keys": {"memlayer_kernels"},
     "memlayer.counts": set(),
 }

@@ -1,6 +1,7 @@
 """The recipes: what is counted, what is taught in which order, and that what is written is what was learned."""
 
 import math
+import shutil
 from contextlib import contextmanager
 
 import pytest
@@ -116,12 +117,47 @@ def test_what_is_loaded_is_what_was_learned_to_the_bit(tmp_path, checkpoint, met
     assert not learned.model.training
 
 
-def test_only_the_latest_of_two_methods_in_one_folder_is_loaded(tmp_path, checkpoint):
-    for method in ("full", "sparse_memory", "full"):
-        learned = learn(checkpoint, tmp_path / "run", method=method, learning_rate=RATES[method])
+def test_a_result_is_never_written_over(tmp_path, checkpoint):
+    """Neither that of another method, before it is taught, nor that of the same run."""
+    full, sparse = ({"method": method, "learning_rate": RATES[method]} for method in ("full", "sparse_memory"))
+    learned = learn(checkpoint, tmp_path / "run", **full)
+    recipes.save_learned(learned, tmp_path / "run")
+    written = contents(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"a finished result of another run \(learn.learning_rate was 0.01, is 1.0"):
+        learn(checkpoint, tmp_path / "run", **sparse)
+    with pytest.raises(ValueError, match="holds this result already"):
         recipes.save_learned(learned, tmp_path / "run")
-        model, _ = recipes.load_learned(checkpoint, tmp_path / "run")
-        assert state_fingerprint(model) == state_fingerprint(learned.model)
+    assert contents(tmp_path / "run") == written
+
+
+def contents(folder):
+    """Every file below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    ["model/my_thesis.tex", "patch/fix.diff", "config.yaml", "learned.json", "trainer/checkpoint-7/trainer_state.json"],
+)
+def test_files_that_no_run_wrote_are_refused_before_training_and_left_alone(tmp_path, checkpoint, theirs):
+    file = tmp_path / "home" / theirs
+    file.parent.mkdir(parents=True)
+    file.write_text("three years: of work")
+    learned = learn(checkpoint, tmp_path / "elsewhere")
+    with batches_read() as batches, pytest.raises(ValueError, match=r"name another output"):
+        learn(checkpoint, tmp_path / "home", trainer={"save_strategy": "steps", "save_steps": 2})
+    assert not batches
+    if not theirs.startswith("trainer"):
+        with pytest.raises(ValueError, match=r"name another output"):
+            recipes.save_learned(learned, tmp_path / "home")
+    assert contents(tmp_path / "home") == {theirs: b"three years: of work"}
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_baselines_need_no_background_counts(tmp_path, checkpoint, method):
+    base = shutil.copytree(checkpoint, tmp_path / "base")
+    (base / recipes.COUNTS).unlink()
+    assert learn(base, tmp_path / "run", method=method).parameters_changed
 
 
 def test_full_finetuning_moves_every_parameter_and_of_the_table_only_rows_it_reads(tmp_path, checkpoint):

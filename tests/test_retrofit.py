@@ -389,3 +389,62 @@ def longer_tokenizer(folder):
 def test_the_command_refuses_in_one_sentence(tmp_path, base, override, message):
     path = write_config(tmp_path / "retrofit.yaml", RETROFIT, base=str(base), output=str(tmp_path / "out"))
     assert message in refusal("train.py", path, override)
+
+
+def test_a_retrofit_stopped_after_healing_does_not_heal_again_and_ends_the_same(tmp_path, base, monkeypatch):
+    small = {"retrofit": {"steps": 3}}
+    whole = retrofit(config_of(RETROFIT, tmp_path / "whole", base=str(base), **small))
+    config = config_of(RETROFIT, tmp_path / "stopped", base=str(base), **small)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("memlayer.retrofit.count", stop)
+        with pytest.raises(KeyboardInterrupt) as stopped:
+            retrofit(config)
+    assert stopped.value.__notes__ == ["stopped; the same command goes on"]
+    assert not (tmp_path / "stopped" / "config.json").exists()
+    unfinished = tmp_path / "stopped" / ".unfinished"
+    healed_at = (unfinished / "model.safetensors").stat().st_mtime_ns
+    again = retrofit(config)
+    assert (tmp_path / "stopped" / "model.safetensors").stat().st_mtime_ns == healed_at
+    assert outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")
+    assert again.results["losses"] == whole.results["losses"]
+    assert not unfinished.exists()
+    files = {path.name for path in (tmp_path / "whole").iterdir()}
+    assert {path.name for path in (tmp_path / "stopped").iterdir()} == files
+    # A third time there is nothing to do.
+    found = retrofit(config)
+    assert found.results == json.loads(json.dumps(again.results))
+    assert state_fingerprint(found.model) == state_fingerprint(again.model)
+
+
+def test_a_retrofit_of_another_base_or_text_is_refused_by_a_finished_folder(tmp_path, base, healed):
+    folder, _, _ = healed
+    mode = {"mode": load_config(folder / "config.yaml").memory.mode}
+    other = shutil.copytree(base, tmp_path / "base")
+    assert retrofit(config_of(RETROFIT, folder, base=str(other), memory=mode)).results["losses"]
+    lose = AutoModelForCausalLM.from_pretrained(other)
+    torch.nn.init.zeros_(lose.lm_head.weight)
+    lose.save_pretrained(other)
+    with pytest.raises(ValueError, match="SHA-256 of base was"):
+        retrofit(config_of(RETROFIT, folder, base=str(other), memory=mode))
+    (tmp_path / "text.txt").write_text("\n\n".join(reversed([*load_documents(limit=4000)])), encoding="utf-8")
+    config = config_of(RETROFIT, folder, base=str(base), memory=mode, text={"files": [str(tmp_path / "text.txt")]})
+    with pytest.raises(ValueError, match="SHA-256 of text was"):
+        retrofit(config)
+
+
+@pytest.mark.parametrize("rate", [1e30, 0.0])
+def test_what_is_no_number_is_refused_and_nothing_is_written(tmp_path, base, rate):
+    base = shutil.copytree(base, tmp_path / "base")
+    if not rate:
+        model = AutoModelForCausalLM.from_pretrained(base)
+        torch.nn.init.constant_(model.lm_head.weight, math.nan)
+        model.save_pretrained(base)
+    config = config_of(RETROFIT, tmp_path / "out", base=str(base), retrofit={"learning_rate": rate})
+    said = "a retrofit.learning_rate=1e.30 may be too high" if rate else "the validation loss of base .* is nan"
+    with pytest.raises(ValueError, match=said):
+        retrofit(config)
+    assert not list((tmp_path / "out").rglob("*.safetensors"))

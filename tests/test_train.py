@@ -1,7 +1,10 @@
 """train.py as a user runs it: what it writes, that it goes on where it was stopped, and what it refuses."""
 
 import json
+import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +14,7 @@ import torch
 from commands import LEARN, REPO, TINY, checkpoint, is_written, refusal, run, start, write_config
 
 from memlayer import modeling, recipes
+from memlayer.checkpoints import damage_of, newest_checkpoint
 from memlayer.config import describe_fields, load_config
 from memlayer.counts import load_counts, save_counts
 from memlayer.methods import METHODS
@@ -32,6 +36,11 @@ def outcome(folder):
 def result_files(folder):
     """Content of the files of a finished run, those of the Trainer left out."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def result_paths(folder):
+    """Whatever is in the folder of a finished run beside the Trainer's checkpoints."""
+    return [path for path in folder.iterdir() if path.name != "trainer"]
 
 
 def test_help_lists_every_setting_with_its_default():
@@ -138,7 +147,8 @@ def test_a_killed_learning_run_goes_on_and_ends_with_what_an_uninterrupted_one_w
     assert took["resumed_at"] >= 6
     assert learned("stopped") == learned("whole")
     # Killed after its last step, a run has nothing left to learn.
-    (tmp_path / "stopped" / "learned.json").unlink()
+    for path in result_paths(tmp_path / "stopped"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert run("train.py", paths["stopped"]).returncode == 0
     assert json.loads((tmp_path / "stopped" / "learned.json").read_text())["resumed_at"] == 60
     assert learned("stopped") == learned("whole")
@@ -154,34 +164,126 @@ def test_a_learning_run_does_not_go_on_over_another_model_or_other_facts(tmp_pat
     counts = load_counts(base / recipes.COUNTS, COUNTED)
     counts["memory.0"].reads_N[0] += 1
     save_counts(counts, base / recipes.COUNTS)
-    assert "holds checkpoints of another config or of other files" in refusal("train.py", path)
+    assert "holds a finished result of another run (SHA-256 of background_counts was" in refusal("train.py", path)
     assert result_files(out) == finished
+    for written in result_paths(out):
+        shutil.rmtree(written) if written.is_dir() else written.unlink()
+    assert "trainer holds checkpoints of another run (SHA-256 of background_counts was" in refusal("train.py", path)
 
 
-def test_a_finished_run_is_left_alone_by_another_config_and_kept_by_the_same(tmp_path):
-    settings = {"trainer": {"save_strategy": "steps", "save_steps": 2}}
+@pytest.mark.parametrize("strategy", ["no", "steps"])
+def test_a_finished_run_is_left_alone_by_another_config_and_kept_by_the_same(tmp_path, strategy):
+    settings = {"trainer": {"save_strategy": strategy, "save_steps": 2}}
     path = write_config(tmp_path / "pretrain.yaml", TINY, output=str(tmp_path / "out"), **settings)
     assert run("train.py", path).returncode == 0
-    finished, trained = result_files(tmp_path / "out"), outcome(tmp_path / "out")
+    finished = written_at(tmp_path / "out")
     message = refusal("train.py", path, "model.vocab_size=350")
-    assert "holds checkpoints of another config: name another output, or delete it" in message
-    assert result_files(tmp_path / "out") == finished
+    assert "holds a finished result of another run (model.vocab_size was 400, is 350): name another output" in message
+    for overrides in ([], ["trainer.logging_steps=7"], [f"output={tmp_path}/./out"]):
+        done = run("train.py", path, *overrides)
+        assert done.returncode == 0
+        assert "out holds this result already" in done.stdout
+    (tmp_path / "out").rename(tmp_path / "renamed")
+    done = run("train.py", path, f"output={tmp_path / 'renamed'}")
+    assert done.stdout == f"{tmp_path / 'renamed'} holds this result already\n"
+    assert written_at(tmp_path / "renamed") == finished
+
+
+def written_at(folder):
+    """When each file below a folder was written."""
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_stopped_while_it_counts_leaves_no_model_without_counts_and_counts_again(tmp_path):
+    path = write_config(tmp_path / "pretrain.yaml", TINY, output=str(tmp_path / "out"))
+    whole = write_config(tmp_path / "whole.yaml", TINY, output=str(tmp_path / "whole"))
+    assert run("train.py", whole).returncode == 0
+    stop = "import memlayer.recipes as recipes, train, sys, os, signal; sys.argv = ['train.py', sys.argv[-1]]; "
+    stop += "recipes._count_facts = lambda *_: os.kill(os.getpid(), signal.SIGKILL); train.main()"
+    assert run("-c", stop, path).returncode == -9
+    assert {each.name for each in (tmp_path / "out").iterdir()} == {"trainer", ".unfinished", ".lock"}
+    assert "of another run (seed was 0, is 1)" in refusal("train.py", path, "seed=1")
+    trained = (tmp_path / "out" / ".unfinished" / "model.safetensors").stat().st_mtime_ns
     assert run("train.py", path).returncode == 0
-    assert outcome(tmp_path / "out") == trained
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns == trained
+    assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
+    assert sorted(result_files(tmp_path / "out")) == sorted(result_files(tmp_path / "whole"))
+    assert not (tmp_path / "out" / ".unfinished").exists()
+
+
+def test_a_result_that_was_whole_when_the_run_was_killed_is_moved_to_its_place(tmp_path, checkpoint):
+    path = write_config(tmp_path / "learn.yaml", LEARN, output=str(tmp_path / "out"), checkpoint=str(checkpoint))
+    stop = "import pathlib, train, sys, os, signal; sys.argv = ['train.py', sys.argv[-1]]; "
+    stop += "pathlib.Path.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL); train.main()"
+    assert run("-c", stop, path).returncode == -9
+    written = (tmp_path / "out" / ".unfinished" / "learned.json").read_bytes()
+    done = run("train.py", path)
+    assert "holds this result already" in done.stdout, done.stderr
+    assert (tmp_path / "out" / "learned.json").read_bytes() == written
+    assert sorted(each.name for each in result_paths(tmp_path / "out")) == ["config.yaml", "learned.json", "patch"]
+
+
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_is_stopped_says_in_one_line_where_it_goes_on(tmp_path, sent, status):
+    path = write_config(tmp_path / "pretrain.yaml", TINY, output=str(tmp_path / "out"), **LONG)
+    process = start("train.py", path, folder=tmp_path)
+    first = tmp_path / "out" / "trainer" / "checkpoint-10"
+    while process.is_alive() and not is_written(first / "trainer_state.json"):
+        time.sleep(0.005)
+    os.kill(process.pid, sent)
+    process.join()
+    assert process.exitcode == status
+    said = (tmp_path / "stderr").read_text().splitlines()[-1]
+    assert re.fullmatch(r"train.py: stopped at step \d+ of 120; the same command goes on from checkpoint-\d+0", said)
+    assert newest_checkpoint(first.parent).name == said.rpartition(" ")[2]
+    assert not [each for each in (tmp_path / "out").rglob("*") if each.name.startswith(".")]
+    assert all(damage_of(each) is None for each in first.parent.glob("checkpoint-*"))
+
+
+FULL_DISK = """
+import resource, sys, train
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))  # no file may be larger
+sys.argv = ["train.py", *sys.argv[2:]]
+train.main()
+"""
+
+
+@pytest.mark.parametrize("strategy", ["no", "steps"])
+def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(tmp_path, strategy):
+    path = write_config(tmp_path / "pretrain.yaml", TINY, output=str(tmp_path / "out"))
+    done = run("-c", FULL_DISK, path, f"trainer.save_strategy={strategy}", "trainer.save_steps=2")
+    assert done.returncode == 1
+    written = "out" if strategy == "no" else "checkpoint-2"
+    assert re.search(rf"^train.py: cannot write .*/{written}: [^\n]*$", done.stderr, re.MULTILINE), done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(each.name for each in (tmp_path / "out").rglob("*")) == ["config.yaml", "tokenizer.model", "trainer"]
+
+
+def test_a_rate_that_makes_the_loss_no_number_is_one_sentence_and_nothing_is_written(tmp_path, checkpoint):
+    path = write_config(tmp_path / "learn.yaml", LEARN, output=str(tmp_path / "out"), checkpoint=str(checkpoint))
+    for method in ("full", "sparse_memory"):
+        done = run("train.py", path, f"learn.method={method}", "learn.learning_rate=1e30")
+        assert done.returncode == 1
+        said = "train.py: the loss is nan at step 2, nothing is written: a learn.learning_rate=1e+30 may be too high"
+        assert said in done.stderr.splitlines(), done.stderr
+        assert not [each for each in (tmp_path / "out").rglob("*") if each.is_file()]
+
+
+def test_two_runs_into_one_folder_at_once_are_refused(tmp_path):
+    path = write_config(tmp_path / "pretrain.yaml", TINY, output=str(tmp_path / "out"), pretrain={"steps": 10_000})
+    process = start("train.py", path, folder=tmp_path)
+    while process.is_alive() and not (tmp_path / "out" / "trainer" / "tokenizer.model").exists():
+        time.sleep(0.02)
+    message = refusal("train.py", path)
+    process.kill()
+    process.join()
+    assert message == f"another run is writing to {tmp_path / 'out'}: wait for its end, or name another output"
 
 
 def test_a_bare_no_which_yaml_takes_for_false_is_a_strategy(tmp_path):
     config = load_config(write_config(tmp_path / "pretrain.yaml", TINY, output="out"), ["trainer.save_strategy=no"])
     assert config.trainer["save_strategy"] is False
     assert training_arguments(config).save_strategy == "no"
-
-
-def test_a_refused_config_leaves_an_earlier_result_in_the_same_folder_as_it_was(tmp_path):
-    path = write_config(tmp_path / "pretrain.yaml", TINY, output=str(tmp_path / "out"))
-    assert run("train.py", path).returncode == 0
-    finished = result_files(tmp_path / "out")
-    assert "memory layers [7]" in refusal("train.py", path, "memory.layers=[7]", "model.vocab_size=350")
-    assert result_files(tmp_path / "out") == finished
 
 
 PRETRAIN_REFUSALS = [
@@ -258,6 +360,11 @@ def test_learning_refuses_in_one_sentence_and_teaches_nothing(tmp_path, checkpoi
     path = write_config(tmp_path / "learn.yaml", LEARN, output=str(tmp_path / "out"), checkpoint=str(checkpoint))
     assert message in refusal("train.py", path, override)
     assert not list(tmp_path.rglob("learned.json"))
+
+
+def test_a_package_that_is_not_installed_is_one_sentence(tmp_path):
+    path = write_config(tmp_path / "pretrain.yaml", TINY, output=str(tmp_path / "out"))
+    assert "requires wandb to be installed" in refusal("train.py", path, "trainer.report_to=wandb")
 
 
 def test_a_missing_config_is_refused(tmp_path):

@@ -29,7 +29,7 @@ def examples(number=20, seed=0):
     ]
 
 
-def trainer_of(model, folder, data, finetuner=None, optimizer=None, callbacks=(), **arguments):
+def trainer_of(model, folder, data, finetuner=None, optimizer=None, callbacks=(), validation=None, **arguments):
     defaults = {"report_to": "none", "save_strategy": "no", "logging_steps": 1, "use_cpu": True, "seed": 0}
     defaults |= {"remove_unused_columns": False, "disable_tqdm": True, "per_device_train_batch_size": 2}
     return MemoryTrainer(
@@ -39,6 +39,7 @@ def trainer_of(model, folder, data, finetuner=None, optimizer=None, callbacks=()
         finetuner=finetuner,
         optimizers=(optimizer, None),
         train_dataset=data,
+        eval_dataset=validation,
         data_collator=partial(collate, pad_token_id=tiny.PAD),
         callbacks=list(callbacks),
     )
@@ -62,6 +63,24 @@ def test_tables_keep_their_rate_while_the_rest_follows_the_schedule(tmp_path):
     assert [r["table"] for r in rates.seen] == [0.003] * 6
     assert [r["decay"] for r in rates.seen] == pytest.approx(expected)
     assert [r["no_decay"] for r in rates.seen] == pytest.approx(expected)
+
+
+def test_tables_keep_their_rate_when_a_plateau_lowers_the_others(tmp_path):
+    settings = {"learning_rate": 1.0, "max_steps": 6, "eval_strategy": "steps", "eval_steps": 1}
+    plateau = {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 0, "mode": "max"}}
+    trainer = trainer_of(tiny.memory_model(), tmp_path, examples(), validation=examples(2), **settings, **plateau)
+    trainer.create_optimizer_and_scheduler(6)
+    for loss in (3.0, 2.0, 1.0):  # in mode max none but the first is an improvement
+        trainer.lr_scheduler.step(loss)
+    rates = {group["name"]: group["lr"] for group in trainer.optimizer.param_groups}
+    assert rates == pytest.approx({"table": 0.003, "decay": 0.01, "no_decay": 0.01})
+
+
+def test_a_schedule_that_would_move_the_tables_rate_is_refused(tmp_path):
+    greedy = {"lr_scheduler_type": "greedy", "eval_strategy": "epoch"}
+    trainer = trainer_of(tiny.memory_model(), tmp_path, examples(), validation=examples(2), **greedy)
+    with pytest.raises(ValueError, match="lr_scheduler_type 'greedy' moves the rate of the tables too"):
+        trainer.create_optimizer_and_scheduler(6)
 
 
 def test_groups_hold_every_parameter_once_and_decay_only_matrices(tmp_path):
@@ -276,6 +295,14 @@ def test_a_finetuner_in_the_trainer_takes_the_steps_it_takes_in_a_plain_loop(tmp
         optimizer.zero_grad()
     assert torch.equal(finetuner.detach().tables[tiny.TABLE].slots, slots)
     torch.testing.assert_close(model.state_dict()["memory.0.weight"], table, rtol=1e-5, atol=1e-6)
+
+
+def test_a_finetuner_has_no_best_model_to_go_back_to(tmp_path):
+    model = tiny.memory_model()
+    finetuner = SparseMemoryFinetuner(model, tiny.background(model), 9)
+    best = {"load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch"}
+    with pytest.raises(ValueError, match="load_best_model_at_end has no meaning while facts are taught"):
+        trainer_of(model, tmp_path, examples(), finetuner, validation=examples(2), **best)
 
 
 def test_a_finetuner_survives_clipping_and_activation_checkpointing(tmp_path):

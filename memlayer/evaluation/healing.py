@@ -23,7 +23,8 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from memlayer.evaluation.report import replace_file, without_nan
+from memlayer.evaluation.report import without_nan
+from memlayer.files import write_file
 
 BASE, MEMORY, DENSE = "base model", "memory", "dense control"
 NOTES = """\
@@ -44,11 +45,11 @@ def write_healing_report(folder: str | Path, results: Mapping) -> Path:
     """Write the three files into the folder, each in one step, the machine-readable results first."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / "results.json", json.dumps(without_nan(results), indent=1, allow_nan=False) + "\n")
-    replace_file(folder / "report.md", _markdown(results))
+    write_file(folder / "results.json", json.dumps(without_nan(results), indent=1, allow_nan=False) + "\n")
+    write_file(folder / "report.md", _markdown(results))
     drawing = io.BytesIO()
     losses_figure(results).savefig(drawing, format="png", dpi=150)
-    replace_file(folder / "losses.png", drawing.getvalue())
+    write_file(folder / "losses.png", drawing.getvalue())
     return folder
 
 

@@ -32,21 +32,25 @@ def provenance(seeds: Sequence[int], config: Mapping) -> dict:
 
 
 def commit(repo: Path = REPO) -> str:
-    """Hash of the checkout this code runs from, "+changes" when files differ from it; "unknown" elsewhere."""
+    """Hash of the checkout this code runs from, "+changes" when files differ from it; "unknown" elsewhere.
+
+    Where git does not answer in time, what it was asked for is unknown.
+    """
     top = _git(repo, "rev-parse", "--show-toplevel")
     head = _git(repo, "rev-parse", "--verify", "HEAD")
-    if not head or Path(top).resolve() != repo:
+    if not head or not top or Path(top).resolve() != repo:
         return "unknown"
-    return head + ("+changes" if _git(repo, "status", "--porcelain", "--untracked-files=no") else "")
+    changes = _git(repo, "status", "--porcelain", "--untracked-files=no")
+    return head + ("+changes unknown" if changes is None else "+changes" if changes else "")
 
 
 def machine() -> dict[str, str | int]:
     """Processor, cores this process may use, memory in bytes, and the GPU if torch sees one."""
     found = {
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": _cores(),
         "threads": torch.get_num_threads(),
-        "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory": _memory(),
     }
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
@@ -64,6 +68,19 @@ def versions() -> dict[str, str]:
     return found
 
 
+def _cores() -> int | str:
+    if hasattr(os, "sched_getaffinity"):  # neither macOS nor Windows has it
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or "unknown"
+
+
+def _memory() -> int | str:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf, others may lack the names
+        return "unknown"
+
+
 def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
@@ -71,11 +88,11 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine() or "unknown"
 
 
-def _git(repo: Path, *arguments: str) -> str:
-    """What git says, or nothing when there is no git or no repository."""
+def _git(repo: Path, *arguments: str) -> str | None:
+    """What git says; None when there is no git, no repository, or no answer in time."""
     try:
         command = ["git", "-C", str(repo), *arguments]
         said = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except OSError:
-        return ""
-    return said.stdout.strip() if said.returncode == 0 else ""
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return said.stdout.strip() if said.returncode == 0 else None

@@ -26,13 +26,12 @@ kept in results.json and shown nowhere.
 import io
 import json
 import math
-import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from memlayer.evaluation.forgetting import MEASURES, drop_in_words, over_seeds, relative_drop
 from memlayer.evaluation.pareto import pareto_figure
+from memlayer.files import write_file
 
 CONTROL = "do nothing"
 WORDINGS = ("seen", "unseen")
@@ -152,13 +151,13 @@ def write_report(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     results = {"title": title, "rows": list(rows), "provenance": provenance}
-    replace_file(folder / "results.json", json.dumps(without_nan(results), indent=1, allow_nan=False) + "\n")
+    write_file(folder / "results.json", json.dumps(without_nan(results), indent=1, allow_nan=False) + "\n")
     lines = (json.dumps(without_nan(each), ensure_ascii=False) + "\n" for each in samples)
-    replace_file(folder / "samples.jsonl", "".join(lines))
-    replace_file(folder / "report.md", _markdown(title, rows, provenance))
+    write_file(folder / "samples.jsonl", "".join(lines))
+    write_file(folder / "report.md", _markdown(title, rows, provenance))
     drawing = io.BytesIO()
     pareto_figure(title, rows, CONTROL).savefig(drawing, format="png", dpi=150)
-    replace_file(folder / "pareto.png", drawing.getvalue())
+    write_file(folder / "pareto.png", drawing.getvalue())
     return folder
 
 
@@ -265,19 +264,3 @@ def without_nan(value):
     if isinstance(value, (list, tuple)):
         return [without_nan(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def replace_file(path: Path, content: str | bytes) -> None:
-    """Put the content at the path in one step."""
-    data = content.encode() if isinstance(content, str) else content
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(beside, 0o644)
-        os.replace(beside, path)
-    except BaseException:
-        os.unlink(beside)
-        raise

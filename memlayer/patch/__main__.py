@@ -14,14 +14,11 @@ OUT is a new folder, and complete once it is there.
 import argparse
 import fnmatch
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-
-from safetensors import SafetensorError
 
 from memlayer import modeling
 from memlayer.attach import memory_tables
@@ -30,6 +27,7 @@ from memlayer.patch.files import CARD_FILE, CONFIG_FILE, ROWS_FILE
 from memlayer.patch.memory_patch import MemoryPatch
 from memlayer.patch.merging import POLICIES, merge
 from memlayer.patch.squashing import squash
+from memlayer.refusals import refusals
 
 PROGRAM = "python -m memlayer.patch"
 WEIGHTS = "model*.safetensors*"  # written anew, perhaps in other shards
@@ -38,10 +36,8 @@ WEIGHTS = "model*.safetensors*"  # written anew, perhaps in other shards
 def main() -> None:
     """Run one command; bad input ends it with one sentence and exit status 1."""
     options = parse_options()
-    try:
+    with refusals(PROGRAM):
         options.run(options)
-    except (ValueError, OSError, SafetensorError) as error:
-        sys.exit(f"{PROGRAM}: {' '.join(str(error).split())}")
 
 
 def parse_options() -> argparse.Namespace:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
+from memlayer.files import write_file
 from memlayer.patch.base import Base
 from memlayer.patch.fingerprint import fingerprint
 from memlayer.patch.table import PARTS, PROTECTED, TablePatch
@@ -60,10 +61,10 @@ def write(folder: Path, tables: dict[str, TablePatch], provenance: dict, base: B
     config["sha256"] = hashlib.sha256(rows).hexdigest()
     folder.mkdir(parents=True, exist_ok=True)
     _finish_earlier(folder)
-    _write_bytes(folder / WAITING_FILE, rows)
-    _replace(folder / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_file(folder / WAITING_FILE, rows)
+    write_file(folder / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True) + "\n")
     os.replace(folder / WAITING_FILE, folder / ROWS_FILE)
-    _replace(folder / CARD_FILE, card)
+    write_file(folder / CARD_FILE, card)
 
 
 def read(folder: Path) -> tuple[dict[str, TablePatch], dict, Base | None]:
@@ -113,19 +114,6 @@ def _finish_earlier(folder: Path) -> None:
 
 def _sha256_of(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())  # or the rename may reach the disk before the data
-
-
-def _replace(path: Path, text: str) -> None:
-    waiting = path.with_name(f"{path.name}.new")
-    _write_bytes(waiting, text.encode())
-    os.replace(waiting, path)
 
 
 def _read_config(path: Path) -> dict:

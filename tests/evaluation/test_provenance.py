@@ -1,7 +1,9 @@
 """A number's origin is found out, not guessed: "unknown" stands where there is nothing to find."""
 
 import json
+import os
 import subprocess
+from functools import partial
 
 import torch
 
@@ -32,6 +34,28 @@ def test_code_that_is_not_the_top_of_a_checkout_has_no_commit(tmp_path):
     (tmp_path / "inside").mkdir()
     git(tmp_path, "commit", "-q", "--allow-empty", "-m", "first")
     assert commit((tmp_path / "inside").resolve()) == "unknown"
+
+
+def test_a_git_that_does_not_answer_in_time_is_not_taken_for_an_unchanged_checkout(tmp_path, monkeypatch):
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "commit", "-q", "--allow-empty", "-m", "first")
+    head, run = git(tmp_path, "rev-parse", "HEAD"), subprocess.run
+
+    def slow(late, command, **kwargs):
+        if late in command:
+            raise subprocess.TimeoutExpired(command, kwargs["timeout"])
+        return run(command, **kwargs)
+
+    for late, expected in (("status", f"{head}+changes unknown"), ("rev-parse", "unknown")):
+        monkeypatch.setattr(subprocess, "run", partial(slow, late))
+        assert commit(tmp_path.resolve()) == expected
+
+
+def test_machines_that_lack_what_linux_has_are_described(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # macOS
+    assert provenance([0], {})["machine"]["cores"] >= 1
+    monkeypatch.delattr(os, "sysconf", raising=False)  # Windows
+    assert provenance([0], {})["machine"]["memory"] == "unknown"
 
 
 def test_provenance_is_ready_for_json():

@@ -190,17 +190,17 @@ def test_a_crash_while_saving_leaves_the_old_patch_or_the_new_one(tmp_path, earl
         if not save_and_crash(new, folder, call):
             break
         found.append(state_after(folder))
-    assert len(found) == 6, "rows, config and card are each written through and renamed"
+    assert len(found) == 7, "rows, config and card are each written through and renamed, the rows twice"
     before = old.fingerprint if earlier else None
     switch = found.index(new.fingerprint)
-    assert found == [before] * switch + [new.fingerprint] * (6 - switch)
-    assert 0 < switch < 6
+    assert found == [before] * switch + [new.fingerprint] * (7 - switch)
+    assert 0 < switch < 7
 
 
 def test_what_a_crash_left_is_as_safe_as_any_patch(tmp_path):
     model = tiny.memory_model()
     old, new, third = (patch_of(model, [slot], torch.ones(1, 16)) for slot in (1, 2, 3))
-    for first, second in itertools.product(range(6), range(8)):
+    for first, second in itertools.product(range(7), range(9)):
         folder = tmp_path / f"{first} {second}"
         old.save(folder)
         save_and_crash(new, folder, first)
