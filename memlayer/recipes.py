@@ -50,10 +50,10 @@ from memlayer.evaluation.qa import check_answers
 from memlayer.methods import METHODS
 from memlayer.patch import MemoryPatch, product_key_fingerprints, state_fingerprint
 from memlayer.preflight import (
+    check_checkpoint,
     check_lengths,
     check_output,
     checkpoint_to_resume,
-    refuse_unused,
     step_of,
     training_arguments,
 )
@@ -61,6 +61,7 @@ from memlayer.taught import RECORD, files_of, read_taught, sha256_of
 from memlayer.trainer import MemoryTrainer
 
 COUNTS = COUNTS_FILE
+BUILTIN_NEW = 100  # new facts of the built-in table that are taught unless data.num_new says otherwise
 
 log = logging.getLogger(__name__)
 
@@ -87,9 +88,10 @@ def facts_of(config: RunConfig) -> Facts:
     known = [f for f in facts if f.split == "known"]
     new = [f for f in facts if f.split == "new"]
     check_disjoint(known, new)
-    return Facts(
-        _slice(known, 0, data.num_known, "known"), _slice(new, data.first_new, data.num_new, "new"), wordings
-    )
+    num_new = data.num_new
+    if num_new is None and data.facts is None:
+        num_new = min(BUILTIN_NEW, len(new) - data.first_new)
+    return Facts(_slice(known, 0, data.num_known, "known"), _slice(new, data.first_new, num_new, "new"), wordings)
 
 
 def _slice(facts: list[Fact], first: int, number: int | None, kind: str) -> list[Fact]:
@@ -104,7 +106,6 @@ def pretrain(config: RunConfig) -> Path:
 
     Nothing is written beside an earlier result in the folder before the training is done.
     """
-    refuse_unused(config, "base", "checkpoint", "text", "retrofit", "learn")
     set_seed(config.seed)
     facts, settings, output = facts_of(config), config.pretrain, Path(config.output)
     examples = pretraining_examples(facts.known, facts.wordings, settings.unseen_wordings)
@@ -249,13 +250,8 @@ def learn(config: RunConfig) -> Learned:
     Raises:
         FileNotFoundError, ValueError: the checkpoint, its background counts, the facts or a setting do not fit.
     """
-    refuse_unused(config, "base", "model", "memory", "pretrain", "text", "retrofit", "count")
     set_seed(config.seed)
     settings = config.learn
-    if settings.method not in METHODS:
-        raise ValueError(f"learn.method is {settings.method!r}, must be one of {sorted(METHODS)}")
-    if config.checkpoint is None:
-        raise ValueError("checkpoint is not set: name the folder of a pretrained memory model")
     if Path(config.output).resolve() == Path(config.checkpoint).resolve():
         raise ValueError(f"output and checkpoint are both {config.output}: a run would overwrite what it starts from")
     lessons = _lessons(config)
@@ -269,6 +265,7 @@ def learn(config: RunConfig) -> Learned:
     )
     resumable = arguments.save_strategy != "no"
     check_output(arguments.output_dir if resumable else config.output)
+    check_checkpoint(config.checkpoint)
     model, tokenizer = modeling.load(config.checkpoint)
     _tell_taught_anew(config)
     encoded = encode(tokenizer, lessons)

@@ -109,10 +109,15 @@ def refusal(script: str, *arguments: object) -> str:
 
 
 def write_config(path: Path, base: dict, /, **changes: object) -> Path:
-    """Write ``base``, with ``changes`` to sections merged into them, as a YAML config; returns the path."""
+    """Write ``base``, with ``changes`` to sections merged into them, as a YAML config; returns the path.
+
+    Of LEARN's settings num_rows is left out for another method than sparse memory, which has none.
+    """
     merged = dict(base)
     for key, value in changes.items():
         merged[key] = base.get(key, {}) | value if isinstance(value, dict) else value
+    if merged.get("learn", {}).get("method", "sparse_memory") != "sparse_memory":
+        merged["learn"] = {key: value for key, value in merged["learn"].items() if key != "num_rows"}
     path.write_text(yaml.safe_dump(merged), encoding="utf-8")
     return path
 
