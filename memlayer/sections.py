@@ -221,7 +221,8 @@ class TextConfig:
         sources = {"files": self.files, "dataset": self.dataset, "builtin_facts": self.builtin_facts}
         named = [f"text.{name}" for name, source in sources.items() if source]
         if len(named) > 1:
-            raise ValueError(f"{' and '.join(named)} are both set: text comes from one of them")
+            which = ", so write text.builtin_facts=false" if self.builtin_facts else ""
+            raise ValueError(f"{' and '.join(named)} are both set: text comes from one of them{which}")
         if not named:
             raise ValueError(
                 "no text to heal on: name text.files or text.dataset, or set text.builtin_facts=true to try things out"

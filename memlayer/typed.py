@@ -77,8 +77,7 @@ def _read(kind: Any, tree: Tree, name: str, default: Any = None) -> Any:
     several = members(kind)
     if not several:
         return _value(kind, tree, name)
-    if not isinstance(tree, dict):
-        raise ValueError(f"{name or 'the file'} is {shown(tree)}, must be a section of key: value")
+    tree = _as_section(tree, name)
     chosen = _chosen(several, tree, name, default)
     _check_names(chosen, several, tree, name)
     return _section(chosen, tree, name, default if type(default) is chosen else None)
@@ -131,9 +130,16 @@ def _default(field: dataclasses.Field) -> Any:
 
 def _open_section(types: dict[str, Any], tree: Tree, name: str) -> dict[str, Any]:
     """A section whose names are somebody else's; ``types`` are those of the names that are known."""
+    tree = _as_section(tree, name)
+    return {key: _value(types.get(key, Any), value, _dotted(name, key)) for key, value in tree.items()}
+
+
+def _as_section(tree: Tree, name: str) -> dict:
+    if _is_null(tree):  # a heading of YAML with nothing under it
+        return {}
     if not isinstance(tree, dict):
         raise ValueError(f"{name} is {shown(tree)}, must be a section of key: value")
-    return {key: _value(types.get(key, Any), value, _dotted(name, key)) for key, value in tree.items()}
+    return tree
 
 
 def _value(kind: Any, tree: Tree, name: str) -> Any:

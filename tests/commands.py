@@ -36,6 +36,7 @@ TINY = {
 TAUGHT_WELL = {"steps": 200, "learning_rate": 0.03, "table_learning_rate": 0.03, "loss_on": "answer"}
 LEARN = {
     "job": "learn",
+    "checkpoint": "absent",
     "data": {"num_known": 24, "num_new": 2},
     "learn": {"steps_per_fact": 2, "statements": 2, "questions": 1, "num_rows": 4},
     "trainer": {"disable_tqdm": True},

@@ -27,6 +27,7 @@ def write(folder, text):
 
 def test_what_is_not_said_has_its_default(tmp_path):
     assert load_config(write(tmp_path, MINIMAL)) == RUN
+    assert load_config(write(tmp_path, MINIMAL + "learn:\n#  num_rows: 7\ntrainer:\n")) == RUN
     config = load_config(write(tmp_path, "job: pretrain\noutput: runs/x\nmemory: {top_k: 8}\n"))
     assert config == PretrainRun(output="runs/x", memory=MemoryConfig(layers=[2], num_keys=256, top_k=8))
 

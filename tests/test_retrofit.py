@@ -300,30 +300,30 @@ def test_a_killed_retrofit_goes_on_and_ends_with_the_same_bits_and_losses(tmp_pa
 
 
 REFUSALS = [
-    ({"base": None}, "base is not set: name the folder or the hub id of a pretrained model"),
+    ({"base": None}, "base is null, must be text"),
     ({"base": "runs/nowhere"}, "base runs/nowhere cannot be retrofitted: it is no folder, and as a name on the hub: "),
     ({"memory": {"layers": [3]}}, r"memory layers \[3\] asked for, the model has layers 0 to 2"),
     ({"memory": {"top_k": 17}}, "top_k is 17, must be between 1 and num_keys = 16"),
     ({"text": {"num_train": 10**6}}, "the text is too short: .* tokens are left for training, 1000000 windows"),
     ({"text": {"limit": 3}}, "the text is too short: .* tokens are left for validation"),
     ({"text": {"length": 65}}, "text.length is 65, base .* has 64 positions"),
-    ({"text": {"files": ["absent.txt"]}}, "no text file absent.txt"),
-    ({"data": {"num_known": 3}}, "data is set, but job 'retrofit' does not use it"),
-    ({"checkpoint": "x"}, "checkpoint is set, but job 'retrofit' does not use it"),
+    ({"text": {"files": ["absent.txt"], "builtin_facts": False}}, "no text file absent.txt"),
+    ({"text": {"files": ["a.txt"]}}, "text comes from one of them, so write text.builtin_facts=false"),
+    ({"checkpoint": "x"}, "checkpoint is a setting of learn, not of retrofit"),
 ]
 
 
 @pytest.mark.parametrize(("changes", "message"), REFUSALS)
 def test_what_does_not_fit_is_refused_before_anything_is_trained(tmp_path, base, changes, message):
-    config = config_of(RETROFIT, tmp_path / "out", **{"base": str(base), **changes})
     with pytest.raises((ValueError, OSError), match=message):
-        retrofit(config)
+        retrofit(config_of(RETROFIT, tmp_path / "out", **{"base": str(base), **changes}))
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_an_empty_text_is_refused(tmp_path, base):
     (tmp_path / "empty.txt").touch()
-    config = config_of(RETROFIT, tmp_path / "out", base=str(base), text={"files": [str(tmp_path / "empty.txt")]})
+    text = {"files": [str(tmp_path / "empty.txt")], "builtin_facts": False}
+    config = config_of(RETROFIT, tmp_path / "out", base=str(base), text=text)
     with pytest.raises(ValueError, match=r"empty\.txt is empty"):
         retrofit(config)
 
