@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from memlayer import modeling, recipes
-from memlayer.config import RunConfig, load_config
+from memlayer.config import PretrainRun, RunConfig, load_config
 from memlayer.data.facts import Fact
 from memlayer.data.qa import Question, known_questions, new_questions
 from memlayer.evaluation.forgetting import scores
@@ -65,6 +65,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if is_taught(checkpoint):
         raise ValueError(f"{checkpoint} was written by a learning run: name the model that it was taught to first")
     base, taught = load_config(checkpoint / "config.yaml"), [read_taught(folder) for folder in arguments.learned]
+    if not hasattr(base, "data"):  # healed on text: asked about the built-in facts
+        base = PretrainRun(output=str(checkpoint))
     asked = deepcopy(taught[0].config if taught else base)
     for run in taught:
         run.check_files()

@@ -3,10 +3,12 @@
     python train.py configs/pretrain.yaml
     python train.py configs/retrofit_smollm2_135m.yaml
     python train.py configs/learn_sparse_memory.yaml learn.learning_rate=0.5 output=runs/mine
+    python train.py configs/learn_full.yaml data.facts=my_facts.jsonl output=runs/mine
     accelerate launch train.py configs/pretrain.yaml
 
 The config is YAML; every setting can be overridden as section.key=value. --print-config shows the resolved
-configuration and stops. Exit status: 0 done, 1 refused, 3 retrofitted and written but not healed, 130 or 143 stopped.
+configuration and stops. Exit status: 0 done, 1 refused, 2 a wrong command line, 3 retrofitted and written but not
+healed, 130 or 143 stopped.
 """
 
 import memlayer_kernels.short_waits  # noqa: F401, before anything loads torch
@@ -17,11 +19,13 @@ import sys
 
 from accelerate import PartialState
 
-from memlayer import recipes
-from memlayer.config import RunConfig, describe_fields, load_config, to_yaml
+from memlayer import __version__, recipes
+from memlayer.config import ANY_RUN, RunConfig, load_config, to_yaml
+from memlayer.config_help import describe_settings
 from memlayer.refusals import refusals
 from memlayer.retrofit import retrofit
 from memlayer.run_folder import is_finished
+from memlayer.typed import names
 
 NOT_HEALED = 3
 
@@ -50,30 +54,50 @@ JOBS = {"pretrain": pretrain, "retrofit": heal, "learn": learn}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0],
-        epilog="settings and their defaults:\n  " + "\n  ".join(describe_fields()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("config", help="YAML file, see configs/")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings to change")
-    parser.add_argument(
-        "--print-config", action="store_true", help="show the resolved configuration and stop"
-    )
-    arguments = parser.parse_args()
+    arguments = parse(sys.argv[1:])
     with refusals("train.py"):
         config = load_config(arguments.config, arguments.overrides)
         if arguments.print_config:
             print(to_yaml(config), end="")
             return
-        if config.job not in JOBS:
-            raise ValueError(f"job is {config.job!r}, must be one of {sorted(JOBS)}")
         finished = is_finished(config.output)
         status = JOBS[config.job](config)
     if PartialState().is_main_process:
         print(f"{config.output} holds this result already" if finished else f"wrote {config.output}")
     PartialState().destroy_process_group()  # left to the end of the process, its threads sometimes abort it
     sys.exit(status)
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    """The command line; options and overrides may come in any order."""
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        usage="train.py CONFIG [section.key=value ...] [--print-config]",
+        description=__doc__,
+        epilog=f"settings and their defaults:\n\n{describe_settings()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file, see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings to change")
+    parser.add_argument("--print-config", action="store_true", help="show the resolved configuration and stop")
+    parser.add_argument("--version", action="version", version=f"memlayer {__version__}")
+    arguments, unknown = parser.parse_known_intermixed_args(words)
+    if unknown:
+        parser.error(as_setting(unknown[0], words))
+    if arguments.config is None:
+        parser.error("no CONFIG is named; try train.py configs/pretrain.yaml, or --help for all settings")
+    return arguments
+
+
+def as_setting(option: str, words: list[str]) -> str:
+    """What to write in place of an option that there is not."""
+    name, equals, value = option.lstrip("-").partition("=")
+    following = words[words.index(option) + 1 :] if option in words and not equals else []
+    value = value or (following[0] if following else "VALUE")
+    meant = [each for each in dict.fromkeys(names(ANY_RUN)) if each.split(".")[-1] == name.replace("-", "_")]
+    write = " or ".join(f"{each}={value}" for each in meant or ["section.key=value"])
+    return f"there is no option {option}; settings are written without dashes: {write}"
 
 
 if __name__ == "__main__":

@@ -13,16 +13,7 @@ from transformers import TrainingArguments
 
 from memlayer.config import RunConfig
 from memlayer.machine import use_threads
-
-# Settings of transformers.TrainingArguments that would be overruled, and what they follow from.
-SET_ELSEWHERE = {
-    "output_dir": "output",
-    "seed": "seed",
-    "learning_rate": "the job's learning_rate: pretrain, retrofit or learn",
-    "max_steps": "pretrain.steps, retrofit.steps or learn.steps_per_fact",
-    "per_device_train_batch_size": "pretrain.batch_size, retrofit.batch_size, or learn.statements and learn.questions",
-    "remove_unused_columns": "the columns that batches are made of",
-}
+from memlayer.trainer_settings import DECIDED, check_reporters, check_trainer
 
 
 def training_arguments(config: RunConfig, folder: str = "trainer", **ours) -> TrainingArguments:
@@ -34,8 +25,8 @@ def training_arguments(config: RunConfig, folder: str = "trainer", **ours) -> Tr
             among all processes and micro-batches, so that their number does not change what is learned.
 
     Raises:
-        ValueError: an argument the Trainer does not have or that follows from another setting, or a batch that
-            cannot be shared out.
+        ValueError: a setting that the job does not leave open or the Trainer refuses, a package that is not
+            installed, or a batch that cannot be shared out.
     """
     on_cpu = not torch.accelerator.is_available()
     defaults = {
@@ -51,27 +42,23 @@ def training_arguments(config: RunConfig, folder: str = "trainer", **ours) -> Tr
         "remove_unused_columns": False,
         "seed": config.seed,
     }
-    for name in config.trainer:
-        if name in SET_ELSEWHERE:
-            raise ValueError(f"trainer.{name} cannot be set, it follows from {SET_ELSEWHERE[name]}")
-    _refuse_engines(config)
-    # YAML takes a bare no for false.
-    theirs = {k: "no" if v is False and k.endswith("_strategy") else v for k, v in config.trainer.items()}
+    check_trainer(config.job, config.trainer)
+    _refuse_engines()
+    check_reporters(config.trainer.get("report_to"))
     try:
-        arguments = TrainingArguments(**{**defaults, **ours, **theirs, **fixed})
-    except TypeError as error:
-        raise ValueError(f"trainer: {error}") from error
+        arguments = TrainingArguments(**{**defaults, **ours, **config.trainer, **fixed})
+    except (TypeError, ValueError, ImportError, RuntimeError) as error:
+        raise ValueError(f"trainer: {' '.join(str(error).split())}") from error
     _refuse_devices(arguments, trains_tables=config.job != "learn" or config.learn.method == "full")
     _share_batch(arguments)
     use_threads()
     return arguments
 
 
-def _refuse_engines(config: RunConfig) -> None:
+def _refuse_engines() -> None:
     for engine in ("fsdp", "deepspeed"):
-        launched = os.environ.get(f"ACCELERATE_USE_{engine.upper()}", "false").lower() == "true"
-        if config.trainer.get(engine) or launched:
-            raise ValueError(f"{engine} would split memory tables, which memlayer cannot train yet: leave it out")
+        if os.environ.get(f"ACCELERATE_USE_{engine.upper()}", "false").lower() == "true":
+            raise ValueError(f"accelerate was told to use {engine}: {DECIDED[engine]}")
 
 
 def _refuse_devices(arguments: TrainingArguments, trains_tables: bool) -> None:
@@ -91,22 +78,13 @@ def _share_batch(arguments: TrainingArguments) -> None:
     batch = arguments.per_device_train_batch_size
     processes, micro_batches = arguments.world_size, arguments.gradient_accumulation_steps
     if batch % (processes * micro_batches):
+        would_do = [str(n) for n in range(1, batch // processes + 1) if batch % (processes * n) == 0]
+        advice = f"{', '.join(would_do)} micro-batches would do" if would_do else "take fewer processes"
         raise ValueError(
-            f"a batch of {batch} examples cannot be shared by {processes} processes "
-            f"with {micro_batches} micro-batches each"
+            f"a batch of {batch} examples cannot be shared by {processes} process{'es' * (processes > 1)} with "
+            f"trainer.gradient_accumulation_steps={micro_batches}: {advice}"
         )
     arguments.per_device_train_batch_size = batch // (processes * micro_batches)
-
-
-def refuse_unused(config: RunConfig, *names: str) -> None:
-    """Refuse settings that a job does not look at, rather than skip them.
-
-    Raises:
-        ValueError: one of the sections or settings named differs from its default.
-    """
-    for name in names:
-        if getattr(config, name) != getattr(RunConfig(), name):
-            raise ValueError(f"{name} is set, but job {config.job!r} does not use it")
 
 
 def check_output(folder: str | Path) -> None:
@@ -121,6 +99,19 @@ def check_output(folder: str | Path) -> None:
             pass
     except OSError as error:
         raise ValueError(f"cannot write to output {folder}: {error.strerror}") from error
+
+
+def check_checkpoint(folder: str | Path) -> None:
+    """Say where a folder that can be taught comes from when there is none.
+
+    Raises:
+        FileNotFoundError: it holds no model.
+    """
+    if not (Path(folder) / "config.json").is_file():
+        raise FileNotFoundError(
+            f"no checkpoint in {folder}: config.json is missing; job pretrain writes such a folder, and memory is "
+            f"attached to a pretrained model, also of the hub, by job retrofit with base={folder}"
+        )
 
 
 def check_lengths(encoded: Sequence[dict], max_length: int, examples: Sequence) -> None:

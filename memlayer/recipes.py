@@ -42,12 +42,13 @@ from memlayer.files import sha256_of, write_file
 from memlayer.methods import METHODS
 from memlayer.patch import MemoryPatch, product_key_fingerprints, state_fingerprint
 from memlayer.patch.fingerprint import fingerprint
-from memlayer.preflight import check_lengths, check_output, refuse_unused, training_arguments
+from memlayer.preflight import check_checkpoint, check_lengths, check_output, training_arguments
 from memlayer.run_folder import claimed, is_done, trained_model, write_result, write_trained
 from memlayer.taught import RECORD, files_of, read_taught
 from memlayer.trainer import MemoryTrainer, StepwiseTrainer, restore
 
 COUNTS = COUNTS_FILE
+BUILTIN_NEW = 100  # new facts of the built-in table that are taught unless data.num_new says otherwise
 
 log = logging.getLogger(__name__)
 
@@ -74,9 +75,10 @@ def facts_of(config: RunConfig) -> Facts:
     known = [f for f in facts if f.split == "known"]
     new = [f for f in facts if f.split == "new"]
     check_disjoint(known, new)
-    return Facts(
-        _slice(known, 0, data.num_known, "known"), _slice(new, data.first_new, data.num_new, "new"), wordings
-    )
+    num_new = data.num_new
+    if num_new is None and data.facts is None:
+        num_new = min(BUILTIN_NEW, len(new) - data.first_new)
+    return Facts(_slice(known, 0, data.num_known, "known"), _slice(new, data.first_new, num_new, "new"), wordings)
 
 
 def _slice(facts: list[Fact], first: int, number: int | None, kind: str) -> list[Fact]:
@@ -91,7 +93,6 @@ def pretrain(config: RunConfig) -> Path:
 
     What the folder may hold already, see ``memlayer.run_folder``.
     """
-    refuse_unused(config, "base", "checkpoint", "text", "retrofit", "learn")
     set_seed(config.seed)
     facts, settings = facts_of(config), config.pretrain
     examples = pretraining_examples(facts.known, facts.wordings, settings.unseen_wordings)
@@ -306,13 +307,8 @@ def learn_into_output(config: RunConfig) -> None:
 
 
 def _prepare(config: RunConfig) -> _Lesson:
-    refuse_unused(config, "base", "model", "memory", "pretrain", "text", "retrofit", "count")
     set_seed(config.seed)
     settings = config.learn
-    if settings.method not in METHODS:
-        raise ValueError(f"learn.method is {settings.method!r}, must be one of {sorted(METHODS)}")
-    if config.checkpoint is None:
-        raise ValueError("checkpoint is not set: name the folder of a pretrained memory model")
     if Path(config.output).resolve() == Path(config.checkpoint).resolve():
         raise ValueError(f"output and checkpoint are both {config.output}: a run would overwrite what it starts from")
     lessons = _lessons(config)
@@ -324,8 +320,7 @@ def _prepare(config: RunConfig) -> _Lesson:
         train_sampling_strategy="sequential",
         max_grad_norm=0.0,
     )
-    if arguments.load_best_model_at_end:
-        raise ValueError("trainer.load_best_model_at_end has no meaning while facts are taught: nothing is evaluated")
+    check_checkpoint(config.checkpoint)
     model, tokenizer = modeling.load(config.checkpoint)
     _tell_taught_anew(config)
     encoded = encode(tokenizer, lessons)

@@ -34,13 +34,14 @@ from memlayer.evaluation.healing import BASE, DENSE, MEMORY, gate, write_healing
 from memlayer.evaluation.provenance import provenance
 from memlayer.files import write_file
 from memlayer.patch.fingerprint import fingerprint
-from memlayer.preflight import check_output, refuse_unused, training_arguments
+from memlayer.preflight import check_output, training_arguments
 from memlayer.recipes import COUNTS, check_finite, count, train_to_end
 from memlayer.run_folder import claimed, trained_model, write_result, write_trained
 from memlayer.trainer import MemoryTrainer, StepwiseTrainer, restore
 
 DEFAULT_MARGIN = {"add": 0.01, "replace": 0.05}  # nats per token
 EVALUATIONS = 20  # over a training
+MADE_BY = {"runs/base": "tiny_base.py", "runs/stories260k": "llama2c_to_hf.py model.bin tokenizer.bin"}
 HEALING = "healing.json"  # what healing did, kept beside the healed model until the report is written
 
 
@@ -90,7 +91,6 @@ def retrofit(config: RunConfig) -> Retrofitted:
         FileNotFoundError, ValueError: the base model, its tokenizer, the text or a setting does not fit; nothing is
             trained then.
     """
-    refuse_unused(config, "checkpoint", "model", "data", "pretrain", "count", "learn")
     _check_folders(config)
     _arguments(config, "trainer")  # a setting that the Trainer refuses is found before a model is loaded
     model, tokenizer = load_base(config)
@@ -168,8 +168,6 @@ def _write_healed(
 
 
 def _check_folders(config: RunConfig) -> None:
-    if config.base is None:
-        raise ValueError("base is not set: name the folder or the hub id of a pretrained model")
     if Path(config.output).resolve() == Path(config.base).resolve():
         raise ValueError(f"output and base are both {config.output}: a run would overwrite what it starts from")
 
@@ -191,7 +189,8 @@ def load_base(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
             raise ValueError(f"{len(missing)} of its weights are missing, {missing[0]} first")
         tokenizer = load_tokenizer(base, revision=revision)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        where = "" if Path(base).is_dir() else "it is no folder, and as a name on the hub: "
+        make = f" (python examples/{MADE_BY[base]} {base} makes it)" if base in MADE_BY else ""
+        where = "" if Path(base).is_dir() else f"it is no folder{make}, and as a name on the hub: "
         raise ValueError(f"base {base} cannot be retrofitted: {where}{str(error).splitlines()[0]}") from error
     if len(tokenizer) > (rows := model.get_input_embeddings().num_embeddings):
         raise ValueError(f"the tokenizer of base {base} has {len(tokenizer)} tokens, the model {rows}")

@@ -37,6 +37,7 @@ TINY = {
 TAUGHT_WELL = {"steps": 200, "learning_rate": 0.03, "table_learning_rate": 0.03, "loss_on": "answer"}
 LEARN = {
     "job": "learn",
+    "checkpoint": "absent",
     "data": {"num_known": 24, "num_new": 2},
     "learn": {"steps_per_fact": 2, "statements": 2, "questions": 1, "num_rows": 4},
     "trainer": {"disable_tqdm": True},
@@ -111,10 +112,15 @@ def refusal(script: str, *arguments: object) -> str:
 
 
 def write_config(path: Path, base: dict, /, **changes: object) -> Path:
-    """Write ``base``, with ``changes`` to sections merged into them, as a YAML config; returns the path."""
+    """Write ``base``, with ``changes`` to sections merged into them, as a YAML config; returns the path.
+
+    Of LEARN's settings num_rows is left out for another method than sparse memory, which has none.
+    """
     merged = dict(base)
     for key, value in changes.items():
         merged[key] = base.get(key, {}) | value if isinstance(value, dict) else value
+    if merged.get("learn", {}).get("method", "sparse_memory") != "sparse_memory":
+        merged["learn"] = {key: value for key, value in merged["learn"].items() if key != "num_rows"}
     path.write_text(yaml.safe_dump(merged), encoding="utf-8")
     return path
 

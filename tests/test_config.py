@@ -1,41 +1,96 @@
-"""A config is read strictly, and what is written is what is read back."""
+"""A config is read strictly, by the types of its fields, and what is written is what is read back."""
 
-import dataclasses
+import os
+import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memlayer.config import (
-    LearnConfig,
-    MemoryConfig,
-    PretrainConfig,
-    RunConfig,
-    describe_fields,
-    load_config,
-    to_yaml,
-)
+from memlayer.config import ANY_RUN, LearnRun, MemoryConfig, PretrainRun, RetrofitRun, load_config, to_yaml
+from memlayer.config_help import attributes, describe_settings
+from memlayer.methods import METHODS
+from memlayer.sections import DataConfig, FullConfig, LearnConfig, LoraConfig, SparseMemoryConfig, TextConfig
+from memlayer.typed import members, name_of, names, typed_fields
 
-MINIMAL = "job: pretrain\noutput: runs/x\n"
+MINIMAL = "job: learn\noutput: runs/x\ncheckpoint: runs/base\n"
+RUN = LearnRun(output="runs/x", checkpoint="runs/base")
+HEAL = "job: retrofit\noutput: runs/x\nbase: runs/base\n"
 
 
 def write(folder, text):
     path = folder / "config.yaml"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     return path
 
 
 def test_what_is_not_said_has_its_default(tmp_path):
-    assert load_config(write(tmp_path, MINIMAL)) == RunConfig(job="pretrain", output="runs/x")
+    assert load_config(write(tmp_path, MINIMAL)) == RUN
+    assert load_config(write(tmp_path, MINIMAL + "learn:\n#  num_rows: 7\ntrainer:\n")) == RUN
+    config = load_config(write(tmp_path, "job: pretrain\noutput: runs/x\nmemory: {top_k: 8}\n"))
+    assert config == PretrainRun(output="runs/x", memory=MemoryConfig(layers=[2], num_keys=256, top_k=8))
 
 
 def test_sections_and_overrides_are_applied_in_order(tmp_path):
-    path = write(tmp_path, MINIMAL + "memory:\n  layers: [1, 2]\n  top_k: 8\nlearn:\n  num_rows: 7\n")
-    config = load_config(path, ["memory.top_k=16", "data.facts=mine.jsonl", "trainer.max_grad_norm=0.5"])
-    assert config.memory == MemoryConfig([1, 2], num_keys=256, top_k=16)
-    assert config.learn == LearnConfig(num_rows=7)
-    assert config.data.facts == "mine.jsonl"
+    path = write(tmp_path, MINIMAL + "learn:\n  num_rows: 7\n  protect: 3\n")
+    config = load_config(path, ["learn.protect=4", "learn.protect=5", "data.num_new=2", "trainer.max_grad_norm=0.5"])
+    assert config.learn == SparseMemoryConfig(num_rows=7, protect=5)
+    assert config.data == DataConfig(num_new=2)
     assert config.trainer == {"max_grad_norm": 0.5}
+
+
+NAMES = ["2026_11_27", "010", "12:30", "no", "1e3", "true", "2026-11-27", "0x1F", ".5", "a=b", "mein Ordner/ä 日本"]
+NAMES_FOR_SHELLS = ["runs/x #1", "runs/x: y", "[x]", "{x", "'x'", " x", "C:\\runs"]
+
+
+@pytest.mark.parametrize("name", NAMES + NAMES_FOR_SHELLS)
+def test_text_is_the_text_after_the_first_equals_sign(tmp_path, name):
+    path = write(tmp_path, MINIMAL)
+    config = load_config(path, [f"{key}={name}" for key in ("output", "data.facts", "checkpoint", "trainer.run_name")])
+    assert config == replace(RUN, output=name, checkpoint=name, data=DataConfig(facts=name), trainer={"run_name": name})
+    assert load_config(write(tmp_path, to_yaml(config))) == config
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_text_in_a_file_is_what_is_written_there(tmp_path, name):
+    text = f"job: retrofit\noutput: {name}\nbase: {name}\ntext: {{files: [{name}]}}\ntrainer: {{run_name: {name}}}\n"
+    config = load_config(write(tmp_path, text))
+    expected = RetrofitRun(output=name, base=name, text=TextConfig(files=[name]), trainer={"run_name": name})
+    assert config == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "files"),
+    [
+        ("a.txt", ["a.txt"]),
+        ("2026_11_27", ["2026_11_27"]),
+        ("a b.txt, c.txt", ["a b.txt, c.txt"]),
+        ("[a.txt,010, ~/b: c.txt]", None),
+        ("[a.txt,010, '~/b: c #1.txt']", ["a.txt", "010", "HOME/b: c #1.txt"]),
+        ("[a.txt", ["[a.txt"]),
+    ],
+)
+def test_one_file_is_a_list_of_one_and_brackets_hold_several(tmp_path, value, files):
+    path = write(tmp_path, HEAL)
+    if files is None:
+        with pytest.raises(ValueError, match=r"text\.files\[2\] is a section, must be text"):
+            load_config(path, [f"text.files={value}"])
+    else:
+        home = os.path.expanduser("~")
+        assert load_config(path, [f"text.files={value}"]).text.files == [f.replace("HOME", home) for f in files]
+
+
+def test_a_leading_tilde_is_the_home_folder_in_files_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    config = load_config(write(tmp_path, "job: learn\noutput: ~/runs\ncheckpoint: a~/b\n"), ["data.facts=~/f.jsonl"])
+    assert (config.output, config.checkpoint, config.data.facts) == ("/somewhere/runs", "a~/b", "/somewhere/f.jsonl")
+
+
+def test_null_is_nothing_unless_it_is_quoted(tmp_path):
+    assert load_config(write(tmp_path, MINIMAL + "data: {facts: null}\n")).data.facts is None
+    assert load_config(write(tmp_path, MINIMAL + "data: {facts: 'null'}\n")).data.facts == "null"
+    assert load_config(write(tmp_path, MINIMAL + "data: {facts: a}\n"), ["data.facts=null"]).data.facts is None
 
 
 @pytest.mark.parametrize("written", ["1e-4", "1E-4", "0.0001", "1.0e-4"])
@@ -45,39 +100,88 @@ def test_a_number_in_any_notation_is_a_number(tmp_path, written):
     assert in_file.learn.learning_rate == overridden.learn.learning_rate == 0.0001
 
 
-def test_numbers_for_the_trainer_are_numbers_too(tmp_path):
-    assert load_config(write(tmp_path, MINIMAL), ["trainer.adam_epsilon=1e-4"]).trainer == {
-        "adam_epsilon": 0.0001
-    }
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("torch_empty_cache_steps=010", 10),
+        ("bf16=yes", True),
+        ("disable_tqdm=null", None),
+        ("save_strategy=no", "no"),
+        ("report_to=none", "none"),
+        ("report_to=[tensorboard,mlflow]", ["tensorboard", "mlflow"]),
+        ("gradient_checkpointing_kwargs={a: false, b: [1, 2.5, c]}", {"a": False, "b": [1, 2.5, "c"]}),
+    ],
+)
+def test_settings_of_the_trainer_have_the_types_of_training_arguments(tmp_path, override, value):
+    config = load_config(write(tmp_path, MINIMAL), [f"trainer.{override}"])
+    assert list(config.trainer.values()) == [value]
+    assert type(*config.trainer.values()) is type(value)
+    assert load_config(write(tmp_path, to_yaml(config))) == config
+
+
+def test_which_settings_there_are_follows_from_job_and_method(tmp_path):
+    kinds = {"sparse_memory": SparseMemoryConfig, "full": FullConfig, "lora": LoraConfig}
+    assert list(kinds) == list(METHODS)
+    for method, kind in kinds.items():
+        config = load_config(write(tmp_path, MINIMAL), [f"learn.method={method}"])
+        assert config.learn == kind()
+        assert load_config(write(tmp_path, to_yaml(config))) == config
+    assert {name_of(job) for job in members(ANY_RUN)} == {"pretrain", "retrofit", "learn"}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: FullConfig(method="lora"), "learn.method is 'lora', must be 'full'"),
+        (lambda: SparseMemoryConfig(learning_rate=float("nan")), "learn.learning_rate is nan, must be at least 0"),
+        (lambda: SparseMemoryConfig(statements=0, questions=0), "there is nothing to teach a fact with"),
+        (lambda: LoraConfig(lora_rank=0), "learn.lora_rank is 0, must be at least 1"),
+        (lambda: TextConfig(), "no text to heal on"),
+        (lambda: TextConfig(files=["a"], dataset="b"), "text.files and text.dataset are both set"),
+        (lambda: replace(RUN, trainer={"optim": "adafactor"}), "trainer.optim cannot be set in job learn"),
+    ],
+)
+def test_what_is_made_in_python_is_checked_alike(make, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make()
 
 
 @pytest.mark.parametrize(
     ("text", "overrides", "message"),
     [
-        (MINIMAL + "colour: red\n", [], "'colour'.*not in|Key 'colour'"),
-        (MINIMAL + "learn:\n  num_row: 5\n", [], r"num_row.*\(at learn\.num_row\)"),
-        (MINIMAL, ["learn.num_row=5"], r"num_row.*\(at learn\.num_row\)"),
-        (MINIMAL, ["learn.num_rows=many"], r"'many'.*\(at learn\.num_rows\)"),
-        (MINIMAL, ["learn.num_rows=1.5"], r"1\.5.*\(at learn\.num_rows\)"),
-        (MINIMAL, ["memory.layers=2"], r"\(at memory\.layers\)|layers"),
-        (MINIMAL, ["memory=2"], r"int is not a subclass of MemoryConfig\. value: 2"),
-        (MINIMAL, ["learn.num_rows"], r"override 'learn\.num_rows' is not of the form section\.key=value"),
-        (MINIMAL, ["memory.mode=both"], "memory.mode is 'both', must be 'replace' or 'add'"),
-        ("output: runs/x\n", [], "job"),
-        ("job: [pretrain\n", [], r"config\.yaml: .*line 2"),
-        ("- a\n- b\n", [], r"config\.yaml"),
+        (MINIMAL + "colour: red\n", [], "colour is not a setting"),
+        (MINIMAL + "learn:\n  num_row: 5\n", [], "learn.num_row is not a setting; did you mean learn.num_rows?"),
+        (MINIMAL, ["learning_rate=3"], "learning_rate is not a setting; did you mean learn.learning_rate?"),
+        (MINIMAL, ["save_steps=3"], "save_steps is not a setting; did you mean trainer.save_steps?"),
+        (MINIMAL, ["learn.method=full", "learn.protect=7"], "learn.protect is a setting of sparse_memory, not of full"),
+        (MINIMAL, ["pretrain.steps=3"], "pretrain is a setting of pretrain, not of learn"),
+        (MINIMAL, ["learn.num_rows=many"], "learn.num_rows is 'many', must be a whole number"),
+        (MINIMAL, ["learn.num_rows=1.5"], "learn.num_rows is '1.5', must be a whole number"),
+        (MINIMAL, ["learn.learning_rate=inf"], "learn.learning_rate is 'inf', must be a number"),
+        (MINIMAL, ["learn.protect="], "learn.protect is '', must be a whole number"),
+        (MINIMAL, ["output="], "output is empty"),
+        (MINIMAL, ["output=null"], "output is null, must be text"),
+        (MINIMAL, ["learn=2"], "learn is '2', must be a section of key: value"),
+        (MINIMAL + "learn: {protect: 1}\n", ["learn=2"], "learn is a section: write learn.key=value"),
+        (MINIMAL + "learn: 2\n", ["learn.protect=3"], "learn is '2', so learn.protect cannot be set"),
+        (MINIMAL, ["learn.num_rows"], "override 'learn.num_rows' is not of the form section.key=value"),
+        (MINIMAL, ["trainer.bf16=maybe"], "trainer.bf16 is 'maybe', must be true or false or 'auto'"),
+        (MINIMAL, ["trainer.max_grad_norm=high"], "trainer.max_grad_norm is 'high', must be a number"),
+        (HEAL, ["text.files=a", "memory.mode=both"], "memory.mode is 'both', must be 'replace' or 'add'"),
+        (HEAL, ["text.files=[a #1]"], "text.files is '[a #1]', in brackets but not YAML; put its items in quotes"),
+        (HEAL, ["text.files=a", "text.builtin_facts=maybe"], "text.builtin_facts is 'maybe', must be true or false"),
+        ("job: learn\noutput: runs/x\n", [], "checkpoint is not set"),
+        ("output: runs/x\n", [], "job is not set, must be 'pretrain' or 'retrofit' or 'learn'"),
+        ("job: [pretrain\n", [], "not YAML: while parsing a flow sequence"),
+        ("job: learn\njob: learn\n", [], "the key job is there twice, line 2"),
+        ("- a\n- b\n", [], "the file is a list, must be sections of key: value"),
     ],
 )
-def test_a_bad_config_is_refused_with_file_and_key(tmp_path, text, overrides, message):
-    with pytest.raises(ValueError, match=message):
+def test_a_bad_config_is_refused_in_one_line_with_file_and_key(tmp_path, text, overrides, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as refusal:
         load_config(write(tmp_path, text), overrides)
-
-
-def test_a_refusal_is_one_line(tmp_path):
-    with pytest.raises(ValueError) as refusal:
-        load_config(write(tmp_path, MINIMAL), ["learn.num_rows=many"])
     assert "\n" not in str(refusal.value)
-    assert str(refusal.value).startswith(str(tmp_path))
+    assert str(refusal.value).startswith(f"{tmp_path / 'config.yaml'}: ")
 
 
 def test_a_missing_config_is_named(tmp_path):
@@ -85,48 +189,47 @@ def test_a_missing_config_is_named(tmp_path):
         load_config(tmp_path / "absent.yaml")
 
 
-FLOATS = st.floats(allow_nan=False, allow_infinity=False)
-WORDS = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp"]), min_size=1).filter(
-    lambda s: "${" not in s
-)
+NUMBERS = st.floats(min_value=0, allow_nan=False, allow_infinity=False)
+WORDS = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp"]), min_size=1).filter(lambda s: s[0] != "~")
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    rate=FLOATS,
-    num_rows=st.integers(),
+    rate=NUMBERS,
+    rows=st.integers(1),
     facts=st.none() | WORDS,
-    layers=st.lists(st.integers(), max_size=4),
-    share=st.booleans(),
     output=WORDS,
-    trainer=st.dictionaries(
-        st.text("abc_", min_size=1), FLOATS | st.booleans() | st.integers() | st.none(), max_size=3
+    files=st.lists(WORDS, min_size=1),
+    trainer=st.fixed_dictionaries(
+        {}, optional={"max_grad_norm": NUMBERS, "save_total_limit": st.none() | st.integers(), "run_name": WORDS}
     ),
+    bf16=st.booleans(),
 )
-def test_a_written_config_is_read_back_as_it_was(
-    tmp_path_factory, rate, num_rows, facts, layers, share, output, trainer
-):
-    config = RunConfig(job="learn", output=output, trainer=trainer)
-    config.learn.learning_rate, config.learn.num_rows = rate, num_rows
-    config.data.facts = facts
-    config.memory = MemoryConfig(layers, share=share)
+def test_a_written_config_is_read_back_as_it_was(tmp_path_factory, rate, rows, facts, output, files, trainer, bf16):
+    learn = SparseMemoryConfig(learning_rate=rate, num_rows=rows)
+    common = {"output": output, "trainer": trainer | {"bf16": bf16}}
     path = tmp_path_factory.getbasetemp() / "round_trip.yaml"
-    path.write_text(to_yaml(config), encoding="utf-8")
-    assert load_config(path) == config
+    for config in (
+        LearnRun(checkpoint=output, learn=learn, data=DataConfig(facts=facts), **common),
+        RetrofitRun(base=output, text=TextConfig(files=files), memory=MemoryConfig([rows]), **common),
+    ):
+        path.write_text(to_yaml(config), encoding="utf-8")
+        assert load_config(path) == config
 
 
-def test_help_lists_every_setting_of_every_section_with_its_default():
-    lines = describe_fields()
-    for section in dataclasses.fields(RunConfig):
-        assert [line for line in lines if line.startswith(section.name)], section.name
-    assert f"pretrain.learning_rate = {PretrainConfig().learning_rate}" in lines
-    assert "job = (required)" in lines
-    assert "data.facts = None" in lines
-    assert len(lines) == len({line.split(" = ")[0] for line in lines})
+def test_every_setting_is_explained_and_help_shows_it_once_with_its_default():
+    shown = describe_settings()
+    for name in names(ANY_RUN):
+        assert len(re.findall(rf"^  {re.escape(name)} [=(]", shown, re.MULTILINE)) <= 3, "one for each method"
+    for line in ("pretrain.learning_rate = 0.002 ", "checkpoint (required) ", "memory.num_keys = 256 "):
+        assert shown.count(f"\n  {line}") == 1
+    assert re.search(r"^  learn\.optimizer = sgd .*\(sgd \| adam\)$", shown, re.MULTILINE)
+    assert max(map(len, shown.splitlines())) < 160
 
 
-def test_help_shows_the_defaults_that_a_run_gets(tmp_path):
-    config = load_config(write(tmp_path, MINIMAL))
-    lines = describe_fields()
-    assert f"memory.num_keys = {config.memory.num_keys}" in lines
-    assert f"memory.layers = {config.memory.layers}" in lines
+@pytest.mark.parametrize("job", members(ANY_RUN), ids=name_of)
+def test_every_field_has_its_line_in_a_docstring(job):
+    kinds = [job, *(section for _, hint in typed_fields(job) for section in members(hint)), LearnConfig]
+    for kind in kinds:
+        missing = [f.name for f, hint in typed_fields(kind) if not members(hint) and f.name not in attributes(kind)]
+        assert missing == [], kind

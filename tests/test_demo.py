@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import yaml
-from commands import LEARN, REPO, TAUGHT_WELL, TINY
+from commands import LEARN, REPO, TAUGHT_WELL, TINY, write_config
 
 METHODS = {"sparse_memory": "sparse_memory", "paper": "sparse_memory", "full": "full", "lora": "lora"}
 
@@ -20,8 +20,8 @@ def demo(tmp_path, monkeypatch):
     pretrain = TINY | {"output": "runs/pretrain", "memory": memory, "pretrain": TINY["pretrain"] | TAUGHT_WELL}
     (tmp_path / "configs" / "pretrain.yaml").write_text(yaml.safe_dump(pretrain))
     for name, method in METHODS.items():
-        learn = LEARN | {"output": f"runs/{name}", "learn": LEARN["learn"] | {"method": method}}
-        (tmp_path / "configs" / f"learn_{name}.yaml").write_text(yaml.safe_dump(learn))
+        path = tmp_path / "configs" / f"learn_{name}.yaml"
+        write_config(path, LEARN, output=f"runs/{name}", learn={"method": method})
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(REPO))
     monkeypatch.delitem(sys.modules, "demo", raising=False)

@@ -10,7 +10,7 @@ import torch
 from tiny import TABLE
 
 from memlayer import modeling, recipes
-from memlayer.config import DataConfig, MemoryConfig, ModelConfig, PretrainConfig, RunConfig
+from memlayer.config import DataConfig, MemoryConfig, ModelConfig, PretrainConfig, PretrainRun
 from memlayer.patch import MemoryPatch, state_fingerprint
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -20,8 +20,7 @@ NUM_SLOTS = 32**2
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A decoder of two small layers, the second with a memory, that knows next to nothing."""
-    config = RunConfig(
-        job="pretrain",
+    config = PretrainRun(
         output=str(tmp_path_factory.mktemp("pretrain")),
         model=ModelConfig(num_layers=2, width=32, num_heads=2, ffn_width=64, vocab_size=600),
         memory=MemoryConfig(layers=[1], num_keys=32, num_heads=2, top_k=4),

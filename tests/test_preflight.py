@@ -32,11 +32,11 @@ def test_tables_are_not_trained_by_several_processes_on_gpus_but_rows_and_lora_a
 
 def test_engines_that_split_tables_are_refused(monkeypatch, tmp_path):
     for engine in ("fsdp", "deepspeed"):
-        with pytest.raises(ValueError, match=f"{engine} would split memory tables"):
+        with pytest.raises(ValueError, match=f"{engine}.* would split memory tables"):
             arguments_of("pretrain", tmp_path, f"trainer.{engine}=settings.json")
         with monkeypatch.context() as patched:
             patched.setenv(f"ACCELERATE_USE_{engine.upper()}", "true")
-            with pytest.raises(ValueError, match=f"{engine} would split memory tables"):
+            with pytest.raises(ValueError, match=f"{engine}.* would split memory tables"):
                 arguments_of("pretrain", tmp_path)
 
 

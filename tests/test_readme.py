@@ -117,7 +117,7 @@ def test_the_readme_names_both_commands():
         ("python train.py configs/pretrain.yaml pretrain.steps=3  # three steps", None),
         ("python train.py configs/pretrain.yaml --print-config", None),
         ("python train.py configs/absent.yaml", "no config at"),
-        ("python train.py configs/pretrain.yaml pretrain.step=3", "Key 'step' not in 'PretrainConfig'"),
+        ("python train.py configs/pretrain.yaml pretrain.step=3", "did you mean pretrain.steps?"),
         ("python train.py configs/pretrain.yaml --dance", "train.py has no option --dance"),
         ("accelerate launch --num_processes 2 train.py configs/pretrain.yaml", None),
         ("accelerate launch train.py configs/absent.yaml", "no config at"),

@@ -28,7 +28,7 @@ COUNTED = {"memory.0": 256}
 RETROFIT = {
     "job": "retrofit",
     "memory": {"layers": [1], "num_keys": 16, "num_heads": 2, "top_k": 4, "mode": "add"},
-    "text": {"length": LENGTH, "num_train": TRAIN, "num_validation": VALIDATION},
+    "text": {"builtin_facts": True, "length": LENGTH, "num_train": TRAIN, "num_validation": VALIDATION},
     "retrofit": {"steps": STEPS, "batch_size": BATCH, "warmup_steps": 2},
     "trainer": {"disable_tqdm": True},
 }
@@ -300,30 +300,30 @@ def test_a_killed_retrofit_goes_on_and_ends_with_the_same_bits_and_losses(tmp_pa
 
 
 REFUSALS = [
-    ({"base": None}, "base is not set: name the folder or the hub id of a pretrained model"),
+    ({"base": None}, "base is null, must be text"),
     ({"base": "runs/nowhere"}, "base runs/nowhere cannot be retrofitted: it is no folder, and as a name on the hub: "),
     ({"memory": {"layers": [3]}}, r"memory layers \[3\] asked for, the model has layers 0 to 2"),
     ({"memory": {"top_k": 17}}, "top_k is 17, must be between 1 and num_keys = 16"),
     ({"text": {"num_train": 10**6}}, "the text is too short: .* tokens are left for training, 1000000 windows"),
     ({"text": {"limit": 3}}, "the text is too short: .* tokens are left for validation"),
     ({"text": {"length": 65}}, "text.length is 65, base .* has 64 positions"),
-    ({"text": {"files": ["absent.txt"]}}, "no text file absent.txt"),
-    ({"data": {"num_known": 3}}, "data is set, but job 'retrofit' does not use it"),
-    ({"checkpoint": "x"}, "checkpoint is set, but job 'retrofit' does not use it"),
+    ({"text": {"files": ["absent.txt"], "builtin_facts": False}}, "no text file absent.txt"),
+    ({"text": {"files": ["a.txt"]}}, "text comes from one of them, so write text.builtin_facts=false"),
+    ({"checkpoint": "x"}, "checkpoint is a setting of learn, not of retrofit"),
 ]
 
 
 @pytest.mark.parametrize(("changes", "message"), REFUSALS)
 def test_what_does_not_fit_is_refused_before_anything_is_trained(tmp_path, base, changes, message):
-    config = config_of(RETROFIT, tmp_path / "out", **{"base": str(base), **changes})
     with pytest.raises((ValueError, OSError), match=message):
-        retrofit(config)
+        retrofit(config_of(RETROFIT, tmp_path / "out", **{"base": str(base), **changes}))
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_an_empty_text_is_refused(tmp_path, base):
     (tmp_path / "empty.txt").touch()
-    config = config_of(RETROFIT, tmp_path / "out", base=str(base), text={"files": [str(tmp_path / "empty.txt")]})
+    text = {"files": [str(tmp_path / "empty.txt")], "builtin_facts": False}
+    config = config_of(RETROFIT, tmp_path / "out", base=str(base), text=text)
     with pytest.raises(ValueError, match=r"empty\.txt is empty"):
         retrofit(config)
 
@@ -362,6 +362,12 @@ def test_a_base_that_is_not_whole_is_refused(tmp_path, base, spoil, message):
     assert "\n" not in str(refused.value)
 
 
+def test_a_base_of_the_configs_that_is_not_there_is_refused_with_what_makes_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"it is no folder \(python examples/tiny_base\.py runs/base makes it\), and"):
+        load_base(config_of(RETROFIT, tmp_path / "out", base="runs/base"))
+
+
 def lose_a_weight(folder):
     model = AutoModelForCausalLM.from_pretrained(folder)
     state = {name: tensor for name, tensor in model.state_dict().items() if name != "model.norm.weight"}
@@ -381,9 +387,12 @@ def longer_tokenizer(folder):
         ("retrofit.steps=0", "retrofit.steps is 0, must be at least 1"),
         ("retrofit.margin=-1", "retrofit.margin is -1.0, must be at least 0"),
         ("retrofit.dtype=int8", "retrofit.dtype is 'int8', must be"),
-        ("text.lenght=3", "Key 'lenght' not in 'TextConfig'"),
-        ("base=absent", "base absent cannot be retrofitted: it is no folder"),
-        ("trainer.learning_rate=1", "trainer.learning_rate cannot be set, it follows from"),
+        ("text.lenght=3", "text.lenght is not a setting; did you mean text.length?"),
+        ("base=absent", "base absent cannot be retrofitted: it is no folder, and as a name on the hub: "),
+        ("trainer.learning_rate=1", "trainer.learning_rate cannot be set in job retrofit: it follows from"),
+        ("text.builtin_facts=false", "no text to heal on: name text.files or text.dataset"),
+        ("data.num_new=3", "data is a setting of pretrain and learn, not of retrofit"),
+        ("trainer.weight_decay=0.9", "it follows from pretrain.weight_decay, retrofit.weight_decay or learn.method"),
     ],
 )
 def test_the_command_refuses_in_one_sentence(tmp_path, base, override, message):

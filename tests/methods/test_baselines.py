@@ -4,14 +4,15 @@ import pytest
 import tiny
 import torch
 
-from memlayer.config import LearnConfig
 from memlayer.methods import METHODS
 from memlayer.patch import state_fingerprint
+from memlayer.sections import FullConfig, LoraConfig, SparseMemoryConfig
 
-
-def settings(method):
-    rate = {"sparse_memory": 1.0, "full": 0.01, "lora": 0.05}[method]
-    return LearnConfig(method=method, learning_rate=rate, num_rows=20, lora_rank=4)
+SETTINGS = {
+    "sparse_memory": SparseMemoryConfig(learning_rate=1.0, num_rows=20),
+    "full": FullConfig(learning_rate=0.01),
+    "lora": LoraConfig(learning_rate=0.05, lora_rank=4),
+}
 
 
 def loss_of(model, batch):
@@ -20,7 +21,7 @@ def loss_of(model, batch):
 
 
 def learn(model, method, steps=6):
-    prepared = METHODS[method](model, tiny.background(model), settings(method))
+    prepared = METHODS[method](model, tiny.background(model), SETTINGS[method])
     for _ in range(steps):
         forward = (
             prepared.finetuner.loss if prepared.finetuner else lambda b: prepared.model(**tiny.inputs(b)).loss
@@ -79,7 +80,7 @@ def test_lora_changes_linear_layers_but_no_table_embedding_or_norm():
 
 def test_lora_merges_to_what_it_computed():
     model, batch = tiny.memory_model(), tiny.batch()
-    prepared = METHODS["lora"](model, {}, settings("lora"))
+    prepared = METHODS["lora"](model, {}, SETTINGS["lora"])
     for _ in range(3):
         prepared.model(**tiny.inputs(batch)).loss.backward()
         prepared.optimizer.step()

@@ -2,6 +2,7 @@
 
 import warnings
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -11,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from memlayer.attach import memory_tables, record_reads
-from memlayer.config import LearnConfig
 from memlayer.counts import SlotCounts
 from memlayer.methods import METHODS
 from memlayer.methods.open_table import Selection
@@ -372,8 +372,9 @@ def test_learning_lowers_the_loss_on_what_is_taught():
 
 def test_the_method_refuses_an_optimizer_it_does_not_know():
     model = tiny.memory_model()
+    settings = SimpleNamespace(optimizer="lion", num_rows=5, idf_power=1.0, positions="all", learning_rate=1.0)
     with pytest.raises(ValueError, match=r"optimizer is 'lion', must be one of \['adam', 'sgd'\]"):
-        METHODS["sparse_memory"](model, tiny.background(model), LearnConfig(optimizer="lion", num_rows=5))
+        METHODS["sparse_memory"](model, tiny.background(model), settings)
 
 
 def selected_by(batch, num_rows=5):

@@ -1,0 +1,267 @@
+"""The sections of a run's settings, one dataclass each; of ``learn`` one for each finetuning method.
+
+Their docstrings are what ``train.py --help`` shows, their types say what may be chosen, and they check their ranges.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from memlayer.checks import check_at_least, check_choices
+
+LossOn = Literal["all", "answer"]
+
+
+@dataclass
+class ModelConfig:
+    """A Llama-architecture decoder built from scratch.
+
+    Attributes:
+        num_layers: decoder layers.
+        width: of the hidden states.
+        num_heads: attention heads.
+        ffn_width: inner width of the feed-forward blocks.
+        max_length: tokens of the longest sequence.
+        vocab_size: tokens of the tokenizer, which is trained on the same text.
+    """
+
+    num_layers: int = 4
+    width: int = 128
+    num_heads: int = 4
+    ffn_width: int = 512
+    max_length: int = 64
+    vocab_size: int = 2048
+
+    def __post_init__(self):
+        check_at_least(1, "model", self, "num_layers", "width", "num_heads", "ffn_width", "max_length")
+        if self.width % (2 * self.num_heads):
+            raise ValueError(
+                f"model.width is {self.width}, must be a multiple of twice model.num_heads = {self.num_heads}: "
+                "rotary positions turn pairs of a head's numbers"
+            )
+
+
+@dataclass
+class DataConfig:
+    """Facts to train on or to teach.
+
+    Attributes:
+        facts: a JSON Lines file of facts; None is the built-in table.
+        wordings: a JSON file of wordings; None is the built-in ones.
+        num_known: known facts to pretrain on and to be asked about; None is all.
+        num_new: new facts to teach; None is all of a file of one's own, and 100 of the built-in table.
+        first_new: where among the new facts to start.
+    """
+
+    facts: str | None = None
+    wordings: str | None = None
+    num_known: int | None = None
+    num_new: int | None = None
+    first_new: int = 0
+
+
+@dataclass
+class PretrainConfig:
+    """Pretraining from nothing on the known facts.
+
+    Attributes:
+        steps: optimizer steps.
+        batch_size: sequences of one step, over all processes and micro-batches.
+        learning_rate: of all but the tables; it warms up and falls along a cosine.
+        table_learning_rate: of the tables; constant.
+        weight_decay: of all matrices but the tables.
+        warmup_steps: steps over which the learning rate rises.
+        loss_on: tokens that are trained on.
+        unseen_wordings: tell half of the known facts in the wordings too in which the others are asked only; false
+            keeps those wordings out of pretraining, so that not even the sentences are known.
+    """
+
+    steps: int = 1200
+    batch_size: int = 128
+    learning_rate: float = 2e-3
+    table_learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    warmup_steps: int = 100
+    loss_on: LossOn = "all"
+    unseen_wordings: bool = True
+
+    def __post_init__(self):
+        check_at_least(1, "pretrain", self, "steps", "batch_size")
+        check_at_least(0, "pretrain", self, "learning_rate", "table_learning_rate", "weight_decay", "warmup_steps")
+        check_choices("pretrain", self)
+
+
+@dataclass
+class CountConfig:
+    """What counts as one background document after pretraining.
+
+    Attributes:
+        sequences_per_document: so many consecutive sequences of pretraining text.
+    """
+
+    sequences_per_document: int = 8
+
+    def __post_init__(self):
+        check_at_least(1, "count", self, "sequences_per_document")
+
+
+@dataclass
+class LearnConfig:
+    """How new facts are taught, one fact after the other, with any method.
+
+    Attributes:
+        method: how the model is changed; it decides which other settings there are.
+        learning_rate: of the method's optimizer; constant.
+        steps_per_fact: optimizer steps on a fact before the next one.
+        statements: seen statements of the fact in each step's batch.
+        questions: seen questions about the fact in each step's batch.
+        loss_on: tokens that are trained on.
+    """
+
+    method: str
+    learning_rate: float
+    steps_per_fact: int = 5
+    statements: int = 3
+    questions: int = 3
+    loss_on: LossOn = "answer"
+
+    def __post_init__(self):
+        check_choices("learn", self)
+        check_at_least(1, "learn", self, "steps_per_fact")
+        check_at_least(0, "learn", self, "learning_rate", "statements", "questions")
+        if not self.statements + self.questions:
+            raise ValueError("learn.statements and learn.questions are both 0: there is nothing to teach a fact with")
+
+
+@dataclass
+class SparseMemoryConfig(LearnConfig):
+    """Sparse memory finetuning: a step changes a few rows of the memory and nothing else.
+
+    Attributes:
+        num_rows: slots of a table that one step may change.
+        idf_power: 1 ranks slots as the paper does; more avoids those that background text reads.
+        positions: whose reads count: all positions, or those that predict the answer.
+        protect: how many background documents a fact counts as once it is taught; later facts then choose its
+            rows less. 0 is the paper's rule.
+        optimizer: sgd is the paper's, without momentum.
+    """
+
+    method: Literal["sparse_memory"] = "sparse_memory"
+    learning_rate: float = 10.0
+    num_rows: int = 400
+    idf_power: float = 8.0
+    positions: Literal["all", "answer"] = "all"
+    protect: int = 10
+    optimizer: Literal["sgd", "adam"] = "sgd"
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_at_least(1, "learn", self, "num_rows")
+        check_at_least(0, "learn", self, "idf_power", "protect")
+
+
+@dataclass
+class FullConfig(LearnConfig):
+    """Full finetuning: every parameter, AdamW."""
+
+    method: Literal["full"] = "full"
+    learning_rate: float = 3e-5
+
+
+@dataclass
+class LoraConfig(LearnConfig):
+    """LoRA on every linear layer, AdamW, merged into the weights at the end.
+
+    Attributes:
+        lora_rank: rank of the low-rank updates.
+        lora_alpha: an update is scaled by lora_alpha / lora_rank.
+    """
+
+    method: Literal["lora"] = "lora"
+    learning_rate: float = 1e-4
+    lora_rank: int = 32
+    lora_alpha: float = 32.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_at_least(1, "learn", self, "lora_rank")
+        check_at_least(0, "learn", self, "lora_alpha")
+
+
+@dataclass
+class TextConfig:
+    """The text that memory heals on, and that the loss is measured on; see ``memlayer.data.text``.
+
+    Attributes:
+        files: text, JSON or Parquet files.
+        dataset: a dataset of the Hugging Face hub, streamed, in place of files.
+        subset: the dataset's configuration, where it has several.
+        split: the dataset's split.
+        builtin_facts: the sentences of the built-in known facts in place of files, to try things out.
+        column: where a row holds its text.
+        limit: documents to read at most; None is as many as needed.
+        length: tokens of a window.
+        num_train: windows to train on.
+        num_validation: windows of other documents, to measure the loss on.
+    """
+
+    files: list[str] = field(default_factory=list)
+    dataset: str | None = None
+    subset: str | None = None
+    split: str = "train"
+    builtin_facts: bool = False
+    column: str = "text"
+    limit: int | None = None
+    length: int = 256
+    num_train: int = 4000
+    num_validation: int = 100
+
+    def __post_init__(self):
+        check_at_least(1, "text", self, "limit", "num_train", "num_validation")
+        check_at_least(2, "text", self, "length")
+        sources = {"files": self.files, "dataset": self.dataset, "builtin_facts": self.builtin_facts}
+        named = [f"text.{name}" for name, source in sources.items() if source]
+        if len(named) > 1:
+            which = ", so write text.builtin_facts=false" if self.builtin_facts else ""
+            raise ValueError(f"{' and '.join(named)} are both set: text comes from one of them{which}")
+        if not named:
+            raise ValueError(
+                "no text to heal on: name text.files or text.dataset, or set text.builtin_facts=true to try things out"
+            )
+
+
+@dataclass
+class RetrofitConfig:
+    """How memory heals in a pretrained model whose own weights stay as they are.
+
+    Attributes:
+        revision: of a base on the hub; None is its main branch.
+        dtype: of the weights; bfloat16 and float16 lose small steps, so prefer ``trainer.bf16`` with float32.
+        steps: optimizer steps.
+        batch_size: windows of one step, over all processes and micro-batches.
+        learning_rate: of all but the tables; it warms up and falls along a cosine.
+        table_learning_rate: of the tables; constant.
+        weight_decay: of all matrices but the tables.
+        warmup_steps: steps over which the learning rate rises.
+        margin: nats per token by which the healed loss may exceed the base's; None is 0.01 in mode "add" and
+            0.05 in mode "replace", where the memory has to relearn what its layer's block did.
+        dense_control: train a dense block of as many parameters on the same batches too, for comparison.
+        num_background: training windows whose reads are counted as background, each of them one document.
+    """
+
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    steps: int = 400
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    table_learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    warmup_steps: int = 20
+    margin: float | None = None
+    dense_control: bool = True
+    num_background: int = 4000
+
+    def __post_init__(self):
+        check_choices("retrofit", self)
+        check_at_least(1, "retrofit", self, "steps", "batch_size", "num_background")
+        check_at_least(0, "retrofit", self, "learning_rate", "table_learning_rate", "weight_decay", "warmup_steps")
+        check_at_least(0, "retrofit", self, "margin")
