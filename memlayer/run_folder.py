@@ -60,6 +60,7 @@ def differences(file: Path, config: RunConfig, inputs: Mapping[str, str]) -> str
         raise ValueError(f"{file} was written by no run of memlayer ({error}): name another output") from error
     ours = _told(config, inputs)
     keys = [key for key in sorted(theirs.keys() | ours.keys()) if theirs.get(key) != ours.get(key)]
+    keys.sort(key=lambda key: not (key in theirs and key in ours))  # then those that only one of two methods has
     more = f" and {len(keys) - NAMED} more" if len(keys) > NAMED else ""
     return ", ".join(f"{key} was {theirs.get(key)}, is {ours.get(key)}" for key in keys[:NAMED]) + more
 

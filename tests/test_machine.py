@@ -1,11 +1,13 @@
 """Precision and threads follow from what the processor does fast, and whoever sets them is obeyed."""
 
+import ast
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from commands import REPO
 from transformers import TrainingArguments
 
 from memlayer import machine
@@ -118,6 +120,6 @@ def test_waits_are_settled_before_torch_is_there_and_by_the_user_first(theirs, s
 
 @pytest.mark.parametrize("script", ["train.py", "eval.py", "demo.py"])
 def test_scripts_settle_waits_before_they_load_torch(script):
-    source = (machine.Path(__file__).parents[1] / script).read_text(encoding="utf-8")
-    imports = [line for line in source.splitlines() if line.startswith(("import ", "from "))]
-    assert imports[0].startswith("import memlayer_kernels.short_waits")
+    tree = ast.parse((REPO / script).read_text(encoding="utf-8"))
+    imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert ast.unparse(imports[0]) == "import memlayer_kernels.short_waits"
