@@ -2,7 +2,8 @@
 
 Parameters with a dense gradient take torch's own AdamW step. A sparse gradient (a table's) is applied to
 its rows alone: a row that was not read keeps its value, its moments and its step count, so a step costs
-in proportion to the reads and not to the table.
+in proportion to the reads and not to the table. A table has a sparse gradient while its ``sparse`` is True:
+MemoryTrainer and methods/full.py, which build this optimizer, see to that.
 """
 
 import torch

@@ -570,6 +570,36 @@ def test_an_optimizer_in_which_rows_depend_on_each_other_is_refused(make, messag
         finetuner.watch(make(finetuner.parameters()))
 
 
+def test_a_step_with_a_closure_is_refused():
+    finetuner, optimizer = watched()
+    finetuner.loss(tiny.batch()).backward()
+    with pytest.raises(ValueError, match=r"optimizer\.step\(\) takes no closure here"):
+        optimizer.step(lambda: finetuner.loss(tiny.batch()))
+    optimizer.step(closure=None)
+
+
+def test_the_gradient_of_a_step_can_be_looked_at_after_it():
+    finetuner, optimizer = watched()
+    finetuner.loss(tiny.batch()).backward()
+    (rows,) = finetuner.parameters()
+    before = rows.grad.clone()
+    optimizer.step()
+    assert torch.equal(rows.grad, before)
+
+
+def test_a_learning_rate_schedule_is_followed():
+    moved = []
+    for factor in (1.0, 0.5):
+        model = tiny.memory_model()
+        finetuner, optimizer = watched(model)
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _step, factor=factor: factor)
+        before = table_of(model).clone()
+        finetuner.loss(tiny.batch()).backward()
+        optimizer.step()
+        moved.append(table_of(model) - before)
+    torch.testing.assert_close(moved[1], moved[0] / 2, rtol=1e-3, atol=1e-6)
+
+
 def test_an_optimizer_of_other_parameters_is_refused():
     model = tiny.memory_model()
     other = torch.optim.SGD(model.parameters(), lr=1.0)
