@@ -164,6 +164,14 @@ def test_files_that_no_run_wrote_are_refused_before_training_and_left_alone(tmp_
     assert contents(tmp_path / "home") == {theirs: b"three years: of work"}
 
 
+def test_a_patch_of_numbers_that_are_not_finite_is_not_written(tmp_path, checkpoint):
+    learned = learn(checkpoint, tmp_path / "run")
+    learned.patch.tables[TABLE].rows[0, 0] = math.nan
+    with pytest.raises(ValueError, match=r"1 of \d+ numbers of the patch of memory.0 are nan or infinite"):
+        recipes.save_learned(learned, tmp_path / "run")
+    assert contents(tmp_path / "run") == {}
+
+
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_baselines_need_no_background_counts(tmp_path, checkpoint, method):
     base = shutil.copytree(checkpoint, tmp_path / "base")
