@@ -397,10 +397,14 @@ def _provenance(config: RunConfig, sha256: Mapping[str, str]) -> dict:
 def _tell_taught_anew(config: RunConfig) -> None:
     """One line where the facts to teach give known facts of the checkpoint another answer."""
     base = Path(config.checkpoint) / "config.yaml"
-    if not base.is_file():
+    if not base.is_file() or not PartialState().is_main_process:
         return
     new = facts_of(config).new
-    anew = taught_anew(facts_of(load_config(base)).known, new)
+    try:
+        anew = taught_anew(facts_of(load_config(base)).known, new)
+    except (OSError, ValueError) as error:  # what the checkpoint was told may be long gone
+        log.warning(f"whether {config.checkpoint} knows some of the facts to teach cannot be told: {error}")
+        return
     if anew:
         log.warning(
             f"{len(anew)} of {len(new)} facts to teach are known to {config.checkpoint} already, {anew[0].key!r} for "
