@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallba
 from memlayer import __version__, modeling
 from memlayer.attach import memory_tables, record_reads
 from memlayer.checkpoints import checkpoint_to_resume, step_of
-from memlayer.config import RunConfig, load_config
+from memlayer.config import PretrainRun, RunConfig, load_config
 from memlayer.counts import COUNTS_FILE, SlotCounts, load_counts, save_counts
 from memlayer.data.facts import (
     BUILTIN_FACTS,
@@ -401,7 +401,10 @@ def _tell_taught_anew(config: RunConfig) -> None:
         return
     new = facts_of(config).new
     try:
-        anew = taught_anew(facts_of(load_config(base)).known, new)
+        made = load_config(base)
+        if not isinstance(made, PretrainRun):  # healed on text, it was told no facts
+            return
+        anew = taught_anew(facts_of(made).known, new)
     except (OSError, ValueError) as error:  # what the checkpoint was told may be long gone
         log.warning(f"whether {config.checkpoint} knows some of the facts to teach cannot be told: {error}")
         return
