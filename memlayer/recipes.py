@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallba
 from memlayer import __version__, modeling
 from memlayer.attach import memory_tables, record_reads
 from memlayer.checkpoints import checkpoint_to_resume, step_of
-from memlayer.config import RunConfig, load_config
+from memlayer.config import PretrainRun, RunConfig, load_config
 from memlayer.counts import COUNTS_FILE, SlotCounts, load_counts, save_counts
 from memlayer.data.facts import (
     BUILTIN_FACTS,
@@ -397,10 +397,17 @@ def _provenance(config: RunConfig, sha256: Mapping[str, str]) -> dict:
 def _tell_taught_anew(config: RunConfig) -> None:
     """One line where the facts to teach give known facts of the checkpoint another answer."""
     base = Path(config.checkpoint) / "config.yaml"
-    if not base.is_file():
+    if not base.is_file() or not PartialState().is_main_process:
         return
     new = facts_of(config).new
-    anew = taught_anew(facts_of(load_config(base)).known, new)
+    try:
+        made = load_config(base)
+        if not isinstance(made, PretrainRun):  # healed on text, it was told no facts
+            return
+        anew = taught_anew(facts_of(made).known, new)
+    except (OSError, ValueError) as error:  # what the checkpoint was told may be long gone
+        log.warning(f"whether {config.checkpoint} knows some of the facts to teach cannot be told: {error}")
+        return
     if anew:
         log.warning(
             f"{len(anew)} of {len(new)} facts to teach are known to {config.checkpoint} already, {anew[0].key!r} for "

@@ -97,7 +97,7 @@ def answer_questions(
 
 
 def generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
-    """The likeliest continuation of each prompt, token by token, up to the end token.
+    """The likeliest continuation of each prompt, token by token, up to an end token.
 
     Args:
         prompts: token ids; padded on the left here, so that all continuations start in one column.
@@ -114,9 +114,16 @@ def generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int) ->
         num_beams=1,
         use_cache=True,
         pad_token_id=pad,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=_end_tokens(model, tokenizer),
     )
     return [_decode(tokenizer, ids) for ids in ids_BL[:, longest:]]
+
+
+def _end_tokens(model, tokenizer) -> list[int]:
+    """The tokenizer's end token and those of the model's own: chat models end a turn with another."""
+    own = model.generation_config.eos_token_id
+    own = [] if own is None else own if isinstance(own, list) else [own]
+    return sorted({tokenizer.eos_token_id, *own})
 
 
 def check_answers(tokenizer, examples: Iterable[Example]) -> None:

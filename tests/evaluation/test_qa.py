@@ -107,6 +107,18 @@ def test_generation_equals_taking_the_likeliest_token_by_hand(family, tokenizer,
     assert generate(model, tokenizer, prompts, max_new_tokens=6) == expected
 
 
+def test_generation_ends_at_every_end_token_of_the_model(llama, tokenizer):
+    """Chat models have one for the end of a turn beside the tokenizer's."""
+    model, prompt = copy.deepcopy(llama), encode_prompt(tokenizer, QUESTIONS[0].prompt)
+    ids = list(prompt)
+    for _ in range(6):
+        ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+    stop = next(token for token in ids[len(prompt) :] if token != ids[len(prompt)])
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, stop]
+    written = ids[len(prompt) : ids.index(stop, len(prompt)) + 1]
+    assert generate(model, tokenizer, [prompt], max_new_tokens=6) == [tokenizer.decode(written).strip()]
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_nll_is_the_mean_over_answer_tokens_in_nats(family, tokenizer, request):
     model = request.getfixturevalue(family).eval()
