@@ -216,7 +216,8 @@ def _train_dense(config: RunConfig, text: Text, num_parameters: int) -> tuple[Tr
     model, _ = load_base(config)
     model.requires_grad_(False)
     set_seed(config.seed)
-    blocks = add_dense(model, config.memory.layers, num_parameters, config.memory.mode)
+    memory = config.memory
+    blocks = add_dense(model, memory.layers, num_parameters, memory.mode, getattr(torch, memory.dtype))
     trained = _train(config, model, text, Trainer, "dense_control")
     return trained, _size(p for block in blocks for p in block.parameters())
 
