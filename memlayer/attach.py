@@ -17,13 +17,14 @@ from memlayer.decoders import (
 )
 from memlayer.memory import MemoryLayer, MemoryTable
 from memlayer.memory_config import MemoryConfig
-from memlayer.structure import decoder_layers, extract_memory, insert_memory
+from memlayer.structure import check_blocks, decoder_layers, extract_memory, insert_memory
 
 
 def add_memory(model: PreTrainedModel, config: MemoryConfig) -> PreTrainedModel:
     """Attach memory layers to ``model`` in place and return it.
 
-    The tables are registered once, as ``model.memory``. The model becomes one of the class with memory of its family
+    The tables are registered once, as ``model.memory``, and memory has a dtype of its own (``config.dtype``). The model
+    becomes one of the class with memory of its family
     (``memlayer.decoders``) with a config that has a memory section, so that what ``save_pretrained`` writes says how
     to rebuild itself. With mode "add" no logit changes until something is learned.
 
@@ -32,8 +33,8 @@ def add_memory(model: PreTrainedModel, config: MemoryConfig) -> PreTrainedModel:
         config: which layers, how many slots, and how they are read.
 
     Raises:
-        ValueError: the model is no such decoder, a layer does not exist or is named twice, or memory is attached
-            already.
+        ValueError: the model is no such decoder, a block cannot have memory beside it or in its place, a layer does
+            not exist, or memory is attached already; the model is then left as it was.
     """
     if isinstance(model, MemoryDecoder):
         raise ValueError(f"memory is attached already, at layers {model.config.memory['layers']}")
@@ -44,8 +45,11 @@ def add_memory(model: PreTrainedModel, config: MemoryConfig) -> PreTrainedModel:
             f"AutoModelForCausalLM makes {class_with_memory.decoder_class.__name__} of {type(model.config).__name__}, "
             f"the model is a {type(model).__name__}: with memory it could be saved, but not loaded"
         )
+    check_blocks(model, config)
+    config_with_memory = with_memory_section(model.config, asdict(config))
     model.replaced_ffns = insert_memory(model, config)
-    _give_config(model, with_memory_section(model.config, asdict(config)))
+    model.attached_dtype = model.dtype
+    _give_config(model, config_with_memory)
     model.__class__ = class_with_memory
     model.add_model_tags(TAG)
     return model
@@ -62,11 +66,12 @@ def remove_memory(model: PreTrainedModel) -> PreTrainedModel:
         raise ValueError(f"{type(model).__name__} has no memory to remove")
     if any(table.rows is not None for table in memory_tables(model).values()):
         raise ValueError("a finetuner is attached to the memory: detach it before removing the memory")
-    extract_memory(model, MemoryConfig.from_dict(model.config.memory), model.replaced_ffns)
+    converted = model.dtype if model.dtype != model.attached_dtype else None
+    extract_memory(model, MemoryConfig.from_dict(model.config.memory), model.replaced_ffns, converted)
     model.model_tags = [tag for tag in model.model_tags if tag != TAG] or None
     model.__class__ = model.decoder_class
     _give_config(model, without_memory_section(model.config, model.config_class))
-    del model.replaced_ffns
+    del model.replaced_ffns, model.attached_dtype
     return model
 
 

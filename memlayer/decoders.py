@@ -10,7 +10,9 @@ import copy
 from functools import cache
 from typing import Any
 
+import torch
 import transformers
+from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -20,13 +22,14 @@ from transformers import (
     PreTrainedModel,
 )
 
-from memlayer.export import auto_map, write_code
-from memlayer.memory import MemoryLayer
+from memlayer.export import MAIN, auto_map, write_code
+from memlayer.memory import MemoryLayer, MemoryTable
 from memlayer.memory_config import MemoryConfig
 from memlayer.structure import insert_memory
 
 MODEL_TYPE = "memlayer"
 TAG = "memlayer"  # on the model card that push_to_hub writes
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
 class MemoryDecoderConfig(PreTrainedConfig):
@@ -58,6 +61,7 @@ class MemoryDecoder:
         super().__init__(config, *args, **kwargs)
         insert_memory(self, MemoryConfig.from_dict(config.memory))
         self.replaced_ffns = {}  # never had weights, so there is nothing that remove_memory could give back
+        self.attached_dtype = None
         self.add_model_tags(TAG)
         # Made as add_memory makes it, which is not how the family initialises its own layers.
         for memory in (self.memory, *(m for m in self.modules() if isinstance(m, MemoryLayer))):
@@ -82,10 +86,17 @@ class MemoryDecoder:
 
         Raises:
             ValueError: ``push_to_hub`` is asked for in the same call, which would leave the code behind; or the
-                original format is.
+                original format is; or memory is in several dtypes, or its base quantised, which loading could not
+                restore.
         """
         if save_original_format:
             raise ValueError("save_original_format=True: a model with memory is written as it is, or it would not load")
+        if getattr(self, "hf_quantizer", None) is not None:
+            raise ValueError(
+                "the base model is quantised, and loading would quantise the memory as well: write the memory alone "
+                "with memlayer.save_memory"
+            )
+        self.config.memory = {**self.config.memory, "dtype": memory_dtype(self)}
         if export_code:
             self.config.auto_map = auto_map(type(self))
         with_code = bool(getattr(self.config, "auto_map", None))
@@ -99,9 +110,24 @@ class MemoryDecoder:
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
         """transformers' own, which warns of weights that do not fit; here they are refused.
 
+        A ``dtype`` asked for is that of the memory as well; without one the memory has the dtype it was saved in.
+
         Raises:
-            ValueError: weights are missing, left over or of another shape than the config asks for.
+            ValueError: weights are missing, left over or of another shape than the config asks for, or a
+                ``quantization_config`` is given, which would quantise the memory.
         """
+        if kwargs.get("quantization_config") is not None:
+            raise ValueError(
+                "quantization_config would quantise the memory as well: load the base model with it, and the memory "
+                "beside it with memlayer.load_memory"
+            )
+        if (dtype := kwargs.get("dtype", kwargs.get("torch_dtype"))) not in (None, "auto"):
+            config = kwargs.get("config")
+            if config is None:
+                config = AutoConfig.from_pretrained(
+                    pretrained_model_name_or_path, **{name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+                )
+            kwargs["config"] = _in_dtype(config, dtype)
         kwargs["ignore_mismatched_sizes"] = True  # reported like the others, a line below
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
@@ -110,6 +136,36 @@ class MemoryDecoder:
         if misfits:
             raise ValueError(f"the weights in {pretrained_model_name_or_path} do not fit its config: {misfits}")
         return (model, info) if output_loading_info else model
+
+
+    @classmethod
+    def _from_config(cls, config, **kwargs):
+        """Behind AutoModelForCausalLM.from_config; a ``dtype`` asked for is that of the memory as well."""
+        if (dtype := kwargs.get("dtype", kwargs.get("torch_dtype"))) is not None:
+            config = _in_dtype(config, dtype)
+        return super()._from_config(config, **kwargs)
+
+
+def _in_dtype(config: PreTrainedConfig, dtype: torch.dtype | str) -> PreTrainedConfig:
+    config = copy.deepcopy(config)
+    config.memory = {**config.memory, "dtype": str(dtype).removeprefix("torch.")}
+    return config
+
+
+def memory_dtype(model: nn.Module) -> str:
+    """The dtype of all that memory brought to a model, e.g. "float32".
+
+    Raises:
+        ValueError: it is more than one.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, MemoryLayer | MemoryTable):
+            found |= {p.dtype: f"{name}.{inner}" for inner, p in module.named_parameters()}
+    if len(found) > 1:
+        (one, first), (other, second), *_ = found.items()
+        raise ValueError(f"{first} is {one}, {second} {other}: memory is saved in one dtype, convert one of them")
+    return str(*found).removeprefix("torch.")
 
 
 def _misfits(info: dict[str, Any]) -> str:
@@ -179,6 +235,8 @@ def without_memory_section(config: PreTrainedConfig, base: type[PreTrainedConfig
     del made.base_model_type, made.memory
     made.__dict__.pop("memory_patches", None)  # what memlayer.patch wrote into it
     made.__class__ = base
+    if MAIN in str(getattr(made, "auto_map", "")):  # exported code of ours
+        del made.auto_map
     if made.architectures:  # written by save_pretrained
         made.architectures = [name.removeprefix("Memory") for name in made.architectures]
     return made

@@ -11,6 +11,7 @@ Shapes: H heads, K slots read, V value width, D model width.
 from collections.abc import Sequence
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -33,8 +34,11 @@ class DenseBlock(nn.Module):
         self.out = nn.Linear(inner_width, width, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Hidden states (..., D) to output of the same shape."""
-        return self.out(self.up(hidden) * F.silu(self.gate(hidden)))
+        """Hidden states (..., D) to output of the same shape, computed in the block's own dtype."""
+        dtype = self.gate.weight.dtype
+        inner = hidden.to(dtype)
+        out = self.out(self.up(inner) * F.silu(self.gate(inner)))
+        return out if hidden.dtype == dtype else out.to(hidden.dtype)
 
 
 def touched_per_token(memory: MemoryLayer) -> int:
@@ -46,13 +50,16 @@ def touched_per_token(memory: MemoryLayer) -> int:
     return dense + memory.keys.num_heads * memory.keys.top_k * memory.table.embedding_dim
 
 
-def add_dense(model: nn.Module, layers: Sequence[int], num_parameters: int, mode: str) -> list[DenseBlock]:
+def add_dense(
+    model: nn.Module, layers: Sequence[int], num_parameters: int, mode: str, dtype: torch.dtype = torch.float32
+) -> list[DenseBlock]:
     """Put a dense block into each of the layers, in place.
 
     Args:
         model: a decoder without memory.
         num_parameters: of each block; met as nearly as a whole inner width allows.
         mode: "replace" the feed-forward block, or "add" beside it with an output that starts at zero.
+        dtype: of the blocks; a memory's is float32 unless its config says otherwise.
 
     Returns:
         the blocks, in the order of ``layers``.
@@ -63,9 +70,9 @@ def add_dense(model: nn.Module, layers: Sequence[int], num_parameters: int, mode
     for index in layers:
         ffn = getattr(decoder[index], ffn_name)
         dense = DenseBlock(width, max(1, round(num_parameters / (3 * width))))
+        dense.to(next(ffn.parameters()).device, dtype)
         put = dense if mode == "replace" else FeedForwardWithMemory(ffn, dense)  # wired as a memory is
-        reference = next(ffn.parameters())
-        setattr(decoder[index], ffn_name, put.to(reference.device, reference.dtype))
+        setattr(decoder[index], ffn_name, put)
         blocks.append(dense)
     # Checkpoints keep the model's own names, which are what the Trainer looks for when it resumes: transformers would
     # rename a gate as if it were that of a mixture of experts.

@@ -105,12 +105,14 @@ class MemoryLayer(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., D) to memory output of the same shape."""
-        hidden_TD = hidden.reshape(-1, hidden.shape[-1])
+        dtype = self.gate.weight.dtype  # its own, whatever the decoder around it computes in
+        hidden_TD = hidden.reshape(-1, hidden.shape[-1]).to(dtype)
         scores_THK, slots_THK = self.keys(hidden_TD)
-        weights_THK = F.softmax(scores_THK, dim=-1).to(hidden.dtype)
+        weights_THK = F.softmax(scores_THK, dim=-1).to(dtype)
         read_TV = self.table(slots_THK.flatten(1), weights_THK.flatten(1))
         # The table may live on another device than the layer: accelerate's device maps place them apart.
-        return self.out(read_TV.to(hidden) * F.silu(self.gate(hidden_TD))).view(hidden.shape)
+        out_TD = self.out(read_TV.to(hidden_TD) * F.silu(self.gate(hidden_TD)))
+        return (out_TD if hidden.dtype == dtype else out_TD.to(hidden.dtype)).view(hidden.shape)
 
 
 class FeedForwardWithMemory(nn.Module):
@@ -126,4 +128,7 @@ class FeedForwardWithMemory(nn.Module):
         nn.init.zeros_(memory.out.weight)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.ffn(hidden) + self.memory(hidden)
+        output = self.ffn(hidden)
+        if isinstance(output, tuple):  # gpt-oss: its experts' weights come along
+            return output[0] + self.memory(hidden), *output[1:]
+        return output + self.memory(hidden)

@@ -1,11 +1,14 @@
 """What the memory layers of a model are; kept in the config.json of every model that has them."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from memlayer.checks import check_at_least, check_choice
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+MAX_KEYS = 46340  # the largest n with n * n < 2 ** 31
 
 
 @dataclass
@@ -21,6 +24,11 @@ class MemoryConfig:
         key_width: width of a query; None is half the value width.
         mode: "replace" the feed-forward block, or "add" beside it.
         share: one table for all layers instead of one each.
+        dtype: of tables, product keys, gates and outputs, whatever the decoder around them computes in. In half
+            precision most steps of a learning run would be rounded away.
+
+    Raises:
+        ValueError: a value of another type or out of range.
     """
 
     layers: list[int]
@@ -31,10 +39,36 @@ class MemoryConfig:
     key_width: int | None = None
     mode: str = "replace"
     share: bool = True
+    dtype: str = "float32"
 
     def __post_init__(self):
+        self._check_types()
+        if not self.layers or min(self.layers) < 0 or len(set(self.layers)) < len(self.layers):
+            raise ValueError(
+                f"memory.layers is {list(self.layers)}, must be one layer or more, counted from 0, each once"
+            )
         check_choice("memory.mode", self.mode, ("replace", "add"))
-        check_at_least(1, "memory", self, "num_keys", "num_heads", "value_width")
+        check_choice("memory.dtype", self.dtype, DTYPES)
+        check_at_least(1, "memory", self, "num_keys", "num_heads", "top_k", "value_width")
+        check_at_least(2, "memory", self, "key_width")
+        if self.num_keys > MAX_KEYS:
+            raise ValueError(
+                f"memory.num_keys is {self.num_keys}, must be at most {MAX_KEYS}: slots are numbered in int32"
+            )
+        if self.top_k > self.num_keys:
+            raise ValueError(f"memory.top_k is {self.top_k}, must be at most memory.num_keys = {self.num_keys}")
+        if self.key_width is not None and self.key_width % 2:
+            raise ValueError(f"memory.key_width is {self.key_width}, must be even: a query has two halves")
+
+    def _check_types(self) -> None:
+        if isinstance(self.layers, str) or not isinstance(self.layers, Sequence) or not all(map(_whole, self.layers)):
+            raise ValueError(f"memory.layers is {self.layers!r}, must be a list of whole numbers")
+        for name in ("num_keys", "num_heads", "top_k", "value_width", "key_width"):
+            number = getattr(self, name)
+            if not _whole(number) and not (number is None and name.endswith("width")):
+                raise ValueError(f"memory.{name} is {number!r}, must be a whole number")
+        if not isinstance(self.share, bool):
+            raise ValueError(f"memory.share is {self.share!r}, must be true or false")
 
     @classmethod
     def from_dict(cls, section: Mapping[str, Any]) -> "MemoryConfig":
@@ -50,3 +84,7 @@ class MemoryConfig:
         if "layers" not in section:
             raise ValueError("memory has no key 'layers'")
         return cls(**section)
+
+
+def _whole(number: Any) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool)

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from memlayer.attach import add_memory, memory_parameters
+from memlayer.decoders import memory_dtype
 from memlayer.memory_config import MemoryConfig
 from memlayer.patch.fingerprint import fingerprint
 
@@ -35,6 +36,7 @@ def save_memory(
         ValueError: the model has no memory, or nothing says what its base is.
     """
     parameters = memory_parameters(model)
+    memory = {**model.config.memory, "dtype": memory_dtype(model)}
     base_model = base_model or model.config.name_or_path
     if not base_model:
         raise ValueError("the model was not loaded from a folder or hub name: say what base_model is")
@@ -43,7 +45,7 @@ def save_memory(
         "base_model": base_model,
         "base_sha256": fingerprint(_without(model.state_dict(), parameters)),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "memory": model.config.memory,
+        "memory": memory,
     }
     Path(folder).mkdir(parents=True, exist_ok=True)
     weights = {name: parameter.detach() for name, parameter in parameters.items()}

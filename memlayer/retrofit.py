@@ -262,7 +262,8 @@ def _train_dense(config: RunConfig, inputs: Mapping[str, str], text: Text, num_p
     model, _ = load_base(config)
     model.requires_grad_(False)
     set_seed(config.seed)
-    blocks = add_dense(model, config.memory.layers, num_parameters, config.memory.mode)
+    memory = config.memory
+    blocks = add_dense(model, memory.layers, num_parameters, memory.mode, getattr(torch, memory.dtype))
     trained = _train(config, inputs, model, text, StepwiseTrainer, "dense_control")
     return trained, _size(p for block in blocks for p in block.parameters())
 

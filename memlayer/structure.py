@@ -6,14 +6,17 @@ looked for, since a wrong guess would train the wrong thing without a word.
 """
 
 import inspect
+from itertools import chain
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from memlayer.memory import FeedForwardWithMemory, MemoryLayer, MemoryTable, MemoryTables
 from memlayer.memory_config import MemoryConfig
 
 # What Hugging Face decoders call their feed-forward block; the first of these that every layer has is taken.
 FFN_NAMES = ("mlp", "feed_forward", "ffn")
+LEAK = 0.05  # of the largest output: half precision rounds less than that
 
 
 def decoder_layers(model: nn.Module) -> tuple[nn.ModuleList, str]:
@@ -42,7 +45,8 @@ def decoder_layers(model: nn.Module) -> tuple[nn.ModuleList, str]:
         raise ValueError(f"{kind} has no language modelling head: attach memory to a causal language model")
     ((where, layers),) = found.items()
     name = _ffn_name(layers)
-    _check_takes_hidden_states_only(getattr(layers[0], name), f"{kind}.{where}.0.{name}")
+    for index, layer in enumerate(layers):
+        _check_takes_hidden_states_only(getattr(layer, name), f"{kind}.{where}.{index}.{name}")
     return layers, name
 
 
@@ -60,6 +64,53 @@ def _check_takes_hidden_states_only(ffn: nn.Module, where: str) -> None:
         raise ValueError(f"{where} takes {', '.join(needed)}: memory stands in for blocks that take hidden states only")
 
 
+@torch.no_grad()
+def check_blocks(model: nn.Module, config: MemoryConfig) -> None:
+    """Run a batch of two through each block that gets memory, since a signature does not say what a block does.
+
+    Raises:
+        ValueError: a block whose weights are not here, or that does not give hidden states for hidden states, each
+            token for itself.
+    """
+    layers, ffn_name = decoder_layers(model)
+    names = {id(module): name for name, module in model.named_modules()}
+    for index in (i for i in config.layers if i < len(layers)):
+        ffn = getattr(layers[index], ffn_name)
+        where = f"{type(model).__name__}.{names[id(ffn)]}"
+        if any(tensor.is_meta for tensor in chain(ffn.parameters(), ffn.buffers())):
+            raise ValueError(
+                f"the weights of {where} are on the meta device, offloaded or not yet loaded: attach memory to a model "
+                "that was loaded without offloading"
+            )
+        _check_output(ffn, where, model, config.mode)
+
+
+def _check_output(ffn: nn.Module, where: str, model: nn.Module, mode: str) -> None:
+    width, generator = model.config.hidden_size, torch.Generator().manual_seed(0)
+    hidden_BSD, other_BSD = torch.randn(2, 2, 3, width, generator=generator)
+    other_BSD[1, 1] = hidden_BSD[1, 1]
+    dtypes = (p.dtype for p in ffn.parameters() if p.is_floating_point() and p.itemsize > 1)  # float8 is quantised
+    place = {"device": _device_of(ffn, model), "dtype": next(dtypes, model.dtype)}
+    training = {module: module.training for module in ffn.modules()}
+    ffn.eval()
+    try:
+        one, other = ffn(hidden_BSD.to(**place)), ffn(other_BSD.to(**place))
+    except Exception as error:
+        raise ValueError(f"{where} does not run on hidden states: {str(error).splitlines()[0]}") from error
+    finally:
+        for module, was in training.items():
+            module.training = was
+    if isinstance(one, tuple):
+        if mode == "replace":
+            raise ValueError(f"{where} returns a tuple: memory can stand beside it (mode 'add'), not in its place")
+        one, other = one[0], other[0]
+    if not isinstance(one, Tensor) or one.shape != hidden_BSD.shape:
+        found = tuple(one.shape) if isinstance(one, Tensor) else type(one).__name__
+        raise ValueError(f"{where} gives {found} for hidden states of shape {tuple(hidden_BSD.shape)}")
+    if (one[1, 1] - other[1, 1]).abs().max() > LEAK * one.abs().max():
+        raise ValueError(f"what {where} gives for a token depends on the other tokens of the batch")
+
+
 def insert_memory(model: nn.Module, config: MemoryConfig) -> dict[int, nn.Module]:
     """Put memory layers into the layers named, and their tables on the model as ``model.memory``.
 
@@ -67,35 +118,44 @@ def insert_memory(model: nn.Module, config: MemoryConfig) -> dict[int, nn.Module
         the feed-forward blocks that were replaced, by layer; none with mode "add".
 
     Raises:
-        ValueError: the model is not a decoder that memory fits, or a layer does not exist or is named twice.
+        ValueError: the model is not a decoder that memory fits, or a layer does not exist.
     """
     layers, ffn_name = decoder_layers(model)
     missing = [i for i in config.layers if not 0 <= i < len(layers)]
-    if missing or not config.layers:
+    if missing:
         raise ValueError(
             f"memory layers {list(config.layers)} asked for, the model has layers 0 to {len(layers) - 1}"
         )
-    if len(set(config.layers)) < len(config.layers):
-        raise ValueError(f"memory layers {list(config.layers)} asked for, one of them twice")
-    width = model.config.hidden_size
-    num_tables = 1 if config.share else len(config.layers)
+    width, dtype = model.config.hidden_size, getattr(torch, config.dtype)
+    ffns = {index: getattr(layers[index], ffn_name) for index in config.layers}
+    num_tables = 1 if config.share else len(ffns)
     tables = [MemoryTable(config.num_keys**2, config.value_width or width) for _ in range(num_tables)]
-    replaced = {}
-    for position, index in enumerate(config.layers):
+    blocks = {}  # all are made before one is put in: a refusal leaves the model as it was
+    for position, (index, ffn) in enumerate(ffns.items()):
         table = tables[0 if config.share else position]
         memory = MemoryLayer(width, table, config.num_keys, config.num_heads, config.top_k, config.key_width)
-        ffn = getattr(layers[index], ffn_name)
-        block = memory if config.mode == "replace" else FeedForwardWithMemory(ffn, memory)
-        reference = next(ffn.parameters())
-        setattr(layers[index], ffn_name, block.to(reference.device, reference.dtype).train(ffn.training))
-        if config.mode == "replace":
-            replaced[index] = ffn
-    model.memory = MemoryTables(tables).to(reference.device, reference.dtype).train(model.training)
-    return replaced
+        memory.to(_device_of(ffn, model), dtype).train(ffn.training)
+        blocks[index] = memory if config.mode == "replace" else FeedForwardWithMemory(ffn, memory)
+        blocks[index].training = ffn.training
+    model.memory = MemoryTables(tables).to(_device_of(ffn, model), dtype).train(model.training)
+    for index, block in blocks.items():
+        setattr(layers[index], ffn_name, block)
+    return ffns if config.mode == "replace" else {}
 
 
-def extract_memory(model: nn.Module, config: MemoryConfig, replaced: dict[int, nn.Module]) -> None:
-    """Undo ``insert_memory``; blocks that were replaced come back where and in the dtype the memory layer is.
+def _device_of(ffn: nn.Module, model: nn.Module) -> torch.device:
+    """Where the weights of a block are; those of a quantised one may be buffers."""
+    return next(chain(ffn.parameters(), ffn.buffers(), model.parameters())).device
+
+
+def extract_memory(
+    model: nn.Module, config: MemoryConfig, replaced: dict[int, nn.Module], dtype: torch.dtype | None = None
+) -> None:
+    """Undo ``insert_memory``; blocks that were replaced come back where the memory layer is.
+
+    Args:
+        replaced: what ``insert_memory`` returned.
+        dtype: the model's, if it was converted since: then the blocks are as well.
 
     Raises:
         ValueError: a replaced block is not at hand; the model is left as it was.
@@ -107,8 +167,7 @@ def extract_memory(model: nn.Module, config: MemoryConfig, replaced: dict[int, n
         if isinstance(block, FeedForwardWithMemory):
             originals[index] = block.ffn
         elif index in replaced:
-            reference = block.out.weight
-            originals[index] = replaced[index].to(reference.device, reference.dtype).train(block.training)
+            originals[index] = replaced[index].to(block.out.weight.device, dtype).train(block.training)
         else:
             raise ValueError(
                 f"the feed-forward block that memory replaced in layer {index} was not saved with the model: "

@@ -25,9 +25,9 @@ from families import (
 )
 from reload import FOUND, load_elsewhere
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BitNetQuantConfig
 
-from memlayer.attach import memory_tables, remove_memory
+from memlayer.attach import memory_parameters, memory_tables, remove_memory
 
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 BOTH_MODES = pytest.mark.parametrize("mode", ["replace", "add"])
@@ -38,18 +38,20 @@ CELLS = list(product(("shared", "per_layer"), ("tied", "untied"), DTYPES))
 @EVERY_FAMILY
 @BOTH_MODES
 def test_a_trained_model_is_the_same_to_the_bit_in_a_fresh_process(family, mode, tmp_path):
-    expected = {}
+    expected, memory = {}, {}
     for cell in CELLS:
         model = attached_and_trained(family, mode, *cell)
         model.save_pretrained(tmp_path / "-".join(cell))
-        expected[cell] = described(model)
+        expected[cell], memory[cell] = described(model), memory_parameters(model)
     load_elsewhere([tmp_path / "-".join(cell) for cell in CELLS])
     for cell in CELLS:
         _, tied, dtype = cell
         found = torch.load(tmp_path / "-".join(cell) / FOUND)
         assert not differences(found, expected[cell]), cell
         assert found["tied"] == (tied == "tied"), cell
-        assert {tensor.dtype for tensor in found["state"].values()} == {DTYPES[dtype]}, cell
+        dtypes = {name: tensor.dtype for name, tensor in found["state"].items()}
+        assert {dtypes[name] for name in dtypes if name in memory[cell]} == {torch.float32}, cell
+        assert {dtypes[name] for name in dtypes if name not in memory[cell]} == {DTYPES[dtype]}, cell
 
 
 def attached_and_trained(family, mode, share, tied, dtype):
@@ -139,6 +141,64 @@ def test_a_dtype_asked_for_when_loading_is_the_one_of_every_tensor(family, mode,
     assert loaded.state_dict().keys() == rounded.keys()
     assert all(torch.equal(tensor, rounded[name]) for name, tensor in loaded.state_dict().items())
     assert logits(loaded, tokens(2, 10)).dtype == torch.bfloat16
+
+
+def in_two_dtypes():
+    """A bfloat16 decoder with float32 memory."""
+    return learned(with_memory(decoder("llama", dtype=torch.bfloat16), "add"))
+
+
+@pytest.mark.parametrize("asked", [{}, {"dtype": "auto"}])
+def test_memory_keeps_its_dtype_on_disk_and_on_loading(asked, tmp_path):
+    model = in_two_dtypes()
+    model.save_pretrained(tmp_path)
+    for loaded in (
+        AutoModelForCausalLM.from_pretrained(tmp_path, **asked),
+        type(model).from_pretrained(tmp_path, **asked),
+    ):
+        assert not differences(described(loaded), described(model))
+        assert loaded.memory[0].weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("convert", [torch.nn.Module.bfloat16, torch.nn.Module.float])
+def test_a_model_that_was_converted_is_loaded_as_it_was_saved(convert, tmp_path):
+    model = convert(in_two_dtypes())
+    model.save_pretrained(tmp_path)
+    found, expected = same(AutoModelForCausalLM.from_pretrained(tmp_path)), same(model)
+    # Converting rounds the frequencies of the positions too, which are in no checkpoint.
+    del found["logits"], expected["logits"]
+    assert not differences(found, expected)
+    assert {name: t.dtype for name, t in found["state"].items()} == {n: t.dtype for n, t in expected["state"].items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, "float32"])
+def test_a_dtype_asked_for_is_that_of_memory_too_and_stays_so(dtype, tmp_path):
+    model = in_two_dtypes()
+    model.save_pretrained(tmp_path / "one")
+    asked = getattr(torch, str(dtype).removeprefix("torch."))
+    made = AutoModelForCausalLM.from_config(model.config, dtype=dtype)
+    for loaded in (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "one", dtype=dtype),
+        type(model).from_pretrained(tmp_path / "one", dtype=dtype),
+        made,
+    ):
+        assert {p.dtype for p in loaded.parameters()} == {asked}
+        loaded.save_pretrained(tmp_path / "two")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "two")
+        assert not differences(same(again), same(loaded))
+
+
+def test_memory_in_two_dtypes_is_refused_before_anything_is_written(tmp_path):
+    model = in_two_dtypes()
+    model.memory.bfloat16()
+    with pytest.raises(ValueError, match=r"mlp\.memory\.\S+ is torch\.float32, memory\.0\.weight torch\.bfloat16"):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_quantising_memory_is_refused(folder):
+    with pytest.raises(ValueError, match=r"would quantise the memory as well: .*load_memory"):
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=BitNetQuantConfig())
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -3,7 +3,7 @@
 import pytest
 import tiny
 import torch
-from families import logits, randomised, tokens, with_memory
+from families import learned, logits, randomised, tokens, with_memory
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 from transformers import models as hf
 
@@ -61,6 +61,7 @@ def test_a_decoder_that_looks_like_the_others_takes_memory(name, mode):
 
 CAUSAL, MASKED, SEQ2SEQ = AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 T5_SIZES = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 3}
+ROUTED = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "intermediate_size_mlp": 24}
 MPT_SIZES = {"d_model": 16, "n_heads": 2, "n_layers": 3}
 LOOKED_FOR = r"looked for a list of 3 layers \(config.num_hidden_layers\) with a block named mlp or feed_forward or ffn"
 REFUSED = {
@@ -71,6 +72,8 @@ REFUSED = {
     "BERT": (MASKED, hf.BertConfig, {}, f"memory in BertForMaskedLM: {LOOKED_FOR}, found none"),
     "ModernBERT": (MASKED, hf.ModernBertConfig, {}, "AutoModelForCausalLM has no model for ModernBertConfig"),
     "T5": (SEQ2SEQ, hf.T5Config, T5_SIZES, "T5ForConditionalGeneration has an encoder: .* decoders only"),
+    "Llama 4": (CAUSAL, hf.Llama4TextConfig, ROUTED, r"layers\.0\.feed_forward returns a tuple: .* beside it"),
+    "gpt-oss": (CAUSAL, hf.GptOssConfig, ROUTED, r"GptOssForCausalLM\.model\.layers\.0\.mlp returns a tuple: "),
     "a Llama without a head": (AutoModel, hf.LlamaConfig, {}, "LlamaModel has no language modelling head"),
 }
 
@@ -84,3 +87,47 @@ def test_what_is_no_decoder_with_such_blocks_is_refused_with_what_was_looked_for
         add_memory(model, MemoryConfig([0], num_keys=6, top_k=2))
     assert type(model) is model_class
     assert model.state_dict().keys() == state.keys()
+
+
+def gpt_oss():
+    return built(CAUSAL, hf.GptOssConfig, **ROUTED)
+
+
+def test_memory_beside_a_block_that_returns_a_tuple_leaks_nothing_between_the_rows_of_a_batch(tmp_path):
+    base, ids = gpt_oss(), tokens(2, 9)
+    model = with_memory(gpt_oss(), "add")
+    assert torch.equal(logits(model, ids), logits(base, ids))
+    learned(model)
+    before = logits(model, ids)
+    others = torch.cat([tokens(1, 9, seed=1), ids[1:]])
+    # float32: experts sum in an order that depends on the batch, as they do without memory.
+    torch.testing.assert_close(logits(model, others)[1], before[1], rtol=1e-4, atol=1e-4)
+    for row in range(2):
+        torch.testing.assert_close(logits(model, ids[row : row + 1])[0], before[row], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(model, ids[:, :5]), before[:, :5], rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path)
+    loaded = CAUSAL.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded, ids), before)
+    remove_memory(model)
+    assert torch.equal(logits(model, ids), logits(base, ids))
+
+
+def test_a_block_of_another_shape_is_refused():
+    model = built(CAUSAL, hf.Llama4TextConfig, **ROUTED)
+    with pytest.raises(ValueError, match=r"feed_forward gives \(6, 16\) for hidden states of shape \(2, 3, 16\)"):
+        add_memory(model, MemoryConfig([0], num_keys=6, top_k=2, mode="add"))
+
+
+class MixesTheBatch(torch.nn.Module):
+    """Somebody's block that normalises over the batch."""
+
+    def forward(self, hidden):
+        return hidden - hidden.mean(0)
+
+
+def test_a_block_that_depends_on_the_rest_of_the_batch_is_refused():
+    model = built(CAUSAL, hf.LlamaConfig)
+    model.model.layers[1].mlp = MixesTheBatch()
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp gives for a token depends on the other tokens of the batch"):
+        add_memory(model, MemoryConfig([1], num_keys=6, top_k=2, mode="add"))
+    add_memory(model, MemoryConfig([0], num_keys=6, top_k=2, mode="add"))
