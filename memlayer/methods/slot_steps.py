@@ -110,12 +110,12 @@ class SlotSteps:
         """Which rows have the same numbers in their state; [None] where all have."""
         if STEPPED not in self._store:
             return [None]
-        names = [STEPPED, *(STATE + key for key in self.numbers)]
-        numbers_RS = torch.stack([self._store.get(name, at_R).double() for name in names], dim=1)
-        distinct, part_R = numbers_RS.unique(dim=0, return_inverse=True)
-        if len(distinct) <= 1:
-            return [None]
-        return list(part_R.argsort(stable=True).split(part_R.bincount().tolist()))
+        part_R = torch.zeros_like(at_R)
+        for name in (STEPPED, *(STATE + key for key in self.numbers)):  # unique(dim=0) compares row by row, far slower
+            number_R = self._store.get(name, at_R).unique(return_inverse=True)[1]
+            part_R = (part_R * len(at_R) + number_R).unique(return_inverse=True)[1]
+        sizes = part_R.bincount().tolist()
+        return [None] if len(sizes) <= 1 else list(part_R.argsort(stable=True).split(sizes))
 
     def _load(self, at_R: Tensor) -> dict:
         """The state of slots that share their numbers; empty where they were never stepped."""
