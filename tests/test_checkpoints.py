@@ -71,13 +71,13 @@ def test_a_run_with_nothing_left_to_do_takes_its_last_model_in_one_file_or_in_sh
 
 
 def test_a_checkpoint_of_another_model_is_refused_rather_than_loaded_in_part(run):
-    trainer = trainer_of(tiny.memory_model(layers=[0, 2]), run.args.output_dir, examples(), **STEPS)
-    with pytest.raises(ValueError, match=r"does not hold this model: .* keys"):
+    trainer = trainer_of(tiny.memory_model(layers=[0, 2], share=False), run.args.output_dir, examples(), **STEPS)
+    with pytest.raises(ValueError, match="do not fit its config: 16 missing"):
         trainer.train_to_end(newest_checkpoint(run.args.output_dir))
 
 
 def test_the_best_model_is_the_end_of_the_first_run_and_of_any_other(tmp_path):
-    settings = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "learning_rate": 1.0}
+    settings = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "learning_rate": 0.03}
 
     def ended(folder, seed=0):
         model, validation = tiny.memory_model(seed=seed), examples(4, seed=1)

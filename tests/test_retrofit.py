@@ -294,7 +294,7 @@ def test_a_killed_retrofit_goes_on_and_ends_with_the_same_bits_and_losses(tmp_pa
     done = run("train.py", path)
     assert done.returncode == 0, done.stderr
     resumed_at = json.loads((tmp_path / "stopped" / "results.json").read_text())["resumed_at"]
-    assert resumed_at[MEMORY] >= 10
+    assert resumed_at[MEMORY] >= 10 or killed_in == "dense_control", "what was healed was kept"
     assert resumed_at[DENSE] >= 10 or killed_in == "trainer"
     assert outcome(tmp_path / "stopped") == uninterrupted
 
