@@ -5,6 +5,7 @@ is loaded from where it came from, and refused unless it is the same to the bit.
 """
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -15,8 +16,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from memlayer.attach import add_memory, memory_parameters
-from memlayer.decoders import memory_dtype
-from memlayer.memory_config import MemoryConfig
+from memlayer.decoders import MODEL_TYPE, memory_dtype
+from memlayer.memory_config import DTYPES, MemoryConfig
 from memlayer.patch.fingerprint import fingerprint
 
 CONFIG_FILE, WEIGHTS_PATTERN = "memory_only_config.json", "memory{suffix}.safetensors"
@@ -30,19 +31,25 @@ def save_memory(
 
     Args:
         model: a decoder with memory whose other weights are the base model's.
-        base_model: folder or hub name of the base; by default where the model was loaded from.
+        base_model: folder or hub name of the base; by default where the model was loaded from. Of a folder, the way
+            there from ``folder`` is written too, so that both can be moved together.
 
     Raises:
-        ValueError: the model has no memory, or nothing says what its base is.
+        ValueError: the model has no memory, nothing says what its base is, or the base has memory itself.
     """
     parameters = memory_parameters(model)
     memory = {**model.config.memory, "dtype": memory_dtype(model)}
     base_model = base_model or model.config.name_or_path
     if not base_model:
         raise ValueError("the model was not loaded from a folder or hub name: say what base_model is")
+    local = Path(base_model).is_dir()
+    loaded_with_memory = model.attached_dtype is None and base_model == model.config.name_or_path
+    if loaded_with_memory or (local and _has_memory(base_model)):
+        raise ValueError(f"{base_model} has memory already, it is not the base of this model: say what base_model is")
     config = {
         "format_version": FORMAT,
-        "base_model": base_model,
+        "base_model": str(base_model),
+        "base_model_from_here": os.path.relpath(base_model, folder) if local else None,
         "base_sha256": fingerprint(_without(model.state_dict(), parameters)),
         "dtype": str(model.dtype).removeprefix("torch."),
         "memory": memory,
@@ -61,8 +68,9 @@ def load_memory(folder: str | Path, base_model: str | None = None, **loading) ->
         **loading: of AutoModelForCausalLM.from_pretrained, for the base model.
 
     Raises:
-        FileNotFoundError: the folder holds no memory.
-        ValueError: another format, a base model that is not the same to the bit, or weights that do not fit.
+        FileNotFoundError: the folder holds no memory, or its base model is not found.
+        ValueError: another format, a base model that is not the same to the bit, weights that do not fit, a dtype,
+            or ``trust_remote_code`` for a base that nobody but the folder names.
     """
     folder = Path(folder)
     if not (folder / CONFIG_FILE).is_file():
@@ -70,9 +78,20 @@ def load_memory(folder: str | Path, base_model: str | None = None, **loading) ->
     config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     if config.get("format_version") != FORMAT:
         raise ValueError(f"{folder / CONFIG_FILE} has format {config.get('format_version')}, expected {FORMAT}")
-    base_model = base_model or config["base_model"]
+    if config.get("dtype") not in DTYPES:
+        known = ", ".join(DTYPES)
+        raise ValueError(f"{folder / CONFIG_FILE} has dtype {config.get('dtype')!r}, must be one of {known}")
+    if "dtype" in loading or "torch_dtype" in loading:
+        raise ValueError(f"the memory in {folder} was made for its base in {config['dtype']}: convert the loaded model")
+    if base_model is None and loading.get("trust_remote_code"):
+        raise ValueError(
+            f"trust_remote_code would run the code of {config['base_model']}, which {folder} names as its base model: "
+            "if you trust it, pass it as base_model"
+        )
+    memory = MemoryConfig.from_dict(config["memory"])
+    base_model = base_model or _base_of(folder, config)
     model = AutoModelForCausalLM.from_pretrained(base_model, dtype=getattr(torch, config["dtype"]), **loading)
-    add_memory(model, MemoryConfig.from_dict(config["memory"]))
+    add_memory(model, memory)
     parameters = memory_parameters(model)
     saved = _read(folder)
     names = sorted(parameters.keys() ^ saved.keys())
@@ -86,6 +105,26 @@ def load_memory(folder: str | Path, base_model: str | None = None, **loading) ->
                 raise ValueError(f"{name} is {tuple(saved[name].shape)}, expected {tuple(parameter.shape)}")
             parameter.copy_(saved[name])
     return model
+
+
+def _has_memory(base_model: str | Path) -> bool:
+    file = Path(base_model) / "config.json"
+    return file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("model_type") == MODEL_TYPE
+
+
+def _base_of(folder: Path, config: dict) -> str:
+    """The base model that a folder names: beside it, as it was given, or a name on the hub."""
+    from_here = config.get("base_model_from_here")
+    if from_here is None:
+        return config["base_model"]
+    candidates = [os.path.normpath(folder / from_here), config["base_model"]]
+    for candidate in candidates:
+        if Path(candidate).is_dir():
+            return candidate
+    raise FileNotFoundError(
+        f"the base model of the memory in {folder} is neither in {candidates[0]} nor in {candidates[1]}: "
+        "say where it is with base_model"
+    )
 
 
 def _without(state: dict[str, Tensor], names) -> dict[str, Tensor]:

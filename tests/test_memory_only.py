@@ -5,6 +5,7 @@ import json
 import pytest
 import tiny
 import torch
+from transformers import AutoModelForCausalLM
 
 from memlayer import MemoryConfig, add_memory, load_memory, save_memory
 from memlayer.attach import memory_parameters
@@ -70,6 +71,44 @@ def test_a_model_from_nowhere_needs_its_base_model_named(tmp_path):
         save_memory(model, tmp_path)
 
 
+def test_a_base_model_that_has_memory_itself_is_refused_before_anything_is_written(base, tmp_path):
+    with_memory(base).save_pretrained(tmp_path / "whole")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    for named in (None, str(tmp_path / "whole")):
+        with pytest.raises(ValueError, match=r"whole has memory already, .* say what base_model is"):
+            save_memory(loaded, tmp_path / "memory", base_model=named)
+    assert not (tmp_path / "memory").exists()
+    save_memory(loaded, tmp_path / "memory", base_model=str(base))
+    assert state_fingerprint(load_memory(tmp_path / "memory")) == state_fingerprint(loaded)
+
+
+def test_a_base_named_by_a_relative_path_is_found_from_elsewhere_and_after_moving_both(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = with_memory("base")
+    save_memory(model, "runs/memory")
+    (tmp_path / "moved").mkdir()
+    for name in ("base", "runs"):
+        (tmp_path / name).rename(tmp_path / "moved" / name)
+    monkeypatch.chdir("/")
+    assert state_fingerprint(load_memory(tmp_path / "moved" / "runs" / "memory")) == state_fingerprint(model)
+    (tmp_path / "moved" / "base").rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match=r"neither in \S+/moved/base nor in base: say where it is"):
+        load_memory(tmp_path / "moved" / "runs" / "memory")
+
+
+def test_code_of_a_base_that_only_the_folder_names_is_not_run(base, tmp_path):
+    save_memory(with_memory(base), tmp_path / "memory")
+    with pytest.raises(ValueError, match=r"trust_remote_code would run the code of .*base, which .*memory names"):
+        load_memory(tmp_path / "memory", trust_remote_code=True)
+    load_memory(tmp_path / "memory", base_model=str(base), trust_remote_code=True)
+
+
+def test_a_dtype_asked_for_is_refused(base, tmp_path):
+    save_memory(with_memory(base), tmp_path / "memory")
+    with pytest.raises(ValueError, match="its base in float32: convert the loaded model"):
+        load_memory(tmp_path / "memory", dtype=torch.bfloat16)
+
+
 def change_config(folder, **changes):
     config = json.loads((folder / CONFIG_FILE).read_text()) | changes
     (folder / CONFIG_FILE).write_text(json.dumps(config))
@@ -85,6 +124,9 @@ def change_config(folder, **changes):
             r"is \(2, 2, 8, 4\), expected \(2, 2, 9, 4\)",
         ),
         ({"memory": {"layer": [0]}}, "unknown key 'layer'"),
+        ({"memory": {"layers": "02"}}, "memory.layers is '02', must be a list of whole numbers"),
+        ({"dtype": "flot32"}, "has dtype 'flot32', must be one of float32"),
+        ({"dtype": "nn"}, "has dtype 'nn', must be one of float32"),
     ],
 )
 def test_what_does_not_fit_is_refused(base, tmp_path, changes, message):

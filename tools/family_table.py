@@ -40,7 +40,7 @@ WIDTH = dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embedding_siz
 INNER = dict.fromkeys(
     ("intermediate_size", "n_inner", "d_ff", "ffn_dim", "ffn_hidden_size", "decoder_ffn_dim", "encoder_ffn_dim",
      "moe_intermediate_size", "shared_expert_intermediate_size", "intermediate_size_mlp", "dim_ff",
-     "shared_intermediate_size", "dense_intermediate_size", "expert_ffn_hidden_size", "mlp_hidden_size"), 48)  # fmt: skip
+     "shared_intermediate_size", "dense_intermediate_size", "expert_ffn_hidden_size"), 48)  # fmt: skip
 LAYERS = dict.fromkeys(
     ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers",
      "num_decoder_layers", "num_encoder_layers"), 4)  # fmt: skip
@@ -59,8 +59,9 @@ OTHERS = {
     "vocab_size": VOCAB, "max_position_embeddings": 64, "n_positions": 64, "n_ctx": 64, "num_key_value_heads": 2,
     "num_experts_per_tok": 2, "num_experts_per_token": 2, "moe_k": 2, "moe_topk": 2, "n_group": 1, "topk_group": 1,
     "sliding_window": 16, "rotary_pct": 0.5, "n_shared_experts": 1, "vocab_size_per_layer_input": VOCAB,
-    "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0, "mamba_d_state": 8, "state_size": 8,
-    "ssm_state_size": 8, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3, "decoder_start_token_id": 3, "original_vocab_size": VOCAB,
+    "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0,
+    "mamba_d_state": 8, "state_size": 8,
+    "ssm_state_size": 8, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3, "decoder_start_token_id": 3,
 }  # fmt: skip
 SMALL = {**WIDTH, **INNER, **LAYERS, **HEADS, **WIDTHS_OF_HEADS, **EXPERTS, **OTHERS}
 
@@ -238,8 +239,9 @@ def table(rows: dict[str, dict]) -> str:
         "`python tools/family_table.py`.",
         "",
         f"{len(tried)} of them build from a small config that is made for all alike. Of these, {len(accepted)} take",
-        f"memory, {experts} with experts and {len(accepted) - experts} without; {len(refused)} do not. \"yes\" says, each",
-        "to the last bit: memory beside the blocks changes no logit, a saved model loads with every tensor and logit,",
+        f"memory, {experts} with experts and {len(accepted) - experts} without; {len(refused)} do not.",
+        "\"yes\" says, each to the last bit: memory beside the blocks changes no logit, a saved model loads with every",
+        "tensor and logit,",
         "a training that was interrupted ends as one that was not, and removing the memory gives back class, config,",
         "weights and logits.",
         f"Accepted but not so: {', '.join(failed) or 'none'}.",
