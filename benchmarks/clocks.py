@@ -1,8 +1,9 @@
 """Time functions that do one job in several ways, and measure what the machine can do in the same run.
 
 Ways alternate, so that a slow moment of the machine meets all of them, in an order drawn anew for each repeat, so
-that none always finds the caches as the same other left them. On a GPU a run is timed by events, after the
-second-level cache was overwritten; on a CPU by the clock. What can be done is the speed of a large copy (bytes read
+that none always finds the caches as the same other left them. On a GPU a run is timed twice, each time after other
+memory was read through the second-level cache: by events, while the host may be ahead, and by the clock from an idle
+GPU, which counts the host's own time; on a CPU by the clock. What can be done is the speed of a large copy (bytes read
 plus bytes written), measured between the others as one more way, and the rate of a large matrix product on random
 numbers.
 """
@@ -32,15 +33,16 @@ class Clock:
         self._target = torch.ones_like(self._source)
 
     def medians(self, ways: dict[str, Callable[[], object]], repeats: int) -> tuple[dict[str, float], float]:
-        """Median seconds of every way, and bytes a second of the copies between them."""
+        """Median seconds of every way, on a GPU by the clock too (NAME_wall); bytes a second of the copies between."""
         ways = ways | {"copy": lambda: self._target.copy_(self._source)}
-        spans = {name: [] for name in ways}
+        spans = {}
         for repeat in range(repeats + 1):
             for name in random.Random(repeat).sample(list(ways), len(ways)):
-                seconds = self._seconds(ways[name])
-                if repeat > 0:  # the first is the warm-up
-                    spans[name].append(seconds)
+                for kind, seconds in self._spans(ways[name]).items():
+                    if repeat > 0:  # the first is the warm-up
+                        spans.setdefault(name + kind, []).append(seconds)
         medians = {name: statistics.median(runs) for name, runs in spans.items()}
+        medians.pop("copy_wall", None)
         return medians, 2 * self._source.nbytes / medians.pop("copy")
 
     def operations_per_second(self, dtype: torch.dtype) -> float:
@@ -66,13 +68,28 @@ class Clock:
             start = time.perf_counter()
             way()
             return time.perf_counter() - start
-        self._target[:FLUSH_BYTES].zero_()
+        self._flush()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         way()
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1e3
+
+    def _spans(self, way: Callable[[], object]) -> dict[str, float]:
+        spans = {"": self._seconds(way)}
+        if self.device.type == "cuda":
+            self._flush()
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            way()
+            torch.cuda.synchronize()
+            spans["_wall"] = time.perf_counter() - start
+        return spans
+
+    def _flush(self) -> None:
+        """Read much, and write nothing that would go back to memory while the next run is timed."""
+        self._source[:FLUSH_BYTES].view(torch.int64).max()
 
 
 def free_bytes(device: torch.device) -> int:

@@ -4,6 +4,7 @@ Figures are in SI units, named in their keys (forward_s, peak_bytes); ratios and
 """
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -53,7 +54,12 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str:
-    """The commit of this checkout, marked where files differ from it; unknown outside a checkout."""
+    """The commit of this checkout, marked where files differ from it; unknown outside a checkout.
+
+    MEMLAYER_COMMIT in the environment tells it where the files went without their history.
+    """
+    if told := os.environ.get("MEMLAYER_COMMIT"):
+        return told
     here = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:

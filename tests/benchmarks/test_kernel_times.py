@@ -71,7 +71,7 @@ def test_what_does_not_fit_is_reported_with_its_bytes(monkeypatch, capsys):
     assert f"Skipped: D, every operation, every way: needs {skipped['needed_bytes'] / 1e9:.1f} GB" in printed
 
 
-def test_a_way_that_torch_refuses_is_reported_with_its_words_and_ours_is_not_excused(monkeypatch):
+def test_a_way_that_torch_refuses_is_reported_with_its_words_and_ours_as_a_failure(monkeypatch):
     def measure(way):
         def ways_of(op, problem):
             broken = {way: lambda: (lambda: torch.zeros(2, 3) @ torch.zeros(2, 3))}
@@ -85,11 +85,75 @@ def test_a_way_that_torch_refuses_is_reported_with_its_words_and_ours_is_not_exc
     assert skipped["way"] == "embedding_bag"
     assert "mat1 and mat2" in skipped["skipped"]
     assert record["ours_s"] > 0
-    with pytest.raises(RuntimeError, match="mat1 and mat2"):
-        measure("ours")
+    (failed,) = measure("ours")
+    assert failed["op"] == "lookup"
+    assert failed["failed"].startswith("RuntimeError: mat1 and mat2")
 
 
-def test_a_way_that_gives_other_numbers_ends_the_run():
+@pytest.fixture
+def main_of(monkeypatch, tmp_path):
+    """Runs the script for shape D as at a commit of this name, and returns its exit message and its figures."""
+    monkeypatch.setenv("MEMLAYER_COMMIT", "abc")
+
+    def run(*flags: str) -> tuple[str | None, dict]:
+        monkeypatch.setattr(sys, "argv", ["kernel_times.py", *FLAGS, "--shapes=D", f"--output={tmp_path}", *flags])
+        message = None
+        try:
+            kernel_times.main()
+        except SystemExit as end:
+            message = end.code
+        (folder,) = tmp_path.iterdir()
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        assert result["commit"] == "abc"
+        return message, result["figures"]
+
+    return run
+
+
+def names_of(records: list[dict]) -> list[str]:
+    return [record["op"] for record in records]
+
+
+def test_what_fails_or_differs_is_recorded_the_others_are_timed_and_the_run_ends_with_an_error(main_of, monkeypatch):
+    ways_of = kernel_times.ways_of
+
+    def broken(op, problem):
+        ways = ways_of(op, problem)
+        if op == "lookup":  # ours gives other numbers
+            ways["ours"] = lambda: (lambda: (torch.ones(24, 20),))
+        if op == "SGD step":  # ours cannot be compiled
+            ways["ours"] = lambda: (lambda: {}["a register"])
+        return ways
+
+    monkeypatch.setattr(kernel_times, "ways_of", broken)
+    message, figures = main_of()
+    assert message == "2 operations failed; not measured yet: none"
+    assert names_of(figures["failed"]) == ["lookup", "SGD step"]
+    assert "ours differs from composition by" in figures["failed"][0]["failed"]
+    assert figures["failed"][1]["failed"] == "KeyError: 'a register'"
+    assert names_of(figures["ops"]) == [op for op in EVERY_OP if op not in ("lookup", "SGD step")]
+    monkeypatch.setattr(kernel_times, "ways_of", ways_of)
+    times = {record["op"]: record["ours_s"] for record in figures["ops"]}
+    message, figures = main_of()  # tries again what failed, and nothing else
+    assert message is None
+    assert sorted(names_of(figures["ops"])) == sorted(EVERY_OP)
+    again = {record["op"]: record["ours_s"] for record in figures["ops"]}
+    assert {op: again[op] for op in times} == times
+
+
+def test_a_run_that_may_not_take_longer_goes_on_where_it_was(main_of):
+    message, figures = main_of("--seconds=0")
+    assert names_of(figures["ops"]) == [EVERY_OP[0]]
+    assert message == "0 operations failed; not measured yet: " + "; ".join(f"D, {op}" for op in EVERY_OP[1:])
+    first = figures["ops"][0]
+    message, figures = main_of("--seconds=0")
+    assert names_of(figures["ops"]) == list(EVERY_OP[:2])
+    assert figures["ops"][0] == first
+    _, figures = main_of("--seconds=0", "--repeats=3")  # which other figures are of no use to
+    assert names_of(figures["ops"]) == [EVERY_OP[0]]
+
+
+def test_a_way_that_gives_other_numbers_is_refused():
     problem = draw(Shape("x", 2, 3, 4, 5, "float32", top_k=2), torch.device("cpu"))
     right = torch.randn(3, 4)
     kernel_times.check_equal("lookup", problem, {"ours": lambda: (right,), "composition": lambda: (right.clone(),)})
@@ -117,8 +181,17 @@ def test_a_gpu_times_pretraining_fact_learning_and_decoding_by_default(monkeypat
 def test_a_way_that_was_skipped_leaves_its_cell_empty():
     record = dict.fromkeys(("floor_bytes", "traffic_bytes", "operations", "copy_bytes_per_s"), 1e9)
     record |= {"shape": "A", "op": "lookup", "ours_s": 0.5, "fraction_of_floor": 0.25, "fraction_of_copy": 0.75}
-    line = kernel_times.render([record], [], {"float32": 1e12}, 3).splitlines()[-1]
+    figures = kernel_times.Figures(3, {}, {"float32": 1e12}, [record])
+    line = kernel_times.render(figures).splitlines()[-1]
     assert line == "| A | lookup | 500.000 |  |  | 1000.0 | 1000.0 | 1.00 | 1.0 | 25% | 75% |"
+
+
+def test_the_time_by_the_clock_stands_beside_that_of_the_gpu():
+    record = dict.fromkeys(("floor_bytes", "traffic_bytes", "operations", "copy_bytes_per_s"), 1e9)
+    record |= {"shape": "C", "op": "lookup", "ours_s": 0.5, "fraction_of_floor": 0.25, "fraction_of_copy": 0.75}
+    record |= {"composition_s": 1.0, "speedup_over_composition": 2.0, "ours_wall_s": 0.75, "composition_wall_s": 1.5}
+    line = kernel_times.render(kernel_times.Figures(3, {}, {}, [record])).splitlines()[-1]
+    assert line.startswith("| C | lookup | 500.000, wall 750.000 | 1000.000 (2.0x), wall 1500.000 |  | 1000.0 |")
 
 
 @pytest.mark.parametrize("name", ["repeats", "width"])

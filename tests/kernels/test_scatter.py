@@ -58,7 +58,7 @@ def test_no_reads(device):
     reads = on(device, sort_reads(slots.flatten(), 3))
     bounds = torch.zeros(5, dtype=torch.int64, device=device)
     assert torch.equal(
-        gpu.segment_sums(grad.to(device), reads, weights.flatten(), bounds, grad.dtype).cpu(),
+        gpu.segment_sums(grad.to(device), reads, weights.flatten().to(device), bounds, grad.dtype).cpu(),
         torch.zeros(4, 5),
     )
     assert gpu.read_products(grad.to(device), values.to(device), reads).numel() == 0
