@@ -138,6 +138,15 @@ class MemoryDecoder:
         return (model, info) if output_loading_info else model
 
 
+    # transformers reads the source of a class's module to find out; that of this one says nothing of the decoder.
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return cls.decoder_class._can_set_experts_implementation()
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return cls.decoder_class._can_set_attn_implementation()
+
     @classmethod
     def _from_config(cls, config, **kwargs):
         """Behind AutoModelForCausalLM.from_config; a ``dtype`` asked for is that of the memory as well."""

@@ -93,6 +93,21 @@ def test_memory_in_a_mixture_of_experts_is_the_same_to_the_bit(family, mode, tmp
     assert not differences(same(AutoModelForCausalLM.from_pretrained(tmp_path / "given_back")), original)
 
 
+LOAD_AND_SAY_HOW = """
+import sys, memlayer
+from transformers import AutoModelForCausalLM
+config = AutoModelForCausalLM.from_pretrained(sys.argv[1]).config
+print(config._experts_implementation, config._attn_implementation)
+"""
+
+
+def test_a_fresh_process_runs_experts_and_attention_as_the_base_does(tmp_path):
+    base = decoder("mixtral")
+    expected = f"{base.config._experts_implementation} {base.config._attn_implementation}"
+    with_memory(base, "add").save_pretrained(tmp_path)
+    assert tiny.run_python(LOAD_AND_SAY_HOW, tmp_path).strip() == expected
+
+
 def same(model):
     """What has to be equal of two models, without the time that generating takes."""
     return {"state": tiny.snapshot(model), "config": settings_of(model.config), "logits": logits(model, tokens(2, 10))}
