@@ -26,10 +26,10 @@ demo-full: $(STAMP)  ## the demo over 3 seeds: the figures of the README
 	@$(PY) demo.py --full
 
 test: $(STAMP)  ## every test that is quick and needs no GPU
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu"
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
 
 test-all: $(STAMP)  ## slow tests too, and GPU tests where there is a GPU
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)  ## ruff
 	@$(PY) -m ruff check .

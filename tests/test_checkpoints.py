@@ -9,11 +9,11 @@ import torch
 from test_trainer import assert_same, examples, trainer_of
 
 from memlayer.checkpoints import checkpoint_to_resume, damage_of, newest_checkpoint
-from memlayer.config import RunConfig
+from memlayer.config import PretrainRun
 from memlayer.modeling import WEIGHTS
 
 STEPS = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "learning_rate": 0.01}
-CONFIG = RunConfig(job="pretrain", output="x")
+CONFIG = PretrainRun(output="x")
 
 
 def trained(folder, seed=0, **settings):

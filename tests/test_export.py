@@ -61,8 +61,8 @@ def test_exported_code_imports_nothing_but_torch_and_transformers(tmp_path):
     tiny.memory_model(layers=[1]).save_pretrained(tmp_path, export_code=True)
     written = {path.stem: path.read_text() for path in tmp_path.glob("*.py")}
     assert written.keys() == set(FILES.values())
-    standard = {"collections", "contextlib", "copy", "dataclasses", "functools", "inspect", "pathlib", "re", "shutil"}
-    standard |= {"typing"}
+    standard = {"collections", "contextlib", "copy", "dataclasses", "functools", "inspect", "itertools", "pathlib"}
+    standard |= {"re", "shutil", "typing"}
     for name, source in written.items():
         imports = [line.split()[1] for line in source.splitlines() if line.startswith(("from ", "import "))]
         packages = {module.split(".")[0] for module in imports if not module.startswith(".")}

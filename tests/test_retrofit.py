@@ -303,7 +303,7 @@ REFUSALS = [
     ({"base": None}, "base is null, must be text"),
     ({"base": "runs/nowhere"}, "base runs/nowhere cannot be retrofitted: it is no folder, and as a name on the hub: "),
     ({"memory": {"layers": [3]}}, r"memory layers \[3\] asked for, the model has layers 0 to 2"),
-    ({"memory": {"top_k": 17}}, "top_k is 17, must be between 1 and num_keys = 16"),
+    ({"memory": {"top_k": 17}}, "memory.top_k is 17, must be at most memory.num_keys = 16"),
     ({"text": {"num_train": 10**6}}, "the text is too short: .* tokens are left for training, 1000000 windows"),
     ({"text": {"limit": 3}}, "the text is too short: .* tokens are left for validation"),
     ({"text": {"length": 65}}, "text.length is 65, base .* has 64 positions"),
@@ -440,7 +440,8 @@ def test_a_retrofit_of_another_base_or_text_is_refused_by_a_finished_folder(tmp_
     with pytest.raises(ValueError, match="SHA-256 of base was"):
         retrofit(config_of(RETROFIT, folder, base=str(other), memory=mode))
     (tmp_path / "text.txt").write_text("\n\n".join(reversed([*load_documents(limit=4000)])), encoding="utf-8")
-    config = config_of(RETROFIT, folder, base=str(base), memory=mode, text={"files": [str(tmp_path / "text.txt")]})
+    text = {"files": [str(tmp_path / "text.txt")], "builtin_facts": False}
+    config = config_of(RETROFIT, folder, base=str(base), memory=mode, text=text)
     with pytest.raises(ValueError, match="SHA-256 of text was"):
         retrofit(config)
 

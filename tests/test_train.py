@@ -290,8 +290,9 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(tmp_path, s
 
 
 def test_a_rate_that_makes_the_loss_no_number_is_one_sentence_and_nothing_is_written(tmp_path, checkpoint):
-    path = write_config(tmp_path / "learn.yaml", LEARN, output=str(tmp_path / "out"), checkpoint=str(checkpoint))
-    done = run("train.py", path, "learn.method=full", "learn.learning_rate=1e30")
+    settings = {"output": str(tmp_path / "out"), "checkpoint": str(checkpoint), "learn": {"method": "full"}}
+    path = write_config(tmp_path / "learn.yaml", LEARN, **settings)
+    done = run("train.py", path, "learn.learning_rate=1e30")
     assert done.returncode == 1
     said = "train.py: the loss is nan at step 2, nothing is written: a learn.learning_rate=1e+30 may be too high"
     assert said in done.stderr.splitlines(), done.stderr
@@ -344,7 +345,7 @@ PRETRAIN_REFUSALS = [
     ("trainer.report_to=wandb", "trainer.report_to is 'wandb', but its package is not installed"),
     ("trainer.report_to=wandbe", "trainer.report_to is 'wandbe', must be none, all or some of"),
     ("trainer.deepspeed=ds.json", "it would split memory tables, which memlayer cannot train yet"),
-    ("memory.top_k=9", "top_k is 9, must be between 1 and num_keys = 8"),
+    ("memory.top_k=9", "memory.top_k is 9, must be at most memory.num_keys = 8"),
     ("memory.layers=[2]", "memory layers [2] asked for, the model has layers 0 to 1"),
     ("memory.key_width=3", "key_width is 3, must be even"),
     ("memory.value_width=0", "memory.value_width is 0, must be at least 1"),
@@ -403,7 +404,8 @@ def test_learning_refuses_in_one_sentence_and_teaches_nothing(tmp_path, checkpoi
 
 def test_a_package_that_is_not_installed_is_one_sentence(tmp_path):
     path = write_config(tmp_path / "pretrain.yaml", TINY, output=str(tmp_path / "out"))
-    assert "requires wandb to be installed" in refusal("train.py", path, "trainer.report_to=wandb")
+    said = "trainer.report_to is 'wandb', but its package is not installed"
+    assert refusal("train.py", path, "trainer.report_to=wandb") == said
 
 
 def test_a_missing_config_is_refused(tmp_path):

@@ -28,9 +28,13 @@ PROGRAM = Path(__file__).with_name("compile_kernels.py")
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
+QUICK = ("sm_90", "gfx942")  # one of each maker; half a minute each
+
 # The widths are those of the benchmark's shapes, all of which read 32 slots a head; a search keeps up to 128.
 @pytest.mark.parametrize("top_k", [32, pytest.param(128, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "target", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in TARGETS]
+)
 def test_every_kernel_compiles_within_its_registers_and_shared_memory_for_any_number_of_tokens(target, top_k, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     # An empty cache: what is found there was compiled before, and its spills are not reported again.
