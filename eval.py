@@ -29,6 +29,7 @@ from memlayer.evaluation.forgetting import scores
 from memlayer.evaluation.provenance import provenance
 from memlayer.evaluation.qa import Answered, answer_questions
 from memlayer.evaluation.report import CONTROL, format_table, result_row, sample, write_report
+from memlayer.machine import best_device
 from memlayer.patch import state_fingerprint
 from memlayer.preflight import check_output
 from memlayer.refusals import refusals
@@ -47,7 +48,7 @@ def main() -> None:
     parser.add_argument("--first-new", type=int, help="where in the new facts to start")
     parser.add_argument("--num-new", type=int, help="new facts asked about")
     parser.add_argument("--batch-size", type=int, default=256, help="questions at a time (%(default)s)")
-    parser.add_argument("--device", help="where to ask, for example cpu or cuda:1 (default: the accelerator, if any)")
+    parser.add_argument("--device", help="where to ask, for example cpu or cuda:1 (default: a GPU, if any)")
     parser.add_argument(
         "--max-new-tokens", type=int, help="where an answer that does not end is cut (default: past the longest answer)"
     )
@@ -141,8 +142,7 @@ def device_of(name: str | None) -> torch.device:
         ValueError: torch has no such device here.
     """
     if name is None:
-        there = torch.accelerator.is_available()
-        return torch.accelerator.current_accelerator() if there else torch.device("cpu")
+        return best_device()
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # an AssertionError where torch was built without it

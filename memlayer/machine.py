@@ -37,15 +37,19 @@ def resolve_precision(trainer: Mapping[str, Any]) -> dict[str, Any]:
     return dict(trainer)
 
 
+def best_device() -> torch.device:
+    """The GPU that the kernels run on, NVIDIA's or AMD's, else the CPU: they have no way on a Mac's GPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def has_fast_bfloat16() -> bool:
     """Whether bfloat16 products are faster than float32 ones on the device that a run takes.
 
     On a GPU that has them in hardware. On a CPU with instructions for them (AVX512-BF16, AMX, or Arm's): elsewhere
     they are emulated, 50 times slower than float32 on a processor with AVX2 (measured: 1.0 against 49 GFLOP/s).
     """
-    device = torch.accelerator.current_accelerator(check_available=True)
-    if device is not None:
-        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if best_device().type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     if platform.machine() in X86:
         instructions = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         # What the user takes away counts as absent (ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA).

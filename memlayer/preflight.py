@@ -8,11 +8,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from transformers import TrainingArguments
 
 from memlayer.config import RunConfig
-from memlayer.machine import use_threads
+from memlayer.machine import best_device, use_threads
 from memlayer.trainer_settings import DECIDED, check_reporters, check_trainer
 
 
@@ -28,7 +27,7 @@ def training_arguments(config: RunConfig, folder: str = "trainer", **ours) -> Tr
         ValueError: a setting that the job does not leave open or the Trainer refuses, a package that is not
             installed, or a batch that cannot be shared out.
     """
-    on_cpu = not torch.accelerator.is_available()
+    on_cpu = best_device().type == "cpu"
     defaults = {
         "save_strategy": "no",
         "logging_steps": 100,
@@ -62,6 +61,8 @@ def _refuse_engines() -> None:
 
 
 def _refuse_devices(arguments: TrainingArguments, trains_tables: bool) -> None:
+    if arguments.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"the kernels have no way on {arguments.device}: leave trainer.use_cpu out, or set it to true")
     if arguments.n_gpu > 1:
         raise ValueError(
             f"{arguments.n_gpu} GPUs are visible, and one process would spread each batch over them: "

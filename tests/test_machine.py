@@ -12,10 +12,11 @@ from transformers import TrainingArguments
 
 from memlayer import machine
 from memlayer.config import load_config
+from memlayer.preflight import training_arguments
 
 
 def as_processor(monkeypatch, name, capability, **instructions):
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("platform.machine", lambda: name)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     for each in ("avx512_bf16", "amx_tile"):
@@ -64,6 +65,14 @@ def test_auto_is_resolved_and_a_setting_of_ones_own_is_kept(monkeypatch):
 def test_the_resolved_config_says_what_auto_came_to(monkeypatch, fast):
     monkeypatch.setattr(machine, "has_fast_bfloat16", lambda: fast)
     assert load_config("configs/pretrain.yaml").trainer["bf16"] is fast
+
+
+def test_a_macs_gpu_is_left_alone_since_the_kernels_have_no_way_on_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert machine.best_device() == torch.device("cpu")
+    config = load_config("configs/learn_full.yaml", [f"output={tmp_path}"])
+    assert training_arguments(config, per_device_train_batch_size=6).use_cpu
 
 
 @pytest.mark.parametrize(("quota", "cores"), [("150000 100000", 2), ("10000 100000", 1), ("max 100000", 64)])

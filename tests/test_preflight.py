@@ -20,6 +20,12 @@ def test_one_process_with_several_gpus_is_refused_before_it_doubles_the_batch(mo
         arguments_of("learn_sparse_memory", tmp_path)
 
 
+def test_a_device_without_kernels_is_refused_before_a_model_is_loaded(monkeypatch, tmp_path):
+    monkeypatch.setattr(TrainingArguments, "device", property(lambda _arguments: torch.device("mps")))
+    with pytest.raises(ValueError, match=r"the kernels have no way on mps: leave trainer\.use_cpu out"):
+        arguments_of("learn_sparse_memory", tmp_path)
+
+
 def test_tables_are_not_trained_by_several_processes_on_gpus_but_rows_and_lora_are(monkeypatch, tmp_path):
     monkeypatch.setattr(TrainingArguments, "world_size", property(lambda _arguments: 2))
     monkeypatch.setattr(TrainingArguments, "device", property(lambda _arguments: torch.device("cuda", 0)))
