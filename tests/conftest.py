@@ -31,7 +31,12 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+# The files that take longest go first: two processes then end at the same time.
+LONGEST = ("test_docs.py", "test_train.py", "test_retrofit.py", "test_save_load.py", "test_compile.py")
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:
         return

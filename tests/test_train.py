@@ -145,7 +145,10 @@ def test_a_killed_run_goes_on_by_itself_and_ends_with_the_same_bits(tmp_path):
     assert outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+SLOWER = [pytest.param(method, marks=pytest.mark.slow) for method in ("full", "lora")]
+
+
+@pytest.mark.parametrize("method", ["sparse_memory", *SLOWER])
 def test_a_killed_learning_run_goes_on_and_ends_with_what_an_uninterrupted_one_writes(tmp_path, checkpoint, method):
     settings = {"learn": {"method": method, "learning_rate": 0.01, "steps_per_fact": 30}}
     if method == "sparse_memory":

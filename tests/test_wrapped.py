@@ -79,7 +79,7 @@ def test_an_adapter_on_a_table_is_refused():
         with_lora(tiny.memory_model(), ["memory.0"])
 
 
-@pytest.mark.parametrize("used_before", [False, True])
+@pytest.mark.parametrize("used_before", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_reads_of_a_model_compiled_in_place_are_recorded(used_before):
     model, batch = tiny.memory_model(), tiny.batch()
     torch._dynamo.reset()

@@ -66,7 +66,11 @@ def test_memory_counts_what_the_finetuner_keeps(result):
 
 @pytest.mark.parametrize(
     ("setting", "value", "words"),
-    [("num-slots", 1000, "must be a square"), ("reads", 6, "4 heads"), ("rows", 0, "at least 1")],
+    [
+        ("num-slots", 1000, "must be a square"),
+        pytest.param("reads", 6, "4 heads", marks=pytest.mark.slow),
+        pytest.param("rows", 0, "at least 1", marks=pytest.mark.slow),
+    ],
 )
 def test_sizes_that_do_not_fit_are_refused(setting, value, words):
     done = run(**{**TINY, setting: value})
