@@ -19,7 +19,7 @@ $(STAMP): setup.cfg constraints.txt
 	@touch $@
 	@echo "$(VENV) is ready."
 
-demo: $(STAMP)  ## pretrain, teach new facts three ways, compare, revert (about 10 minutes the first time)
+demo: $(STAMP)  ## pretrain, teach new facts three ways, compare, revert (6 to 18 minutes, by the processor)
 	@$(PY) demo.py
 
 demo-full: $(STAMP)  ## the demo over 3 seeds: the figures of the README
