@@ -206,11 +206,11 @@ def _of_text(kind: type, text: str, name: str) -> Any:
         return os.path.expanduser(text)
     try:
         value = BOOLEANS[text.lower()] if kind is bool else kind(text)
-        if math.isfinite(value):
-            return value
     except (KeyError, ValueError):
-        pass
-    raise ValueError(f"{name} is {text!r}, must be {_words(kind)}")
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {text!r}, must be {_words(kind)}")
+    return value
 
 
 def _by_look(tree: Tree, name: str) -> Any:

@@ -42,7 +42,11 @@ def test_other_rows_of_the_table_are_no_other_model():
     model = tiny.memory_model()
     patch = odd_patch(model)
     table_of(model)[11] += 1
+    before = state_fingerprint(model)
     patch.apply(model)
+    assert torch.equal(table_of(model)[patch.tables[tiny.TABLE].slots], patch.tables[tiny.TABLE].rows)
+    patch.revert(model)
+    assert state_fingerprint(model) == before
 
 
 @pytest.mark.parametrize("made_in", DTYPES)
