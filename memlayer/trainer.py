@@ -5,12 +5,14 @@ Everything else (accumulation, clipping, schedules, checkpoints, resume, logging
 Trainer's own.
 """
 
+import inspect
 import shutil
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
@@ -19,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from memlayer.attach import memory_tables
 from memlayer.checkpoints import damage_of, newest_checkpoint
+from memlayer.data.qa import IGNORED
 from memlayer.files import writing
 from memlayer.machine import describe
 from memlayer.methods.sparse_memory import SparseMemoryFinetuner
@@ -118,6 +121,8 @@ class MemoryTrainer(StepwiseTrainer):
         super().__init__(*args, **kwargs)
         self._makes_optimizer = self.optimizer is None
         self.table_learning_rate, self.finetuner = table_learning_rate, finetuner
+        decoder = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        self._can_keep_logits = "logits_to_keep" in inspect.signature(decoder.forward).parameters
         if finetuner is not None and self.args.load_best_model_at_end:
             raise ValueError(
                 "load_best_model_at_end has no meaning while facts are taught in order: the last step knows all of them"
@@ -210,11 +215,24 @@ class MemoryTrainer(StepwiseTrainer):
         """The Trainer's loss; with a finetuner, the top slots are chosen at the end of the forward pass."""
         counted = dict(inputs)
         inputs.pop("answer_mask", None)
+        if not return_outputs:
+            self._leave_out_prompts(inputs)
         kwargs = {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
         if self.finetuner is None:
             return super().compute_loss(model, inputs, **kwargs)
         with self.finetuner.selecting(counted):
             return super().compute_loss(model, inputs, **kwargs)
+
+    def _leave_out_prompts(self, inputs: dict) -> None:
+        """Of what no label asks for in a whole batch, the first positions are spared their logits."""
+        if not self._can_keep_logits or inputs.get("labels") is None:
+            return
+        asked = (inputs["labels"] != IGNORED).any(0).nonzero()
+        # A label is predicted by the position before it.
+        first = max(0, int(asked[0]) - 1) if len(asked) else 0
+        if first:
+            inputs["logits_to_keep"] = inputs["labels"].shape[1] - first
+            inputs["labels"] = inputs["labels"][:, first:]
 
     def log(self, logs, *args, **kwargs):
         """The Trainer's; with a finetuner, also what the latest choice was made among."""

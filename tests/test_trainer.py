@@ -3,6 +3,7 @@
 from functools import partial
 
 import families
+import peft
 import pytest
 import tiny
 import torch
@@ -98,6 +99,28 @@ def test_groups_hold_every_parameter_once_and_decay_only_matrices(tmp_path):
     assert sorted(held) == sorted(id(p) for p in model.parameters())
     assert all(p.ndim > 1 for p in groups["decay"]["params"])
     assert all(p.ndim == 1 for p in groups["no_decay"]["params"])
+
+
+def lora(model):
+    """The model with adapters of peft that change what it computes."""
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    return wrapped.eval()
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, lora], ids=["plain", "lora"])
+def test_positions_before_the_first_label_get_no_logits_and_the_loss_is_the_same(tmp_path, wrap):
+    model = wrap(tiny.memory_model())
+    trainer = trainer_of(model, tmp_path, examples())
+    batch = collate(examples(4), tiny.PAD, loss_on="answer")
+    whole = model(**{key: batch[key] for key in ("input_ids", "attention_mask", "labels")}).loss
+    expected = torch.autograd.grad(whole, [p for p in model.parameters() if p.requires_grad])
+    seen = []
+    model.get_output_embeddings().register_forward_hook(lambda module, args, out: seen.append(out.shape[1]))
+    loss = trainer.compute_loss(model, dict(batch))
+    first = min(each["answer_start"] for each in examples(4))
+    assert seen == [batch["labels"].shape[1] - first + 1]  # and the position that predicts it
+    torch.testing.assert_close(loss, whole)
+    torch.testing.assert_close(torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad]), expected)
 
 
 def test_rows_that_were_never_read_do_not_move_in_pretraining(tmp_path):
