@@ -70,7 +70,7 @@ def remove_memory(model: PreTrainedModel) -> PreTrainedModel:
     extract_memory(model, MemoryConfig.from_dict(model.config.memory), model.replaced_ffns, converted)
     model.model_tags = [tag for tag in model.model_tags if tag != TAG] or None
     model.__class__ = model.decoder_class
-    _give_config(model, without_memory_section(model.config, model.config_class))
+    _give_config(model, without_memory_section(model.config))
     del model.replaced_ffns, model.attached_dtype
     return model
 

@@ -137,8 +137,12 @@ class MemoryDecoder:
             raise ValueError(f"the weights in {pretrained_model_name_or_path} do not fit its config: {misfits}")
         return (model, info) if output_loading_info else model
 
+    # transformers looks at a class's module to find out; that of this one says nothing of the decoder.
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Whether the decoder's code is not transformers' own, whose buffers would then not be made on loading."""
+        return cls.decoder_class.is_custom_code()
 
-    # transformers reads the source of a class's module to find out; that of this one says nothing of the decoder.
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         return cls.decoder_class._can_set_experts_implementation()
@@ -202,6 +206,7 @@ def classes_with_memory(base_config: type[PreTrainedConfig]) -> tuple[type[PreTr
 
     class Config(base_config):
         model_type = MODEL_TYPE
+        decoder_config_class = base_config
         base_model_type: str = base_config.model_type
         memory: dict | None = None
 
@@ -238,9 +243,10 @@ def with_memory_section(config: PreTrainedConfig, memory: dict[str, Any]) -> Pre
     return made
 
 
-def without_memory_section(config: PreTrainedConfig, base: type[PreTrainedConfig]) -> PreTrainedConfig:
+def without_memory_section(config: PreTrainedConfig) -> PreTrainedConfig:
     """A copy of a config with memory as the decoder's config it was made from."""
     made = copy.deepcopy(config)
+    base = config.decoder_config_class  # not the decoder's config_class: several families share LlamaForCausalLM
     del made.base_model_type, made.memory
     made.__dict__.pop("memory_patches", None)  # what memlayer.patch wrote into it
     made.__class__ = base

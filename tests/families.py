@@ -80,12 +80,21 @@ MIXTURES = {
     ),
 }
 
+# Families that transformers builds in a way of their own.
+PECULIAR = {
+    "internlm3": (hf.InternLM3Config, _GROUPED),  # its class is Llama's, its config is not
+    "falcon_h1": (  # loading makes a buffer of the layers in the module above them
+        hf.FalconH1Config,
+        {**_GROUPED, "mamba_d_ssm": 32, "mamba_n_heads": 2, "mamba_d_head": 16, "mamba_d_state": 8},
+    ),
+}
+
 
 def decoder(
     family: str, tied: bool = True, dtype: torch.dtype = torch.float32, seed: int = 0, **settings
 ) -> PreTrainedModel:
-    """A random model of one of ``FAMILIES`` or ``MIXTURES`` without memory, in evaluation mode."""
-    config_class, sizes = {**FAMILIES, **MIXTURES}[family]
+    """A random model of one of the families without memory, in evaluation mode."""
+    config_class, sizes = {**FAMILIES, **MIXTURES, **PECULIAR}[family]
     config = config_class(**{**sizes, "tie_word_embeddings": tied, **settings})
     return randomised(AutoModelForCausalLM.from_config(config, dtype=dtype), seed).eval()
 

@@ -13,6 +13,7 @@ import torch
 from families import (
     FAMILIES,
     MIXTURES,
+    PECULIAR,
     decoder,
     described,
     generate,
@@ -79,9 +80,9 @@ def differ(one, other):
     return not torch.equal(one, other) if isinstance(one, torch.Tensor) else one != other
 
 
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("family", [*MIXTURES, *PECULIAR])
 @BOTH_MODES
-def test_memory_in_a_mixture_of_experts_is_the_same_to_the_bit(family, mode, tmp_path):
+def test_memory_in_other_families_is_the_same_to_the_bit(family, mode, tmp_path):
     decoder(family).save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     original = same(base)

@@ -33,7 +33,7 @@ from memlayer.trainer import MemoryTrainer
 
 TABLE = Path(__file__).parents[1] / "docs" / "families.md"
 RESULTS = Path(tempfile.gettempdir()) / "memlayer_families.jsonl"
-SECONDS, MOST_PARAMETERS = 900, 5_000_000
+SECONDS, MOST_PARAMETERS = 900, 20_000_000
 VOCAB, FIRST_TOKEN = 96, 8
 # Sizes under every name that configs give them.
 WIDTH = dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embedding_size", "word_embed_proj_dim"), 32)
