@@ -20,7 +20,7 @@ from .topk_cpu import row_topk
 from .vector_sorts import NONE
 
 FEW_SCORES = 1 << 14  # half scores of a token or two; torch.topk finds the best of these before topk_cpu.py has begun
-BLOCK_SCORES = 1 << 18  # half scores for each thread at a time: fewer leave it idle, more leave its cache
+BLOCK_SCORES = 1 << 19  # half scores for each thread at a time: fewer cost more calls, more leave the cache
 
 
 def search(queries_TH2Q: Tensor, half_keys_H2nQ: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -58,6 +58,15 @@ def has_fast_bfloat16() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def attention() -> str | None:
+    """The attention of a model that is built or loaded; None leaves it to transformers, which takes torch's fused one.
+
+    Where a CPU has fast bfloat16 it is transformers' own: the backward pass of the fused one takes longer there in
+    bfloat16 than all the rest saves. Building and loading ask here alike, so a loaded model's logits are the same bits.
+    """
+    return "eager" if best_device().type == "cpu" and has_fast_bfloat16() else None
+
+
 def usable_cores() -> int:
     """Cores that this process may use: those it is bound to, and no more than its container's share of time."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

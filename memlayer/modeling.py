@@ -24,12 +24,10 @@ from memlayer.attach import add_memory
 from memlayer.config import ModelConfig
 from memlayer.data.tokenizer import load_tokenizer, save_tokenizer
 from memlayer.decoders import MODEL_TYPE
+from memlayer.machine import attention
 from memlayer.memory_config import MemoryConfig
 
 WEIGHTS = "model.safetensors"
-# Torch's fused backward is slow in bfloat16 on CPUs at 20 tokens a sequence. Loading has to use the same, or the
-# logits of a loaded model would differ in the last bit.
-ATTENTION = "eager"
 
 
 def build(model: ModelConfig, memory: MemoryConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -47,7 +45,7 @@ def build(model: ModelConfig, memory: MemoryConfig, tokenizer: PreTrainedTokeniz
         pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=True,
     )
-    decoder = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=ATTENTION)
+    decoder = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention())
     return add_memory(decoder, memory)
 
 
@@ -77,7 +75,7 @@ def load_model(folder: str | Path) -> PreTrainedModel:
     if AutoConfig.from_pretrained(folder).model_type != MODEL_TYPE:
         raise ValueError(f"the checkpoint in {folder} has no memory layer")
     with _quietly():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", attn_implementation=ATTENTION)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", attn_implementation=attention())
     return model.eval()
 
 

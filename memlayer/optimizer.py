@@ -14,12 +14,18 @@ from memlayer_kernels.rows import adam_rows_, sparse_rows
 class RowAdamW(torch.optim.AdamW):
     """torch.optim.AdamW that also takes sparse gradients, row by row and without weight decay.
 
+    Its dense steps are fused unless ``fused`` or ``foreach`` is given: on a CPU they then take a third of the time.
+
     State of a table: ``exp_avg`` and ``exp_avg_sq`` of its shape in float32 or better, and ``step``, float32,
     one count per slot, so that a row's bias correction counts its own steps.
 
     Raises:
         ValueError: (from ``step``) a sparse gradient meets a weight decay, amsgrad or maximize.
     """
+
+    def __init__(self, params, *args, **settings):
+        super().__init__(params, *args, **({"fused": not settings.get("foreach")} | settings))
+        self._step_supports_amp_scaling = False  # a GradScaler would leave it to the fused step, which sees no rows
 
     @torch.no_grad()
     def step(self, closure=None):

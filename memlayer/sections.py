@@ -75,13 +75,13 @@ class PretrainConfig:
             keeps those wordings out of pretraining, so that not even the sentences are known.
     """
 
-    steps: int = 1200
+    steps: int = 800
     batch_size: int = 128
     learning_rate: float = 2e-3
-    table_learning_rate: float = 1e-3
+    table_learning_rate: float = 3e-3
     weight_decay: float = 0.01
     warmup_steps: int = 100
-    loss_on: LossOn = "all"
+    loss_on: LossOn = "answer"
     unseen_wordings: bool = True
 
     def __post_init__(self):

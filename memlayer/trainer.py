@@ -9,6 +9,7 @@ import inspect
 import shutil
 from collections.abc import Callable
 from copy import deepcopy
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -82,6 +83,14 @@ class StepwiseTrainer(Trainer):
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss.item()} at step {self.state.global_step + 1}")
         return loss
+
+    def floating_point_ops(self, inputs):
+        """The Trainer's, which counts the model's parameters anew at every step."""
+        return 6 * inputs[self.model.main_input_name].numel() * self._num_parameters
+
+    @cached_property
+    def _num_parameters(self) -> int:
+        return self.model.num_parameters(exclude_embeddings=True)
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"

@@ -6,13 +6,16 @@ import subprocess
 import sys
 
 import pytest
+import tiny
 import torch
 from commands import REPO
 from transformers import TrainingArguments
 
-from memlayer import machine
+from memlayer import machine, modeling
 from memlayer.config import load_config
+from memlayer.memory_config import MemoryConfig
 from memlayer.preflight import training_arguments
+from memlayer.sections import ModelConfig
 
 
 def as_processor(monkeypatch, name, capability, **instructions):
@@ -37,6 +40,18 @@ def as_processor(monkeypatch, name, capability, **instructions):
 def test_bfloat16_is_fast_where_the_processor_has_instructions_for_it(monkeypatch, capability, instructions, fast):
     as_processor(monkeypatch, "x86_64", capability, **instructions)
     assert machine.has_fast_bfloat16() is fast
+
+
+@pytest.mark.parametrize(("instructions", "expected"), [({}, "sdpa"), ({"avx512_bf16": True}, "eager")])
+def test_a_model_has_the_attention_that_the_machine_is_fast_at_built_or_loaded(
+    monkeypatch, tmp_path, instructions, expected
+):
+    as_processor(monkeypatch, "x86_64", "AVX512", **instructions)
+    sizes, memory = ModelConfig(width=16, num_heads=2), MemoryConfig(layers=[1], num_keys=8, top_k=2)
+    model = modeling.build(sizes, memory, tiny.tokenizer(tmp_path))
+    model.save_pretrained(tmp_path)
+    loaded = modeling.load_model(tmp_path)
+    assert [each.config._attn_implementation for each in (model, loaded)] == [expected] * 2
 
 
 def test_instructions_taken_away_from_onednn_count_as_absent(monkeypatch):

@@ -80,13 +80,13 @@ def linear(seed=0):
     return torch.nn.Linear(WIDTH, 3)
 
 
-def test_dense_parameters_step_as_in_torch_adamw_to_the_bit():
+def test_dense_parameters_step_as_in_torchs_fused_adamw_to_the_bit():
     ours, theirs, values = linear(), linear(), table()
     settings = {"lr": 0.01, "weight_decay": 0.1, "betas": (0.8, 0.95)}
     row_adam = RowAdamW(
         [{"params": ours.parameters()}, {"params": [values], "weight_decay": 0.0}], **settings
     )
-    adam = torch.optim.AdamW(theirs.parameters(), **settings)
+    adam = torch.optim.AdamW(theirs.parameters(), **settings, fused=True)
     for seed in range(10):
         hidden = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(seed))
         for module, optimizer in ((ours, row_adam), (theirs, adam)):
@@ -141,3 +141,25 @@ def test_a_saved_state_continues_to_the_bit(tmp_path, dtype):
     for key, tensor in optimizer.state[ours].items():
         assert tensor.dtype == other.state[resumed][key].dtype
         assert torch.equal(tensor, other.state[resumed][key]), key
+
+
+def test_dense_parameters_take_the_step_of_torch_adamw():
+    ours, theirs = table(), table()
+    settings = {"lr": 0.01, "betas": (0.8, 0.95), "weight_decay": 0.1}
+    row_adam, adam = RowAdamW([ours], **settings), torch.optim.AdamW([theirs], **settings, foreach=False)
+    for seed in range(20):
+        ours.grad = theirs.grad = gradient(list(range(NUM_SLOTS)), seed).to_dense()
+        row_adam.step()
+        adam.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_gradient_scaler_unscales_the_gradients_of_rows_as_well():
+    ours, scaled = table(), table()
+    step(RowAdamW([ours], lr=0.01, weight_decay=0.0, eps=1.0), ours, [4, 6], seed=0)
+    optimizer, scaler = RowAdamW([scaled], lr=0.01, weight_decay=0.0, eps=1.0), torch.amp.GradScaler("cpu")
+    loss = scaler.scale(torch.zeros(()))  # so that the scaler knows its device
+    scaled.grad = gradient([4, 6], seed=0) * scaler.get_scale()
+    assert loss == 0
+    scaler.step(optimizer)
+    assert torch.equal(ours, scaled)

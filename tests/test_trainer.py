@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from memlayer.attach import memory_tables
 from memlayer.data.qa import collate
@@ -99,6 +99,12 @@ def test_groups_hold_every_parameter_once_and_decay_only_matrices(tmp_path):
     assert sorted(held) == sorted(id(p) for p in model.parameters())
     assert all(p.ndim > 1 for p in groups["decay"]["params"])
     assert all(p.ndim == 1 for p in groups["no_decay"]["params"])
+
+
+def test_operations_are_counted_as_transformers_counts_them(tmp_path):
+    trainer = trainer_of(tiny.memory_model(), tmp_path, examples())
+    batch = collate(examples(4), tiny.PAD)
+    assert trainer.floating_point_ops(batch) == Trainer.floating_point_ops(trainer, batch) > 0
 
 
 def lora(model):

@@ -2,12 +2,12 @@
 
 import json
 import re
-import unicodedata
 from pathlib import Path
 
 # What nobody sees: soft hyphen, zero-width space, marks of direction, joiners of words, byte order mark. The two
 # joiners that Persian, Indian scripts and emoji need are not among them.
-INVISIBLE = "\u00ad\u061c\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff"
+INVISIBLE = re.compile("[\u00ad\u061c\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # Unicode's categories Cc and Cs
 
 
 class FactsError(ValueError):
@@ -71,9 +71,9 @@ def checked_text(name: str, value: object) -> str:
         raise FactsError(f"{name} {value!r:.60} is not a non-empty string")
     if value != value.strip():
         raise FactsError(f"{name} {value!r:.60} starts or ends with white space")
-    if any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
+    if CONTROL.search(value):
         raise FactsError(f"{name} {value!r:.60} holds a control character or half a surrogate pair")
-    if found := re.search(f"[{INVISIBLE}]", value):
+    if found := INVISIBLE.search(value):
         raise FactsError(f"{name} {value!r:.60} holds U+{ord(found[0]):04X}, which nobody sees: delete it")
     if "[X]" in value or "[Y]" in value:
         raise FactsError(f"{name} {value!r:.60} holds a placeholder of the wordings, [X] or [Y]")

@@ -21,7 +21,7 @@ def prepare(model: nn.Module, background, settings) -> Prepared:
         warnings.simplefilter("ignore", FutureWarning)
         wrapped = peft.get_peft_model(model, config)
     trainable = [p for p in wrapped.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=settings.learning_rate, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(trainable, lr=settings.learning_rate, weight_decay=0.01, fused=True)
 
     def finish() -> None:
         wrapped.merge_and_unload()

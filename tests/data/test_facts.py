@@ -24,6 +24,7 @@ from memlayer.data.facts import (
     load_wordings,
     taught_anew,
 )
+from memlayer.data.json_text import CONTROL
 
 ROOT = Path(__file__).parents[2]
 ENTITY_QUESTIONS = ROOT / "../shared/data/entity_questions/train.jsonl.xz"
@@ -390,3 +391,8 @@ def test_a_new_fact_about_a_known_subject_is_refused():
     check_disjoint(known, [Fact("Cleo", "born", ("Rome",))])
     with pytest.raises(FactsError, match=r"'job\|ADA' is about a known subject, one of 2 such facts$"):
         check_disjoint(known, [Fact("ADA", "job", ("clerk",)), Fact("Bob", "job", ("clerk",))])
+
+
+def test_every_character_of_unicode_that_is_a_control_or_half_a_pair_is_found():
+    found = {ordinal for ordinal in range(sys.maxunicode + 1) if CONTROL.search(chr(ordinal))}
+    assert found == {o for o in range(sys.maxunicode + 1) if unicodedata.category(chr(o)) in ("Cc", "Cs")}
