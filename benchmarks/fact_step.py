@@ -40,9 +40,9 @@ from report import finish
 from torch import Tensor
 
 from memlayer.attach import record_reads
+from memlayer.layers.product_keys import ProductKeys
 from memlayer.methods.sparse_memory import SparseMemoryFinetuner
 from memlayer.patch import TablePatch
-from memlayer.product_keys import ProductKeys
 from memlayer.selection import tf_idf, top_slots
 
 SIZES = {"num_slots": 1024**2, "width": 1024, "tokens": 4096, "reads": 128, "rows": 500}

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memlayer.counts import SlotCounts
-from memlayer.memory import MemoryLayer, MemoryTable
-from memlayer.product_keys import FindsSlots
+from memlayer.layers.memory import MemoryLayer, MemoryTable
+from memlayer.layers.product_keys import FindsSlots
 
 TABLE = "memory.0"
 HEADS = 4

@@ -19,7 +19,7 @@ import torch
 from report import finish
 from torch import nn
 
-from memlayer.memory import MemoryLayer, MemoryTable
+from memlayer.layers.memory import MemoryLayer, MemoryTable
 from memlayer.patch import Base, MemoryPatch, TablePatch, product_key_fingerprints
 
 SIZES = {"num_slots": 1024**2, "width": 1024, "rows": 500}

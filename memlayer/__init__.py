@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 
 # Public name -> its module, imported when first used.
 _PUBLIC = {
-    "MemoryConfig": "memlayer.memory_config",
+    "MemoryConfig": "memlayer.layers.config",
     "MemoryPatch": "memlayer.patch",
     "SlotCounts": "memlayer.counts",
     "SparseMemoryFinetuner": "memlayer.methods.sparse_memory",

@@ -15,8 +15,8 @@ from memlayer.decoders import (
     with_memory_section,
     without_memory_section,
 )
-from memlayer.memory import MemoryLayer, MemoryTable
-from memlayer.memory_config import MemoryConfig
+from memlayer.layers.config import MemoryConfig
+from memlayer.layers.memory import MemoryLayer, MemoryTable
 from memlayer.structure import check_blocks, decoder_layers, extract_memory, insert_memory
 
 

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from memlayer import typed, written
 from memlayer.checks import check_at_least, check_choices
+from memlayer.layers.config import MemoryConfig
 from memlayer.machine import resolve_precision
-from memlayer.memory_config import MemoryConfig
 from memlayer.sections import (
     CountConfig,
     DataConfig,

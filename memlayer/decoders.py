@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from memlayer.export import MAIN, auto_map, write_code
-from memlayer.memory import MemoryLayer, MemoryTable
-from memlayer.memory_config import MemoryConfig
+from memlayer.layers.config import MemoryConfig
+from memlayer.layers.memory import MemoryLayer, MemoryTable
 from memlayer.structure import insert_memory
 
 MODEL_TYPE = "memlayer"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memlayer.memory import FeedForwardWithMemory, MemoryLayer
+from memlayer.layers.memory import FeedForwardWithMemory, MemoryLayer
 from memlayer.structure import decoder_layers
 
 

@@ -11,11 +11,14 @@ from pathlib import Path
 MAIN = "modeling_memlayer"
 # Module of memlayer -> name in the exported folder.
 FILES = {
+    "checks": "memlayer_checks",
     "decoders": MAIN,
-    **{
-        name: f"memlayer_{name}"
-        for name in ("checks", "export", "memory", "memory_config", "plain_ops", "product_keys", "structure")
-    },
+    "export": "memlayer_export",
+    "layers.config": "memlayer_memory_config",
+    "layers.memory": "memlayer_memory",
+    "layers.product_keys": "memlayer_product_keys",
+    "plain_ops": "memlayer_plain_ops",
+    "structure": "memlayer_structure",
 }
 HEADER = "# Part of memlayer, Apache License 2.0; written by save_pretrained(export_code=True).\n"
 
@@ -36,11 +39,12 @@ def write_code(folder: str | Path) -> None:
         if here.stem == FILES["export"]:
             shutil.copyfile(here.with_name(target.name), target)
         else:
-            source = here.with_name(f"{name}.py").read_text(encoding="utf-8")
-            target.write_text(HEADER + _relative(source), encoding="utf-8")
+            source = here.parent.joinpath(*name.split(".")).with_suffix(".py")
+            target.write_text(HEADER + _relative(source.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def _relative(source: str) -> str:
     """Imports of ours made relative to the exported folder."""
     source = source.replace("from memlayer_kernels.ops import", f"from .{FILES['plain_ops']} import")
-    return re.sub(r"^from memlayer\.(\w+) import", lambda found: f"from .{FILES[found[1]]} import", source, flags=re.M)
+    ours = re.compile(r"^from memlayer\.([\w.]+) import", flags=re.M)
+    return ours.sub(lambda found: f"from .{FILES[found[1]]} import", source)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from memlayer.attach import add_memory, memory_parameters
 from memlayer.decoders import MODEL_TYPE, memory_dtype
-from memlayer.memory_config import DTYPES, MemoryConfig
+from memlayer.layers.config import DTYPES, MemoryConfig
 from memlayer.patch.fingerprint import fingerprint
 
 CONFIG_FILE, WEIGHTS_PATTERN = "memory_only_config.json", "memory{suffix}.safetensors"

@@ -24,8 +24,8 @@ from memlayer.attach import add_memory
 from memlayer.config import ModelConfig
 from memlayer.data.tokenizer import load_tokenizer, save_tokenizer
 from memlayer.decoders import MODEL_TYPE
+from memlayer.layers.config import MemoryConfig
 from memlayer.machine import attention
-from memlayer.memory_config import MemoryConfig
 
 WEIGHTS = "model.safetensors"
 

@@ -11,8 +11,8 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from memlayer.memory import FeedForwardWithMemory, MemoryLayer, MemoryTable, MemoryTables
-from memlayer.memory_config import MemoryConfig
+from memlayer.layers.config import MemoryConfig
+from memlayer.layers.memory import FeedForwardWithMemory, MemoryLayer, MemoryTable, MemoryTables
 
 # What Hugging Face decoders call their feed-forward block; the first of these that every layer has is taken.
 FFN_NAMES = ("mlp", "feed_forward", "ffn")

@@ -24,9 +24,9 @@ from memlayer.attach import memory_tables
 from memlayer.checkpoints import damage_of, newest_checkpoint
 from memlayer.data.qa import IGNORED
 from memlayer.files import writing
+from memlayer.layers.optimizer import RowAdamW
 from memlayer.machine import describe
 from memlayer.methods.sparse_memory import SparseMemoryFinetuner
-from memlayer.optimizer import RowAdamW
 
 FINETUNER = "finetuner.pt"  # in a checkpoint: what a sparse memory finetuner has written so far
 

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import models as hf
 
 from memlayer.attach import add_memory, memory_parameters
-from memlayer.memory_config import MemoryConfig
-from memlayer.optimizer import RowAdamW
+from memlayer.layers.config import MemoryConfig
+from memlayer.layers.optimizer import RowAdamW
 
 VOCAB, WIDTH, FFN_WIDTH, NUM_LAYERS, MAX_LENGTH = 64, 16, 24, 3, 64
 BOS, EOS, PAD = 1, 2, 3

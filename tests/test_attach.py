@@ -14,8 +14,8 @@ from memlayer.attach import (
     record_reads,
     remove_memory,
 )
-from memlayer.config import MemoryConfig
-from memlayer.memory import MemoryLayer
+from memlayer.layers.config import MemoryConfig
+from memlayer.layers.memory import MemoryLayer
 
 
 def names_of(model, parameter):

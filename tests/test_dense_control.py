@@ -8,7 +8,7 @@ from tiny import batch, decoder, memory_model
 
 from memlayer.attach import memory_layers
 from memlayer.dense_control import DenseBlock, add_dense, touched_per_token
-from memlayer.memory import MemoryLayer, MemoryTable
+from memlayer.layers.memory import MemoryLayer, MemoryTable
 
 
 def test_a_token_touches_every_parameter_but_the_rows_it_does_not_read():

@@ -10,7 +10,8 @@ import torch
 from tiny import TABLE
 
 from memlayer import modeling, recipes
-from memlayer.config import DataConfig, MemoryConfig, ModelConfig, PretrainConfig, PretrainRun
+from memlayer.config import DataConfig, ModelConfig, PretrainConfig, PretrainRun
+from memlayer.layers.config import MemoryConfig
 from memlayer.patch import MemoryPatch, state_fingerprint
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

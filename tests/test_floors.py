@@ -14,8 +14,7 @@ REPO = Path(__file__).parents[1]
 FLOORS = {
     "memlayer_kernels": 0,
     "memlayer": 2,
-    "memlayer.product_keys": 1,
-    "memlayer.memory": 1,
+    "memlayer.layers": 1,
     "memlayer.counts": 1,
     "memlayer.selection": 1,
     "memlayer.config": 1,
@@ -24,13 +23,11 @@ FLOORS = {
     "memlayer.trainer_settings": 1,
     "memlayer.typed": 1,
     "memlayer.written": 1,
-    "memlayer.optimizer": 1,
     "memlayer.checks": 1,
     "memlayer.files": 1,
     "memlayer.refusals": 1,
     "memlayer.workers": 1,
     "memlayer.machine": 1,
-    "memlayer.memory_config": 1,
     "memlayer.structure": 2,
     "memlayer.decoders": 2,
     "memlayer.export": 1,
@@ -59,7 +56,7 @@ ONLY = {
     "memlayer_kernels": {"memlayer_kernels"},
     "memlayer.data": {"memlayer.data"},
     "memlayer.evaluation": {"memlayer.evaluation", "memlayer.data", "memlayer.files"},
-    "memlayer.product_keys": {"memlayer_kernels"},
+    "memlayer.layers.product_keys": {"memlayer_kernels"},
     "memlayer.counts": set(),
 }
 WITHOUT_TORCH = {"memlayer.evaluation.answers", "memlayer.evaluation.forgetting", "memlayer.data.facts"}
@@ -139,11 +136,11 @@ def test_kernels_folder_is_no_package_of_its_own():
 @pytest.mark.parametrize(
     ("path", "line", "words"),
     [
-        ("kernels/ops.py", "from memlayer.memory import MemoryTable", "may import of ours only"),
+        ("kernels/ops.py", "from memlayer.layers.memory import MemoryTable", "may import of ours only"),
         ("kernels/ops.py", "import memlayer", "may import of ours only"),
-        ("memlayer/product_keys.py", "from .memory import MemoryTable", "may import of ours only"),
-        ("memlayer/memory.py", "from memlayer import attach", "stands below memlayer.attach"),
-        ("memlayer/memory.py", "from . import trainer", "stands below memlayer.trainer"),
+        ("memlayer/layers/product_keys.py", "from .memory import MemoryTable", "may import of ours only"),
+        ("memlayer/layers/memory.py", "from memlayer import attach", "stands below memlayer.attach"),
+        ("memlayer/layers/memory.py", "from .. import trainer", "stands below memlayer.trainer"),
         ("memlayer/attach.py", "def late():\n    import memlayer.methods.full", "stands below"),
         ("memlayer/methods/full.py", "from ..trainer import Trainer", "stands below memlayer.trainer"),
         ("memlayer/data/qa.py", "from memlayer.counts import SlotCounts", "may import of ours only"),
@@ -163,8 +160,8 @@ def test_a_breach_is_reported(tmp_path, path, line, words):
 @pytest.mark.parametrize(
     ("path", "line"),
     [
-        ("memlayer/memory.py", "from memlayer_kernels.ops import memory_lookup"),
-        ("memlayer/memory.py", "from .product_keys import ProductKeys"),
+        ("memlayer/layers/memory.py", "from memlayer_kernels.ops import memory_lookup"),
+        ("memlayer/layers/memory.py", "from .product_keys import ProductKeys"),
         ("memlayer/evaluation/qa.py", "import torch\nfrom memlayer.data.qa import Question"),
         ("memlayer/trainer.py", "from .methods.full import train\nfrom transformers import Trainer"),
         ("kernels/ops.py", "from .reference import memory_lookup\nimport torch"),

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 from memlayer import machine, modeling
 from memlayer.config import load_config
-from memlayer.memory_config import MemoryConfig
+from memlayer.layers.config import MemoryConfig
 from memlayer.preflight import training_arguments
 from memlayer.sections import ModelConfig
 

@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from memlayer import modeling
-from memlayer.config import MemoryConfig, ModelConfig
+from memlayer.config import ModelConfig
+from memlayer.layers.config import MemoryConfig
 from memlayer.patch import state_fingerprint
 
 MODEL = ModelConfig(num_layers=3, width=16, num_heads=2, ffn_width=32, max_length=32)

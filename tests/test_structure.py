@@ -8,7 +8,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, 
 from transformers import models as hf
 
 from memlayer.attach import add_memory, memory_layers, remove_memory
-from memlayer.memory_config import MemoryConfig
+from memlayer.layers.config import MemoryConfig
 
 SIZES = {
     "vocab_size": 64,

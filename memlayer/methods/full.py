@@ -7,8 +7,8 @@ would move them too, by momentum and decay, so this is the kinder baseline, and 
 from torch import nn
 
 from memlayer.attach import memory_tables
+from memlayer.layers.optimizer import RowAdamW
 from memlayer.methods.prepared import Prepared
-from memlayer.optimizer import RowAdamW
 
 
 def prepare(model: nn.Module, background, settings) -> Prepared:

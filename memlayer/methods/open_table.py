@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from memlayer.counts import SlotCounts
-from memlayer.memory import MemoryTable
+from memlayer.layers.memory import MemoryTable
 from memlayer.methods.slot_steps import SlotSteps, check_optimizer, group_of
 from memlayer.methods.slot_store import SlotStore
 from memlayer.patch import TablePatch

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from memlayer.attach import Reads, in_backward, memory_tables, record_reads
 from memlayer.counts import SlotCounts
-from memlayer.memory import MemoryTable
+from memlayer.layers.memory import MemoryTable
 from memlayer.methods.open_table import OpenTable, Selection
 from memlayer.methods.prepared import Prepared
 from memlayer.patch import Base, MemoryPatch, product_key_fingerprints

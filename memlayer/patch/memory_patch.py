@@ -16,7 +16,7 @@ from torch import nn
 
 from memlayer.attach import memory_tables
 from memlayer.counts import SlotCounts
-from memlayer.memory import MemoryTable
+from memlayer.layers.memory import MemoryTable
 from memlayer.patch import card, files
 from memlayer.patch.base import Base, mark
 from memlayer.patch.fingerprint import differing, fingerprint, product_key_fingerprints

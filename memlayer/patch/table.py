@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from memlayer.memory import MemoryTable
+from memlayer.layers.memory import MemoryTable
 from memlayer.patch.fingerprint import bits, differing
 
 PARTS = ("slots", "rows", "originals")

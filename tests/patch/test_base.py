@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from memlayer import remove_memory
-from memlayer.memory import MemoryTable
+from memlayer.layers.memory import MemoryTable
 from memlayer.methods.sparse_memory import SparseMemoryFinetuner
 from memlayer.patch import Base, MemoryPatch, patches, state_fingerprint
 from memlayer.patch import base as base_module

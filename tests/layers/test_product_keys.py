@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from memlayer.product_keys import ProductKeys
+from memlayer.layers.product_keys import ProductKeys
 
 
 def keys(**settings):

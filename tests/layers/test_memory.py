@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from memlayer.memory import FeedForwardWithMemory, MemoryLayer, MemoryTable, MemoryTables
+from memlayer.layers.memory import FeedForwardWithMemory, MemoryLayer, MemoryTable, MemoryTables
 
 
 def layer(num_keys=8, value_width=12, **settings):

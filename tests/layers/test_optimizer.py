@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from memlayer.optimizer import RowAdamW
+from memlayer.layers.optimizer import RowAdamW
 
 NUM_SLOTS, WIDTH = 10, 5
 

@@ -9,7 +9,7 @@ Shapes: T tokens, H heads, N slots, K slots read, V value width, D model width, 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memlayer.product_keys import ProductKeys
+from memlayer.layers.product_keys import ProductKeys
 from memlayer_kernels.ops import memory_lookup
 
 
