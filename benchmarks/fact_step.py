@@ -43,7 +43,7 @@ from memlayer.attach import record_reads
 from memlayer.layers.product_keys import ProductKeys
 from memlayer.methods.sparse_memory import SparseMemoryFinetuner
 from memlayer.patch import TablePatch
-from memlayer.selection import tf_idf, top_slots
+from memlayer.slots.selection import tf_idf, top_slots
 
 SIZES = {"num_slots": 1024**2, "width": 1024, "tokens": 4096, "reads": 128, "rows": 500}
 PARTS = ("forward", "selection", "backward", "update")

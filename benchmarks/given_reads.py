@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memlayer.counts import SlotCounts
 from memlayer.layers.memory import MemoryLayer, MemoryTable
 from memlayer.layers.product_keys import FindsSlots
+from memlayer.slots.counts import SlotCounts
 
 TABLE = "memory.0"
 HEADS = 4

@@ -11,11 +11,11 @@ import torch
 
 from memlayer import modeling
 from memlayer.attach import memory_tables
-from memlayer.counts import load_counts
 from memlayer.data.facts import BUILTIN_FACTS, BUILTIN_WORDINGS, load_facts, load_wordings
 from memlayer.data.qa import collate, encode, teaching_examples
 from memlayer.methods.sparse_memory import SparseMemoryFinetuner
 from memlayer.patch import product_key_fingerprints, state_fingerprint
+from memlayer.slots.counts import load_counts
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--checkpoint", type=Path, default=Path("runs/pretrain"), help="default: %(default)s")

@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "MemoryConfig": "memlayer.layers.config",
     "MemoryPatch": "memlayer.patch",
-    "SlotCounts": "memlayer.counts",
+    "SlotCounts": "memlayer.slots.counts",
     "SparseMemoryFinetuner": "memlayer.methods.sparse_memory",
     "add_memory": "memlayer.attach",
     "load_memory": "memlayer.memory_only",

@@ -23,7 +23,6 @@ from memlayer import __version__, modeling
 from memlayer.attach import memory_tables, record_reads
 from memlayer.checkpoints import checkpoint_to_resume, step_of
 from memlayer.config import PretrainRun, RunConfig, load_config
-from memlayer.counts import COUNTS_FILE, SlotCounts, load_counts, save_counts
 from memlayer.data.facts import (
     BUILTIN_FACTS,
     BUILTIN_WORDINGS,
@@ -44,6 +43,7 @@ from memlayer.patch import MemoryPatch, product_key_fingerprints, state_fingerpr
 from memlayer.patch.fingerprint import fingerprint
 from memlayer.preflight import check_checkpoint, check_lengths, check_output, training_arguments
 from memlayer.run_folder import claimed, is_done, trained_model, write_result, write_trained
+from memlayer.slots.counts import COUNTS_FILE, SlotCounts, load_counts, save_counts
 from memlayer.taught import RECORD, files_of, read_taught
 from memlayer.trainer import MemoryTrainer, StepwiseTrainer, restore
 

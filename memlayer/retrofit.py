@@ -26,7 +26,6 @@ from memlayer import modeling
 from memlayer.attach import add_memory, memory_layers, memory_parameters
 from memlayer.checkpoints import checkpoint_to_resume, step_of
 from memlayer.config import RunConfig
-from memlayer.counts import SlotCounts, save_counts
 from memlayer.data.text import collate_windows, load_documents, windows
 from memlayer.data.tokenizer import load_tokenizer
 from memlayer.dense_control import add_dense, touched_per_token
@@ -37,6 +36,7 @@ from memlayer.patch.fingerprint import fingerprint
 from memlayer.preflight import check_output, training_arguments
 from memlayer.recipes import COUNTS, check_finite, count, train_to_end
 from memlayer.run_folder import claimed, trained_model, write_result, write_trained
+from memlayer.slots.counts import SlotCounts, save_counts
 from memlayer.trainer import MemoryTrainer, StepwiseTrainer, restore
 
 DEFAULT_MARGIN = {"add": 0.01, "replace": 0.05}  # nats per token

@@ -15,8 +15,7 @@ FLOORS = {
     "memlayer_kernels": 0,
     "memlayer": 2,
     "memlayer.layers": 1,
-    "memlayer.counts": 1,
-    "memlayer.selection": 1,
+    "memlayer.slots": 1,
     "memlayer.config": 1,
     "memlayer.config_help": 1,
     "memlayer.sections": 1,
@@ -57,7 +56,7 @@ ONLY = {
     "memlayer.data": {"memlayer.data"},
     "memlayer.evaluation": {"memlayer.evaluation", "memlayer.data", "memlayer.files"},
     "memlayer.layers.product_keys": {"memlayer_kernels"},
-    "memlayer.counts": set(),
+    "memlayer.slots.counts": set(),
 }
 WITHOUT_TORCH = {"memlayer.evaluation.answers", "memlayer.evaluation.forgetting", "memlayer.data.facts"}
 
@@ -143,7 +142,7 @@ def test_kernels_folder_is_no_package_of_its_own():
         ("memlayer/layers/memory.py", "from .. import trainer", "stands below memlayer.trainer"),
         ("memlayer/attach.py", "def late():\n    import memlayer.methods.full", "stands below"),
         ("memlayer/methods/full.py", "from ..trainer import Trainer", "stands below memlayer.trainer"),
-        ("memlayer/data/qa.py", "from memlayer.counts import SlotCounts", "may import of ours only"),
+        ("memlayer/data/qa.py", "from memlayer.slots.counts import SlotCounts", "may import of ours only"),
         ("memlayer/evaluation/qa.py", "from ..attach import record_reads", "may import of ours only"),
         ("memlayer/evaluation/answers.py", "import torch.nn", "must not know torch"),
         ("memlayer/evaluation/forgetting.py", "from torch import Tensor", "must not know torch"),

@@ -14,11 +14,11 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from memlayer import modeling, recipes
 from memlayer.attach import record_reads
 from memlayer.config import load_config
-from memlayer.counts import load_counts
 from memlayer.data.qa import collate, encode, pretraining_examples, teaching_examples
 from memlayer.layers.product_keys import ProductKeys
 from memlayer.methods import METHODS
 from memlayer.patch import state_fingerprint
+from memlayer.slots.counts import load_counts
 
 __all__ = ["checkpoint"]  # a fixture
 TABLE, NUM_SLOTS = "memory.0", 64

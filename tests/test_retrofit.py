@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from memlayer import modeling, recipes
 from memlayer.attach import add_memory, memory_parameters
 from memlayer.config import load_config
-from memlayer.counts import load_counts
 from memlayer.data.text import collate_windows, load_documents, windows
 from memlayer.data.tokenizer import save_tokenizer, train_tokenizer
 from memlayer.evaluation.healing import BASE, DENSE, MEMORY, gate
 from memlayer.patch import state_fingerprint
 from memlayer.retrofit import load_base, retrofit
+from memlayer.slots.counts import load_counts
 
 LENGTH, BATCH, STEPS, TRAIN, VALIDATION = 48, 8, 12, 64, 10
 COUNTED = {"memory.0": 256}

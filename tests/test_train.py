@@ -16,10 +16,10 @@ from commands import LEARN, REPO, TINY, checkpoint, is_written, refusal, run, st
 from memlayer import __version__, modeling, recipes
 from memlayer.checkpoints import damage_of, newest_checkpoint
 from memlayer.config import ANY_RUN, load_config
-from memlayer.counts import load_counts, save_counts
 from memlayer.methods import METHODS
 from memlayer.patch import state_fingerprint
 from memlayer.preflight import training_arguments
+from memlayer.slots.counts import load_counts, save_counts
 from memlayer.typed import names
 
 __all__ = ["checkpoint"]  # a fixture

@@ -10,9 +10,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from memlayer.attach import add_memory, memory_tables
-from memlayer.counts import SlotCounts
 from memlayer.data.tokenizer import train_tokenizer
 from memlayer.layers.config import MemoryConfig
+from memlayer.slots.counts import SlotCounts
 
 VOCAB, WIDTH, PAD = 50, 16, 3
 TABLE = "memory.0"

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from memlayer.attach import Reads, in_backward, memory_tables, record_reads
-from memlayer.counts import SlotCounts
 from memlayer.layers.memory import MemoryTable
 from memlayer.methods.open_table import OpenTable, Selection
 from memlayer.methods.prepared import Prepared
 from memlayer.patch import Base, MemoryPatch, product_key_fingerprints
 from memlayer.patch.base import mark
+from memlayer.slots.counts import SlotCounts
 
 
 class SparseMemoryFinetuner:
@@ -46,7 +46,7 @@ class SparseMemoryFinetuner:
 
     Args:
         model: a causal language model with memory; every parameter of it is frozen until ``detach``.
-        background: counts of each table, see ``memlayer.counts``.
+        background: counts of each table, see ``memlayer.slots.counts``.
         num_rows: t, how many slots of a table one step may change.
         idf_power: how strongly slots that the background reads are avoided, see ``selection.tf_idf``.
         positions: which reads count: "all" that are not padding, as the paper has it, or those of the

@@ -22,12 +22,12 @@ from pathlib import Path
 
 from memlayer import modeling
 from memlayer.attach import memory_tables
-from memlayer.counts import COUNTS_FILE, load_counts, save_counts
 from memlayer.patch.files import CARD_FILE, CONFIG_FILE, ROWS_FILE
 from memlayer.patch.memory_patch import MemoryPatch
 from memlayer.patch.merging import POLICIES, merge
 from memlayer.patch.squashing import squash
 from memlayer.refusals import refusals
+from memlayer.slots.counts import COUNTS_FILE, load_counts, save_counts
 
 PROGRAM = "python -m memlayer.patch"
 WEIGHTS = "model*.safetensors*"  # written anew, perhaps in other shards

@@ -12,11 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from memlayer.attach import memory_tables, record_reads
-from memlayer.counts import SlotCounts
 from memlayer.methods import METHODS
 from memlayer.methods.open_table import Selection
 from memlayer.methods.sparse_memory import SparseMemoryFinetuner
 from memlayer.patch import state_fingerprint
+from memlayer.slots.counts import SlotCounts
 
 
 def table_of(model):

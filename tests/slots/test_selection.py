@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memlayer.counts import SlotCounts
-from memlayer.selection import tf_idf, top_slots
+from memlayer.slots.counts import SlotCounts
+from memlayer.slots.selection import tf_idf, top_slots
 
 
 def counts(document_frequency, num_documents):

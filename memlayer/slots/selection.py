@@ -10,7 +10,7 @@ Shapes: N slots, U distinct slots read in the batch.
 import torch
 from torch import Tensor
 
-from memlayer.counts import SlotCounts
+from memlayer.slots.counts import SlotCounts
 
 
 def tf_idf(slots_U: Tensor, reads_U: Tensor, background: SlotCounts, idf_power: float = 1.0) -> Tensor:

@@ -9,9 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from memlayer.attach import record_reads
-from memlayer.counts import SlotCounts, load_counts, save_counts
 from memlayer.methods.sparse_memory import SparseMemoryFinetuner
 from memlayer.patch import product_key_fingerprints
+from memlayer.slots.counts import SlotCounts, load_counts, save_counts
 
 NUM_SLOTS, TOP_K = 12, 3
 KEYS = {"layers.1.mlp.keys.half_keys": "ab12"}
