@@ -15,9 +15,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from memlayer import comparison, modeling, recipes
+from memlayer import comparison, recipes
 from memlayer.comparison import Trial
 from memlayer.config import RunConfig, load_config
+from memlayer.decoders import files
 from memlayer.evaluation.forgetting import drop_in_words
 from memlayer.evaluation.provenance import provenance
 from memlayer.evaluation.report import CONTROL, format_table, mean_rows, sample, write_report
@@ -145,7 +146,7 @@ def show_revert(folder: Path, rows: list[dict]) -> None:
     """Apply the chosen patch to the pretrained model, take it back, and compare every bit."""
     strength = next(row["strength"] for row in rows if row["method"] == "sparse memory" and row["chosen"])
     patch = MemoryPatch.load(folder / "test" / f"sparse memory {strength}" / "patch")
-    model, _ = modeling.load(folder / "base")
+    model, _ = files.load(folder / "base")
     before = state_fingerprint(model)
     patch.apply(model)
     learned = state_fingerprint(model)

@@ -21,10 +21,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from memlayer import modeling, recipes
+from memlayer import recipes
 from memlayer.config import PretrainRun, RunConfig, load_config
 from memlayer.data.facts import Fact
 from memlayer.data.qa import Question, known_questions, new_questions
+from memlayer.decoders import files
 from memlayer.evaluation.forgetting import scores
 from memlayer.evaluation.provenance import provenance
 from memlayer.evaluation.qa import Answered, answer_questions
@@ -81,12 +82,12 @@ def evaluate(arguments: argparse.Namespace) -> None:
     questions = questions_of(base, asked, lessons)
     check_output(arguments.output)
     device = device_of(arguments.device)
-    model, tokenizer = modeling.load(checkpoint)
+    model, tokenizer = files.load(checkpoint)
     fingerprint = state_fingerprint(model) if taught else ""
     for run in taught:  # one that does not fit is refused before the first question
         run.check_checkpoint(checkpoint, fingerprint)
         if run.has_model:
-            modeling.weight_files(run.folder / "model")
+            files.weight_files(run.folder / "model")
         else:
             with run.model(model, tokenizer):
                 check_finite(model, run.folder)

@@ -39,7 +39,7 @@ from given_reads import HEADS, TABLE, Reader, make_model
 from report import finish
 from torch import Tensor
 
-from memlayer.attach import record_reads
+from memlayer.decoders.attach import record_reads
 from memlayer.layers.product_keys import ProductKeys
 from memlayer.methods.sparse_memory import SparseMemoryFinetuner
 from memlayer.patch import TablePatch

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from memlayer import modeling
-from memlayer.attach import memory_tables
 from memlayer.data.facts import BUILTIN_FACTS, BUILTIN_WORDINGS, load_facts, load_wordings
 from memlayer.data.qa import collate, encode, teaching_examples
+from memlayer.decoders import files
+from memlayer.decoders.attach import memory_tables
 from memlayer.methods.sparse_memory import SparseMemoryFinetuner
 from memlayer.patch import product_key_fingerprints, state_fingerprint
 from memlayer.slots.counts import load_counts
@@ -25,7 +25,7 @@ options = parser.parse_args()
 
 wordings = load_wordings(BUILTIN_WORDINGS)
 facts = [fact for fact in load_facts(BUILTIN_FACTS, wordings) if fact.split == "new"][: options.num_facts]
-model, tokenizer = modeling.load(options.checkpoint)
+model, tokenizer = files.load(options.checkpoint)
 num_slots = {name: table.num_embeddings for name, table in memory_tables(model).items()}
 product_keys = product_key_fingerprints(model)
 background = load_counts(options.checkpoint / "background_counts.safetensors", num_slots, product_keys)

@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-from memlayer.decoders import register
+from memlayer.decoders.classes import register
 
 __version__ = "0.1.0"
 
@@ -12,12 +12,12 @@ _PUBLIC = {
     "MemoryPatch": "memlayer.patch",
     "SlotCounts": "memlayer.slots.counts",
     "SparseMemoryFinetuner": "memlayer.methods.sparse_memory",
-    "add_memory": "memlayer.attach",
-    "load_memory": "memlayer.memory_only",
+    "add_memory": "memlayer.decoders.attach",
+    "load_memory": "memlayer.decoders.memory_only",
     "patches": "memlayer.patch",
-    "record_reads": "memlayer.attach",
-    "remove_memory": "memlayer.attach",
-    "save_memory": "memlayer.memory_only",
+    "record_reads": "memlayer.decoders.attach",
+    "remove_memory": "memlayer.decoders.attach",
+    "save_memory": "memlayer.decoders.memory_only",
 }
 __all__ = sorted(_PUBLIC)
 

@@ -12,9 +12,9 @@ from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from memlayer import modeling
 from memlayer.config import RunConfig
 from memlayer.data.qa import Question, known_questions, new_questions
+from memlayer.decoders import files
 from memlayer.evaluation.forgetting import scores
 from memlayer.evaluation.qa import Answered, answer_questions
 from memlayer.evaluation.report import CONTROL, result_row
@@ -112,7 +112,7 @@ def run_trial(trial: Trial) -> None:
             return
         if trial.method == CONTROL:
             nothing = {"patch": None, "seconds": 0.0, "steps": 0, "resumed_at": 0, "parameters_changed": 0}
-            learned = Learned(trial.config, *modeling.load(trial.config.checkpoint), **nothing)
+            learned = Learned(trial.config, *files.load(trial.config.checkpoint), **nothing)
         else:
             learned = learn(trial.config)
         answers = ask(learned.model, learned.tokenizer, trial.config, trial.known)

@@ -19,8 +19,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
-from memlayer import __version__, modeling
-from memlayer.attach import memory_tables, record_reads
+from memlayer import __version__
 from memlayer.checkpoints import checkpoint_to_resume, step_of
 from memlayer.config import PretrainRun, RunConfig, load_config
 from memlayer.data.facts import (
@@ -35,6 +34,8 @@ from memlayer.data.facts import (
 )
 from memlayer.data.qa import Example, collate, encode, pretraining_examples, teaching_examples
 from memlayer.data.tokenizer import load_tokenizer, train_tokenizer
+from memlayer.decoders import files
+from memlayer.decoders.attach import memory_tables, record_reads
 from memlayer.evaluation.provenance import commit
 from memlayer.evaluation.qa import check_answers
 from memlayer.files import sha256_of, write_file
@@ -122,7 +123,7 @@ def _pretrain(
     check_output(arguments.output_dir)
     checkpoint = checkpoint_to_resume(arguments, config, inputs)
     tokenizer = _train_tokenizer_once(arguments, examples, config.model.vocab_size)
-    model = modeling.build(config.model, config.memory, tokenizer)
+    model = files.build(config.model, config.memory, tokenizer)
     encoded = encode(tokenizer, examples)
     check_lengths(encoded, config.model.max_length, examples)
     check_answers(tokenizer, examples)
@@ -147,7 +148,7 @@ def _pretrain(
 def save_trained(config: RunConfig, inputs: Mapping[str, str], model: nn.Module, tokenizer) -> None:
     """Write the trained model, not yet as a result, so that a run that is stopped later need not train again."""
     check_finite(dict(model.named_parameters()))
-    write_trained(config.output, config, inputs, lambda folder: modeling.save(model, tokenizer, folder))
+    write_trained(config.output, config, inputs, lambda folder: files.save(model, tokenizer, folder))
 
 
 def check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
@@ -321,7 +322,7 @@ def _prepare(config: RunConfig) -> _Lesson:
         max_grad_norm=0.0,
     )
     check_checkpoint(config.checkpoint)
-    model, tokenizer = modeling.load(config.checkpoint)
+    model, tokenizer = files.load(config.checkpoint)
     _tell_taught_anew(config)
     encoded = encode(tokenizer, lessons)
     check_lengths(encoded, model.config.max_position_embeddings, lessons)
@@ -364,21 +365,21 @@ def _teach(lesson: _Lesson) -> Learned:
     patch = prepared.finish()
     if patch is not None:
         patch.provenance = provenance
-    changed = modeling.numbers_changed(model, config.checkpoint)
+    changed = files.numbers_changed(model, config.checkpoint)
     steps, resumed_at = trainer.state.global_step, step_of(checkpoint)
     return Learned(config, model.eval(), tokenizer, patch, seconds, steps, resumed_at, changed, lesson.sha256)
 
 
 def inputs_of(config: RunConfig) -> dict[str, str]:
     """Name and SHA-256 of what a learning run starts from: the weights of its checkpoint, and its files."""
-    files = modeling.weight_files(config.checkpoint)
-    return _inputs(config, fingerprint({name: tensor for file in files for name, tensor in load_file(file).items()}))
+    weights = files.weight_files(config.checkpoint)
+    return _inputs(config, fingerprint({name: tensor for file in weights for name, tensor in load_file(file).items()}))
 
 
 def _inputs(config: RunConfig, checkpoint_sha256: str) -> dict[str, str]:
     counts = Path(config.checkpoint) / COUNTS
-    files = files_of(config.data) | ({"background_counts": counts} if counts.is_file() else {})
-    return {"checkpoint": checkpoint_sha256} | {name: sha256_of(path) for name, path in files.items()}
+    paths = files_of(config.data) | ({"background_counts": counts} if counts.is_file() else {})
+    return {"checkpoint": checkpoint_sha256} | {name: sha256_of(path) for name, path in paths.items()}
 
 
 def _provenance(config: RunConfig, sha256: Mapping[str, str]) -> dict:
@@ -450,7 +451,7 @@ def write_learned(learned: Learned, folder: Path, with_model: bool) -> None:
         learned.patch.save(folder / "patch")
     elif with_model:
         check_finite(dict(learned.model.named_parameters()))
-        modeling.save(learned.model, learned.tokenizer, folder / "model")
+        files.save(learned.model, learned.tokenizer, folder / "model")
     took = {key: getattr(learned, key) for key in ("seconds", "steps", "resumed_at", "parameters_changed", "sha256")}
     write_file(folder / RECORD, json.dumps(took, indent=2) + "\n")
 
@@ -464,9 +465,9 @@ def load_learned(checkpoint: str | Path, folder: str | Path) -> tuple[nn.Module,
     """
     taught = read_taught(folder)
     taught.check_files()
-    model, tokenizer = modeling.load(checkpoint)
+    model, tokenizer = files.load(checkpoint)
     taught.check_checkpoint(checkpoint, state_fingerprint(model))
     if taught.has_model:
-        return modeling.load(taught.folder / "model")
+        return files.load(taught.folder / "model")
     MemoryPatch.load(taught.folder / "patch").apply(model)
     return model, tokenizer

@@ -22,13 +22,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from memlayer import modeling
-from memlayer.attach import add_memory, memory_layers, memory_parameters
 from memlayer.checkpoints import checkpoint_to_resume, step_of
 from memlayer.config import RunConfig
 from memlayer.data.text import collate_windows, load_documents, windows
 from memlayer.data.tokenizer import load_tokenizer
-from memlayer.dense_control import add_dense, touched_per_token
+from memlayer.decoders import files
+from memlayer.decoders.attach import add_memory, memory_layers, memory_parameters
+from memlayer.decoders.dense_control import add_dense, touched_per_token
 from memlayer.evaluation.healing import BASE, DENSE, MEMORY, gate, write_healing_report
 from memlayer.evaluation.provenance import provenance
 from memlayer.files import write_file
@@ -99,7 +99,7 @@ def retrofit(config: RunConfig) -> Retrofitted:
     with claimed(config, inputs) as done:
         results = _finished(config) if done else _retrofit(config, inputs, model, tokenizer, text)
         PartialState().wait_for_everyone()
-    return Retrofitted(modeling.load_model(config.output) if done else model.eval(), tokenizer, results)
+    return Retrofitted(files.load_model(config.output) if done else model.eval(), tokenizer, results)
 
 
 def _finished(config: RunConfig) -> dict:
@@ -160,8 +160,8 @@ def _write_healed(
     check_finite(memory_parameters(model))
 
     def write(folder: Path) -> None:
-        modeling.save(model, tokenizer, folder)
-        modeling.check_saved(model, folder)
+        files.save(model, tokenizer, folder)
+        files.check_saved(model, folder)
         write_file(folder / HEALING, json.dumps(told))
 
     write_trained(config.output, config, inputs, write)

@@ -13,9 +13,9 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from memlayer import modeling
 from memlayer.config import DataConfig, RunConfig, load_config
 from memlayer.data.facts import BUILTIN_FACTS, BUILTIN_WORDINGS
+from memlayer.decoders import files
 from memlayer.files import sha256_of
 from memlayer.patch import MemoryPatch, patches
 
@@ -81,7 +81,7 @@ class Taught:
             ValueError: the patch does not fit, or a file is damaged.
         """
         if self.has_model:
-            yield modeling.load(self.folder / "model")
+            yield files.load(self.folder / "model")
         else:
             with patches(base, [MemoryPatch.load(self.folder / "patch")]):
                 yield base, tokenizer

@@ -20,9 +20,9 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from memlayer.attach import memory_tables
 from memlayer.checkpoints import damage_of, newest_checkpoint
 from memlayer.data.qa import IGNORED
+from memlayer.decoders.attach import memory_tables
 from memlayer.files import writing
 from memlayer.layers.optimizer import RowAdamW
 from memlayer.machine import describe

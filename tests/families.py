@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import models as hf
 
-from memlayer.attach import add_memory, memory_parameters
+from memlayer.decoders.attach import add_memory, memory_parameters
 from memlayer.layers.config import MemoryConfig
 from memlayer.layers.optimizer import RowAdamW
 

@@ -3,7 +3,7 @@
 import tiny
 import torch
 
-from memlayer.attach import memory_tables
+from memlayer.decoders.attach import memory_tables
 from memlayer.patch import Base, MemoryPatch, TablePatch, product_key_fingerprints
 
 SLOTS = torch.tensor([2, 7, 40, 63])

@@ -10,7 +10,7 @@ from test_trainer import assert_same, examples, trainer_of
 
 from memlayer.checkpoints import checkpoint_to_resume, damage_of, newest_checkpoint
 from memlayer.config import PretrainRun
-from memlayer.modeling import WEIGHTS
+from memlayer.decoders.files import WEIGHTS
 
 STEPS = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "learning_rate": 0.01}
 CONFIG = PretrainRun(output="x")

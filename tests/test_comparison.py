@@ -7,7 +7,6 @@ import pytest
 import torch
 from commands import LEARN, checkpoint, config_of
 
-from memlayer import modeling
 from memlayer.comparison import (
     ANSWERS,
     Trial,
@@ -19,6 +18,7 @@ from memlayer.comparison import (
     trial_is_done,
     write_answers,
 )
+from memlayer.decoders import files
 from memlayer.evaluation.report import CONTROL
 
 __all__ = ["checkpoint"]  # a fixture
@@ -89,9 +89,9 @@ def test_a_trial_is_done_only_with_the_same_config_questions_and_base(tmp_path, 
     base = shutil.copytree(checkpoint, tmp_path / "base")
     moved = replace(done, config=replace(done.config, checkpoint=str(base)))
     assert trial_is_done(moved), "the same model under another name"
-    model, tokenizer = modeling.load(base)
+    model, tokenizer = files.load(base)
     torch.nn.init.zeros_(next(model.parameters()))
-    modeling.save(model, tokenizer, base)
+    files.save(model, tokenizer, base)
     with pytest.raises(ValueError, match="SHA-256 of checkpoint was"):
         trial_is_done(moved)
 

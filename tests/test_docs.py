@@ -7,7 +7,7 @@ import shlex
 import pytest
 from commands import REPO, run
 
-from memlayer import modeling
+from memlayer.decoders import files
 from memlayer.patch import MemoryPatch, state_fingerprint
 
 GUIDE = REPO / "docs" / "retrofit.md"
@@ -50,7 +50,7 @@ def test_every_command_and_snippet_of_the_guide_runs(walked):
 @pytest.mark.timeout(1800)
 def test_what_the_guide_says_of_patches_is_so(walked):
     before, taught, after = (
-        state_fingerprint(modeling.load(walked / name)[0]) for name in ("retrofit_tiny", "taught", "as_before")
+        state_fingerprint(files.load(walked / name)[0]) for name in ("retrofit_tiny", "taught", "as_before")
     )
     assert before == after != taught
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from commands import LEARN, TINY, checkpoint, config_of, refusal, run, write_config
 
-from memlayer import modeling, recipes
+from memlayer import recipes
 from memlayer.data.qa import known_questions, new_questions
+from memlayer.decoders import files
 from memlayer.evaluation.forgetting import scores
 from memlayer.evaluation.qa import answer_questions
 from memlayer.evaluation.report import CONTROL, result_row
@@ -53,7 +54,7 @@ def test_a_checkpoint_alone_is_asked_what_it_was_pretrained_on(tmp_path, checkpo
     assert sorted(path.name for path in (tmp_path / "report").iterdir()) == WRITTEN
     (row,) = rows_of(tmp_path / "report")
     config = config_of(LEARN, tmp_path / "asked", data={"num_new": 3, "first_new": 5})
-    expected = ask(*modeling.load(checkpoint), config)
+    expected = ask(*files.load(checkpoint), config)
     assert expected["known_seen"]["exact_match"] > 0.5, "the checkpoint knows what it was pretrained on"
     assert_row(row, expected, expected, seconds=0.0, parameters_changed=0)
     assert row["method"] == CONTROL
@@ -67,7 +68,7 @@ def test_runs_are_compared_with_their_checkpoint_on_what_they_were_taught(tmp_pa
     assert done.returncode == 0, done.stderr
     control, *rows = rows_of(tmp_path / "report")
     config = config_of(LEARN, tmp_path / "asked")
-    before = ask(*modeling.load(checkpoint), config)
+    before = ask(*files.load(checkpoint), config)
     assert_row(control, before, before, seconds=0.0, parameters_changed=0)
     assert [row["method"] for row in rows] == list(learned)
     for row, folder in zip(rows, learned.values(), strict=True):
@@ -216,9 +217,9 @@ def test_a_device_that_is_not_there_is_refused(tmp_path, checkpoint):
 
 def test_a_model_of_nan_is_not_scored(tmp_path, checkpoint):
     shutil.copytree(checkpoint, tmp_path / "nan")
-    model, tokenizer = modeling.load(checkpoint)
+    model, tokenizer = files.load(checkpoint)
     model.model.norm.weight.data[3] = float("nan")
-    modeling.save(model, tokenizer, tmp_path / "nan")
+    files.save(model, tokenizer, tmp_path / "nan")
     message = refusal("eval.py", tmp_path / "nan", "--num-new", 2, "--output", tmp_path / "report")
     assert message == f"the model in {tmp_path / 'nan'} holds numbers that are not finite"
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from tiny import TABLE
 
-from memlayer import modeling, recipes
+from memlayer import recipes
 from memlayer.config import DataConfig, ModelConfig, PretrainConfig, PretrainRun
+from memlayer.decoders import files
 from memlayer.layers.config import MemoryConfig
 from memlayer.patch import MemoryPatch, state_fingerprint
 
@@ -48,7 +49,7 @@ def test_own_loop_learns_saves_a_patch_and_takes_it_back(checkpoint, tmp_path):
     patch = MemoryPatch.load(tmp_path / "patch")
     assert 0 < patch.num_rows < NUM_SLOTS
     assert (patch.tables[TABLE].rows != patch.tables[TABLE].originals).any(dim=1).all()
-    model, _ = modeling.load(checkpoint)
+    model, _ = files.load(checkpoint)
     before = state_fingerprint(model)
     # Its originals are the checkpoint's rows to the last bit, else it would be refused here.
     patch.apply(model)

@@ -11,8 +11,9 @@ import torch
 from commands import REPO
 from transformers import TrainingArguments
 
-from memlayer import machine, modeling
+from memlayer import machine
 from memlayer.config import load_config
+from memlayer.decoders import files
 from memlayer.layers.config import MemoryConfig
 from memlayer.preflight import training_arguments
 from memlayer.sections import ModelConfig
@@ -48,9 +49,9 @@ def test_a_model_has_the_attention_that_the_machine_is_fast_at_built_or_loaded(
 ):
     as_processor(monkeypatch, "x86_64", "AVX512", **instructions)
     sizes, memory = ModelConfig(width=16, num_heads=2), MemoryConfig(layers=[1], num_keys=8, top_k=2)
-    model = modeling.build(sizes, memory, tiny.tokenizer(tmp_path))
+    model = files.build(sizes, memory, tiny.tokenizer(tmp_path))
     model.save_pretrained(tmp_path)
-    loaded = modeling.load_model(tmp_path)
+    loaded = files.load_model(tmp_path)
     assert [each.config._attn_implementation for each in (model, loaded)] == [expected] * 2
 
 

@@ -11,10 +11,11 @@ from commands import LEARN, REPO, checkpoint, config_of
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from memlayer import modeling, recipes
-from memlayer.attach import record_reads
+from memlayer import recipes
 from memlayer.config import load_config
 from memlayer.data.qa import collate, encode, pretraining_examples, teaching_examples
+from memlayer.decoders import files
+from memlayer.decoders.attach import record_reads
 from memlayer.layers.product_keys import ProductKeys
 from memlayer.methods import METHODS
 from memlayer.patch import state_fingerprint
@@ -34,7 +35,7 @@ def learn(checkpoint, folder, data=(), trainer=(), **settings):
 def test_counts_leave_padding_out_and_a_document_is_that_many_sequences_in_a_row(checkpoint):
     config = load_config(checkpoint / "config.yaml")
     facts = recipes.facts_of(config)
-    model, tokenizer = modeling.load(checkpoint)
+    model, tokenizer = files.load(checkpoint)
     encoded = encode(tokenizer, pretraining_examples(facts.known, facts.wordings))
     reads_N, document_frequency_N = (torch.zeros(NUM_SLOTS, dtype=torch.int64) for _ in range(2))
     per_document = config.count.sequences_per_document
@@ -122,7 +123,7 @@ def test_what_is_loaded_is_what_was_learned_to_the_bit(tmp_path, checkpoint, met
     learned = learn(checkpoint, tmp_path / "run", method=method, learning_rate=RATES[method])
     recipes.save_learned(learned, tmp_path / "run")
     model, _ = recipes.load_learned(checkpoint, tmp_path / "run")
-    base, _ = modeling.load(checkpoint)
+    base, _ = files.load(checkpoint)
     assert state_fingerprint(model) == state_fingerprint(learned.model) != state_fingerprint(base)
     assert all(p.requires_grad for p in learned.model.parameters())
     assert not learned.model.training
@@ -180,7 +181,7 @@ def test_baselines_need_no_background_counts(tmp_path, checkpoint, method):
 
 
 def test_full_finetuning_moves_every_parameter_and_of_the_table_only_rows_it_reads(tmp_path, checkpoint):
-    before = modeling.load(checkpoint)[0].state_dict()
+    before = files.load(checkpoint)[0].state_dict()
     with slots_read() as slots:
         learned = learn(checkpoint, tmp_path / "run", {"num_new": 1}, method="full", learning_rate=0.01)
     after = learned.model.state_dict()

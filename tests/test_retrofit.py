@@ -13,11 +13,12 @@ from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from memlayer import modeling, recipes
-from memlayer.attach import add_memory, memory_parameters
+from memlayer import recipes
 from memlayer.config import load_config
 from memlayer.data.text import collate_windows, load_documents, windows
 from memlayer.data.tokenizer import save_tokenizer, train_tokenizer
+from memlayer.decoders import files
+from memlayer.decoders.attach import add_memory, memory_parameters
 from memlayer.evaluation.healing import BASE, DENSE, MEMORY, gate
 from memlayer.patch import state_fingerprint
 from memlayer.retrofit import load_base, retrofit
@@ -108,7 +109,7 @@ def test_losses_are_those_of_the_base_and_of_the_model_written(base, healed):
     _, validation_WL = text(retrofitted.tokenizer)
     before = AutoModelForCausalLM.from_pretrained(base).eval()
     assert losses[BASE]["after"] == pytest.approx(plain_loss(before, validation_WL), abs=1e-5)
-    after, _ = modeling.load(folder)
+    after, _ = files.load(folder)
     assert losses[MEMORY]["after"] == pytest.approx(plain_loss(after, validation_WL), abs=1e-5)
     assert losses[MEMORY]["after"] < losses[MEMORY]["before"]
 
@@ -135,7 +136,7 @@ def test_add_gives_the_logits_of_the_base_before_anything_is_learned(tmp_path, b
 def test_all_but_memory_keeps_the_bits_of_the_base(base, healed):
     folder, retrofitted, _ = healed
     kept = "mlp.ffn." if retrofitted.results["mode"] == "add" else None
-    after = modeling.load(folder)[0].state_dict()
+    after = files.load(folder)[0].state_dict()
     for name, tensor in AutoModelForCausalLM.from_pretrained(base).state_dict().items():
         if "layers.1.mlp." in name:
             if kept is None:
@@ -150,7 +151,7 @@ def test_every_memory_parameter_was_trained(base, healed):
     config = load_config(folder / "config.yaml")
     torch.manual_seed(config.seed)
     start = add_memory(load_base(config)[0], config.memory)
-    after = memory_parameters(modeling.load(folder)[0])
+    after = memory_parameters(files.load(folder)[0])
     assert [name for name, p in memory_parameters(start).items() if torch.equal(p, after[name])] == []
 
 
@@ -186,7 +187,7 @@ def test_the_report_has_every_number(healed):
         assert f"| {loss['before']:.4f} | {loss['after']:.4f} |" in report
     for number in (*parameters.values(), *results["tokens"].values()):
         assert f"| {number:,} |" in report
-    model, _ = modeling.load(folder)
+    model, _ = files.load(folder)
     assert parameters["whole model"] == sum(p.numel() for p in model.parameters())
     assert parameters["memory, all that is trained"] == sum(p.numel() for p in memory_parameters(model).values())
     assert abs(parameters[DENSE] / parameters["memory, touched by a token"] - 1) < 0.02
@@ -241,7 +242,7 @@ def test_not_healed_is_status_3_and_the_result_is_written_all_the_same(tmp_path,
     assert missed > 0
     assert f"train.py: not healed: validation loss {losses[MEMORY]['after']:.4f} is {missed:.4f} above" in done.stderr
     assert done.stdout.endswith(f"wrote {tmp_path / 'out'}\n")
-    modeling.load(tmp_path / "out")
+    files.load(tmp_path / "out")
 
 
 @pytest.mark.parametrize(("mode", "margin"), [("add", 0.01), ("replace", 0.05)])
@@ -266,7 +267,7 @@ def outcome(folder):
     results = json.loads((folder / "results.json").read_text())
     counts = load_counts(folder / recipes.COUNTS, COUNTED)["memory.0"]
     numbers = {key: results[key] for key in ("losses", "curves", "parameters", "frozen", "verdict")}
-    return state_fingerprint(modeling.load(folder)[0]), counts.reads_N.tolist(), numbers
+    return state_fingerprint(files.load(folder)[0]), counts.reads_N.tolist(), numbers
 
 
 LONG = {"retrofit": {"steps": 40}, "trainer": {"save_strategy": "steps", "save_steps": 10}}

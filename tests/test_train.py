@@ -13,9 +13,10 @@ import pytest
 import torch
 from commands import LEARN, REPO, TINY, checkpoint, is_written, refusal, run, start, write_config
 
-from memlayer import __version__, modeling, recipes
+from memlayer import __version__, recipes
 from memlayer.checkpoints import damage_of, newest_checkpoint
 from memlayer.config import ANY_RUN, load_config
+from memlayer.decoders import files
 from memlayer.methods import METHODS
 from memlayer.patch import state_fingerprint
 from memlayer.preflight import training_arguments
@@ -31,7 +32,7 @@ def outcome(folder):
     counts = load_counts(folder / recipes.COUNTS, COUNTED)["memory.0"]
     tokenizer = (folder / "tokenizer.model").read_bytes()
     reads = counts.reads_N.tolist(), counts.document_frequency_N.tolist(), counts.num_documents
-    return state_fingerprint(modeling.load(folder)[0]), tokenizer, *reads
+    return state_fingerprint(files.load(folder)[0]), tokenizer, *reads
 
 
 def result_files(folder):
@@ -93,7 +94,7 @@ def test_pretraining_writes_model_tokenizer_counts_and_config(tmp_path):
     assert done.stdout.endswith(f"wrote {tmp_path / 'out'}\n")
     config = load_config(tmp_path / "out" / "config.yaml")
     assert config == load_config(path, ["seed=3"])
-    model, tokenizer = modeling.load(tmp_path / "out")
+    model, tokenizer = files.load(tmp_path / "out")
     assert len(tokenizer) == model.config.vocab_size == config.model.vocab_size
     counts = load_counts(tmp_path / "out" / recipes.COUNTS, COUNTED)["memory.0"]
     assert counts.num_documents > 1
@@ -112,7 +113,7 @@ def test_learning_writes_what_changed_with_its_config(tmp_path, checkpoint, meth
     assert load_config(tmp_path / "out" / "config.yaml").learn.method == method
     took = json.loads((tmp_path / "out" / "learned.json").read_text())
     # Parameters and not the state dict: tied weights count once.
-    base = dict(modeling.load(checkpoint)[0].named_parameters())
+    base = dict(files.load(checkpoint)[0].named_parameters())
     learned = dict(recipes.load_learned(checkpoint, tmp_path / "out")[0].named_parameters())
     changed = sum(int((learned[name] != base[name]).sum()) for name in base)
     assert took["parameters_changed"] == changed > 0

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from memlayer.attach import memory_tables
 from memlayer.data.qa import collate
+from memlayer.decoders.attach import memory_tables
 from memlayer.methods.sparse_memory import SparseMemoryFinetuner
 from memlayer.trainer import MemoryTrainer
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from memlayer.attach import add_memory, memory_tables
 from memlayer.data.tokenizer import train_tokenizer
+from memlayer.decoders.attach import add_memory, memory_tables
 from memlayer.layers.config import MemoryConfig
 from memlayer.slots.counts import SlotCounts
 

@@ -28,7 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from memlayer import MemoryConfig, add_memory, remove_memory
-from memlayer.attach import memory_parameters
+from memlayer.decoders.attach import memory_parameters
 from memlayer.trainer import MemoryTrainer
 
 TABLE = Path(__file__).parents[1] / "docs" / "families.md"

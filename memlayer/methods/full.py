@@ -6,7 +6,7 @@ would move them too, by momentum and decay, so this is the kinder baseline, and 
 
 from torch import nn
 
-from memlayer.attach import memory_tables
+from memlayer.decoders.attach import memory_tables
 from memlayer.layers.optimizer import RowAdamW
 from memlayer.methods.prepared import Prepared
 

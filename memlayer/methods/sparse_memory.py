@@ -18,7 +18,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from memlayer.attach import Reads, in_backward, memory_tables, record_reads
+from memlayer.decoders.attach import Reads, in_backward, memory_tables, record_reads
 from memlayer.layers.memory import MemoryTable
 from memlayer.methods.open_table import OpenTable, Selection
 from memlayer.methods.prepared import Prepared

@@ -20,8 +20,8 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 
-from memlayer import modeling
-from memlayer.attach import memory_tables
+from memlayer.decoders import files
+from memlayer.decoders.attach import memory_tables
 from memlayer.patch.files import CARD_FILE, CONFIG_FILE, ROWS_FILE
 from memlayer.patch.memory_patch import MemoryPatch
 from memlayer.patch.merging import POLICIES, merge
@@ -96,7 +96,7 @@ def change_model(options: argparse.Namespace) -> None:
     """
     check_new(options.out)
     patch = MemoryPatch.load(options.patch)
-    model = modeling.load_model(options.model)
+    model = files.load_model(options.model)
     options.change(patch, model, **({"any_base": True} if getattr(options, "any_base", False) else {}))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.out.parent, prefix=f".{options.out.name}-") as beside:

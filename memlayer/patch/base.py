@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from memlayer.attach import memory_tables
+from memlayer.decoders.attach import memory_tables
 
 SAMPLE = 4096
 # From fine to coarse: models are compared in the coarsest precision that one of their weights has.

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from memlayer.attach import memory_layers, memory_tables
+from memlayer.decoders.attach import memory_layers, memory_tables
 
 
 def bits(rows: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 from torch import nn
 
-from memlayer.attach import memory_tables
+from memlayer.decoders.attach import memory_tables
 from memlayer.layers.memory import MemoryTable
 from memlayer.patch import card, files
 from memlayer.patch.base import Base, mark

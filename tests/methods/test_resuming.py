@@ -5,7 +5,7 @@ import tiny
 import torch
 from finetuning import OPTIMIZERS, finetuner_of, learn
 
-from memlayer.attach import memory_tables
+from memlayer.decoders.attach import memory_tables
 from memlayer.methods.sparse_memory import SparseMemoryFinetuner
 from memlayer.patch import state_fingerprint
 

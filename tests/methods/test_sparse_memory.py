@@ -11,7 +11,7 @@ from finetuning import OPTIMIZERS, finetuner_of, learn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from memlayer.attach import memory_tables, record_reads
+from memlayer.decoders.attach import memory_tables, record_reads
 from memlayer.methods import METHODS
 from memlayer.methods.open_table import Selection
 from memlayer.methods.sparse_memory import SparseMemoryFinetuner

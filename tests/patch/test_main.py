@@ -10,7 +10,7 @@ import torch
 from commands import run
 from patch_cases import patch_of
 
-from memlayer import modeling
+from memlayer.decoders import files
 from memlayer.patch import ROWS_FILE, MemoryPatch, __main__, state_fingerprint
 
 SCRIPT = "memlayer/patch/__main__.py"
@@ -23,7 +23,7 @@ def folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("folders")
     tokenizer = tiny.tokenizer(folder / "tokenizer")
     model = tiny.memory_model()
-    modeling.save(model, tokenizer, folder / "model")
+    files.save(model, tokenizer, folder / "model")
     for path in (folder / "model").glob("model*.safetensors*"):
         path.unlink()
     model.save_pretrained(folder / "model", max_shard_size="20KB")
@@ -35,7 +35,7 @@ def folders(tmp_path_factory):
 
 
 def fingerprint(folder):
-    return state_fingerprint(modeling.load(folder)[0])
+    return state_fingerprint(files.load(folder)[0])
 
 
 def tree(folder):
@@ -65,7 +65,7 @@ def test_apply_and_then_revert_write_the_model_with_and_without_the_patch(folder
     before = tree(folders / "model")
     done = run(SCRIPT, "apply", folders / "one", folders / "model", tmp_path / "new" / "patched")
     assert (done.returncode, done.stdout) == (0, f"wrote {tmp_path / 'new' / 'patched'}\n"), done.stderr
-    model, _ = modeling.load(folders / "model")
+    model, _ = files.load(folders / "model")
     MemoryPatch.load(folders / "one").apply(model)
     assert fingerprint(tmp_path / "new" / "patched") == state_fingerprint(model)
     done = run(SCRIPT, "revert", folders / "one", tmp_path / "new" / "patched", tmp_path / "back")
@@ -89,7 +89,7 @@ def test_a_model_folder_without_a_tokenizer_takes_a_patch_as_well(folders, tmp_p
     assert done.returncode == 0, done.stderr
     model = tiny.memory_model()
     MemoryPatch.load(folders / "one").apply(model)
-    assert state_fingerprint(modeling.load_model(tmp_path / "patched")) == state_fingerprint(model)
+    assert state_fingerprint(files.load_model(tmp_path / "patched")) == state_fingerprint(model)
 
 
 def test_merge_writes_one_patch_of_several(folders, tmp_path):
@@ -123,7 +123,7 @@ def test_any_base_applies_to_a_model_of_other_weights(folders, tmp_path):
     done = run(SCRIPT, *arguments, "--any-base")
     assert done.returncode == 0, done.stderr
     MemoryPatch.load(folders / "one").apply(model, any_base=True)
-    assert state_fingerprint(modeling.load_model(tmp_path / "out")) == state_fingerprint(model)
+    assert state_fingerprint(files.load_model(tmp_path / "out")) == state_fingerprint(model)
 
 
 def make_full(folder):

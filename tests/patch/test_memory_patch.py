@@ -8,7 +8,7 @@ import tiny
 import torch
 from patch_cases import SLOTS, bits, odd_patch, patch_of, table_of
 
-from memlayer.attach import memory_tables, remove_memory
+from memlayer.decoders.attach import memory_tables, remove_memory
 from memlayer.patch import MemoryPatch, merge, patches, state_fingerprint
 from memlayer.patch import table as table_module
 

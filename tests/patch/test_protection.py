@@ -7,7 +7,7 @@ from commands import run
 from finetuning import OPTIMIZERS
 from patch_cases import patch_of
 
-from memlayer import modeling
+from memlayer.decoders import files
 from memlayer.methods.sparse_memory import SparseMemoryFinetuner
 from memlayer.patch import MemoryPatch, merge, product_key_fingerprints, squash
 from memlayer.slots.counts import COUNTS_FILE, load_counts, save_counts
@@ -98,7 +98,7 @@ def test_a_squashed_chain_protects_what_it_did_one_after_the_other():
 def test_apply_and_revert_move_protection_into_the_counts_of_the_new_folder_and_out_again(tmp_path):
     model = tiny.memory_model()
     counts = background(model)
-    modeling.save(model, tiny.tokenizer(tmp_path / "tokenizer"), tmp_path / "model")
+    files.save(model, tiny.tokenizer(tmp_path / "tokenizer"), tmp_path / "model")
     save_counts(counts, tmp_path / "model" / COUNTS_FILE)
     patch, _ = taught(model, counts, [0, 1])
     patch.save(tmp_path / "patch")

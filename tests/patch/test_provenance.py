@@ -9,6 +9,7 @@ from commands import LEARN, checkpoint, config_of
 import memlayer
 from memlayer import recipes
 from memlayer.data.facts import BUILTIN_FACTS, BUILTIN_WORDINGS
+from memlayer.decoders import files
 from memlayer.evaluation.provenance import commit
 from memlayer.patch import MemoryPatch, state_fingerprint
 
@@ -34,7 +35,7 @@ def test_a_learning_run_writes_where_its_patch_comes_from(checkpoint, tmp_path):
         "learn": asdict(config.learn),
         "seed": 5,
         "sha256": {
-            "checkpoint": state_fingerprint(recipes.modeling.load(checkpoint)[0]),
+            "checkpoint": state_fingerprint(files.load(checkpoint)[0]),
             "facts": sha256(BUILTIN_FACTS),
             "wordings": sha256(BUILTIN_WORDINGS),
             "background_counts": sha256(checkpoint / recipes.COUNTS),
@@ -58,7 +59,7 @@ def test_facts_and_wordings_of_ones_own_are_told_from_the_builtin_ones(checkpoin
 
 def test_the_patch_of_a_run_is_what_lies_between_the_checkpoint_and_the_model_that_learned(checkpoint, tmp_path):
     _, patch = learned(checkpoint, tmp_path / "out")
-    before, _ = recipes.modeling.load(checkpoint)
+    before, _ = files.load(checkpoint)
     after, _ = recipes.load_learned(checkpoint, tmp_path / "out")
     assert state_fingerprint(before) != state_fingerprint(after)
     assert MemoryPatch.between(before, after).fingerprint == patch.fingerprint

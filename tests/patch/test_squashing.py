@@ -8,7 +8,7 @@ import tiny
 import torch
 from patch_cases import patch_of, table_of
 
-from memlayer.attach import memory_tables
+from memlayer.decoders.attach import memory_tables
 from memlayer.patch import MemoryPatch, merge, squash, state_fingerprint
 
 # Slots and values of three patches; all write slot 8, and the last takes slot 50 back to what it was.

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from memlayer.attach import record_reads
+from memlayer.decoders.attach import record_reads
 from memlayer.methods.sparse_memory import SparseMemoryFinetuner
 from memlayer.patch import product_key_fingerprints
 from memlayer.slots.counts import SlotCounts, load_counts, save_counts

@@ -22,10 +22,10 @@ from transformers import (
     PreTrainedModel,
 )
 
-from memlayer.export import MAIN, auto_map, write_code
+from memlayer.decoders.export import MAIN, auto_map, write_code
+from memlayer.decoders.structure import insert_memory
 from memlayer.layers.config import MemoryConfig
 from memlayer.layers.memory import MemoryLayer, MemoryTable
-from memlayer.structure import insert_memory
 
 MODEL_TYPE = "memlayer"
 TAG = "memlayer"  # on the model card that push_to_hub writes

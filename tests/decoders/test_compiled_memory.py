@@ -3,7 +3,7 @@
 import tiny
 import torch
 
-from memlayer.attach import memory_tables
+from memlayer.decoders.attach import memory_tables
 
 
 def test_logits_of_a_compiled_model_are_those_of_the_model():

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from memlayer.attach import (
+from memlayer.decoders.attach import (
     add_memory,
     memory_layers,
     memory_parameters,

@@ -7,7 +7,7 @@ import torch
 from finetuning import OPTIMIZERS, finetuner_of, learn
 from transformers import Trainer, TrainingArguments
 
-from memlayer.attach import memory_layers, memory_tables, record_reads
+from memlayer.decoders.attach import memory_layers, memory_tables, record_reads
 from memlayer.methods.sparse_memory import SparseMemoryFinetuner
 from memlayer.patch import product_key_fingerprints
 

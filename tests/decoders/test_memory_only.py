@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from memlayer import MemoryConfig, add_memory, load_memory, save_memory
-from memlayer.attach import memory_parameters
-from memlayer.memory_only import CONFIG_FILE
+from memlayer.decoders.attach import memory_parameters
+from memlayer.decoders.memory_only import CONFIG_FILE
 from memlayer.patch import state_fingerprint
 
 

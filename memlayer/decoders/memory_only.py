@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from memlayer.attach import add_memory, memory_parameters
-from memlayer.decoders import MODEL_TYPE, memory_dtype
+from memlayer.decoders.attach import add_memory, memory_parameters
+from memlayer.decoders.classes import MODEL_TYPE, memory_dtype
 from memlayer.layers.config import DTYPES, MemoryConfig
 from memlayer.patch.fingerprint import fingerprint
 

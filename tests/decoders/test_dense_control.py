@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import load_file
 from tiny import batch, decoder, memory_model
 
-from memlayer.attach import memory_layers
-from memlayer.dense_control import DenseBlock, add_dense, touched_per_token
+from memlayer.decoders.attach import memory_layers
+from memlayer.decoders.dense_control import DenseBlock, add_dense, touched_per_token
 from memlayer.layers.memory import MemoryLayer, MemoryTable
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from memlayer.decoders.structure import decoder_layers
 from memlayer.layers.memory import FeedForwardWithMemory, MemoryLayer
-from memlayer.structure import decoder_layers
 
 
 class DenseBlock(nn.Module):

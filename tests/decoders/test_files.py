@@ -7,8 +7,8 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
-from memlayer import modeling
 from memlayer.config import ModelConfig
+from memlayer.decoders import files
 from memlayer.layers.config import MemoryConfig
 from memlayer.patch import state_fingerprint
 
@@ -19,7 +19,7 @@ IDS = torch.randint(4, 290, (2, 9), generator=torch.Generator().manual_seed(0))
 def built(tokenizer, seed=0, **memory):
     torch.manual_seed(seed)
     settings = {"layers": [1], "num_keys": 8, "num_heads": 2, "top_k": 3, **memory}
-    return modeling.build(MODEL, MemoryConfig(**settings), tokenizer).eval()
+    return files.build(MODEL, MemoryConfig(**settings), tokenizer).eval()
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +42,8 @@ def test_a_built_model_fits_its_tokenizer_and_its_config(tokenizer):
 
 LOAD_ELSEWHERE = """
 import sys, torch
-from memlayer import modeling
-model, tokenizer = modeling.load(sys.argv[1])
+from memlayer.decoders import files
+model, tokenizer = files.load(sys.argv[1])
 ids = torch.load(sys.argv[2])
 with torch.no_grad():
     torch.save({"state": model.state_dict(), "logits": model(input_ids=ids).logits}, sys.argv[3])
@@ -53,7 +53,7 @@ print(model.training, tokenizer.encode("where is Zürich?"))
 
 def test_a_saved_model_is_loaded_to_the_bit_in_a_fresh_process(tokenizer, tmp_path):
     model = built(tokenizer, layers=[0, 2], share=False)
-    modeling.save(model, tokenizer, tmp_path / "checkpoint")
+    files.save(model, tokenizer, tmp_path / "checkpoint")
     torch.save(IDS, tmp_path / "ids.pt")
     printed = tiny.run_python(
         LOAD_ELSEWHERE, tmp_path / "checkpoint", tmp_path / "ids.pt", tmp_path / "loaded.pt"
@@ -72,8 +72,8 @@ def test_every_kind_of_memory_is_loaded_to_the_bit(tokenizer, tmp_path, settings
     model = built(tokenizer, **settings)
     for parameter in model.parameters():
         parameter.data.add_(0.01)
-    modeling.save(model, tokenizer, tmp_path)
-    loaded, _ = modeling.load(tmp_path)
+    files.save(model, tokenizer, tmp_path)
+    loaded, _ = files.load(tmp_path)
     assert state_fingerprint(loaded) == state_fingerprint(model)
     assert torch.equal(logits(loaded), logits(model))
     assert loaded.config.memory == model.config.memory
@@ -81,46 +81,46 @@ def test_every_kind_of_memory_is_loaded_to_the_bit(tokenizer, tmp_path, settings
 
 def test_a_bfloat16_model_is_loaded_in_bfloat16(tokenizer, tmp_path):
     model = built(tokenizer).bfloat16()
-    modeling.save(model, tokenizer, tmp_path)
-    loaded, _ = modeling.load(tmp_path)
+    files.save(model, tokenizer, tmp_path)
+    loaded, _ = files.load(tmp_path)
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
     assert state_fingerprint(loaded) == state_fingerprint(model)
 
 
 def test_a_loaded_model_ties_its_embeddings_and_trains(tokenizer, tmp_path):
-    modeling.save(built(tokenizer), tokenizer, tmp_path)
-    loaded, _ = modeling.load(tmp_path)
+    files.save(built(tokenizer), tokenizer, tmp_path)
+    loaded, _ = files.load(tmp_path)
     assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
     loaded(input_ids=IDS, labels=IDS).loss.backward()
     assert not loaded.memory[0].weight.grad.is_sparse
 
 
 def test_a_checkpoint_can_be_saved_again_into_its_own_folder_and_into_another(tokenizer, tmp_path):
-    modeling.save(built(tokenizer), tokenizer, tmp_path / "one")
-    model, loaded_tokenizer = modeling.load(tmp_path / "one")
+    files.save(built(tokenizer), tokenizer, tmp_path / "one")
+    model, loaded_tokenizer = files.load(tmp_path / "one")
     for folder in ("one", "two"):
-        modeling.save(model, loaded_tokenizer, tmp_path / folder)
-        again, _ = modeling.load(tmp_path / folder)
+        files.save(model, loaded_tokenizer, tmp_path / folder)
+        again, _ = files.load(tmp_path / folder)
         assert state_fingerprint(again) == state_fingerprint(model)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_a_missing_file_is_named(tokenizer, tmp_path, name):
-    modeling.save(built(tokenizer), tokenizer, tmp_path)
+    files.save(built(tokenizer), tokenizer, tmp_path)
     (tmp_path / name).unlink()
     with pytest.raises(FileNotFoundError, match=f"{name}"):
-        modeling.load(tmp_path)
+        files.load(tmp_path)
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no checkpoint in .*nowhere: config\.json is missing"):
-        modeling.load(tmp_path / "nowhere")
+        files.load(tmp_path / "nowhere")
 
 
 def test_a_checkpoint_without_memory_is_refused(tokenizer, tmp_path):
     tiny.decoder().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="has no memory layer"):
-        modeling.load(tmp_path)
+        files.load(tmp_path)
 
 
 def set_memory(folder, **changes):
@@ -139,22 +139,22 @@ def set_memory(folder, **changes):
     ],
 )
 def test_weights_that_do_not_fit_the_config_are_refused_by_name(tokenizer, tmp_path, changes, message):
-    modeling.save(built(tokenizer), tokenizer, tmp_path)
+    files.save(built(tokenizer), tokenizer, tmp_path)
     set_memory(tmp_path, **changes)
     with pytest.raises(ValueError, match=message):
-        modeling.load(tmp_path)
+        files.load(tmp_path)
 
 
 def test_truncated_weights_are_refused_by_name(tokenizer, tmp_path):
-    modeling.save(built(tokenizer), tokenizer, tmp_path)
+    files.save(built(tokenizer), tokenizer, tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"model\.safetensors"):
-        modeling.load(tmp_path)
+        files.load(tmp_path)
 
 
 def test_transformers_without_memlayer_refuses_the_folder_rather_than_leave_the_memory_out(tokenizer, tmp_path):
-    modeling.save(built(tokenizer), tokenizer, tmp_path)
+    files.save(built(tokenizer), tokenizer, tmp_path)
     program = "import sys; from transformers import AutoConfig; AutoConfig.from_pretrained(sys.argv[1])"
     with pytest.raises(AssertionError, match="model type `memlayer` but Transformers does not recognize"):
         tiny.run_python(program, tmp_path)
@@ -162,7 +162,7 @@ def test_transformers_without_memlayer_refuses_the_folder_rather_than_leave_the_
 
 def test_transformers_with_memlayer_imported_loads_the_folder(tokenizer, tmp_path):
     model = built(tokenizer)
-    modeling.save(model, tokenizer, tmp_path)
+    files.save(model, tokenizer, tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(loaded) is type(model)
     assert state_fingerprint(loaded) == state_fingerprint(model)
@@ -170,9 +170,9 @@ def test_transformers_with_memlayer_imported_loads_the_folder(tokenizer, tmp_pat
 
 def test_a_saved_model_is_checked_against_the_one_in_memory(tokenizer, tmp_path):
     model = built(tokenizer)
-    modeling.save(model, tokenizer, tmp_path)
-    modeling.check_saved(model, tmp_path)
+    files.save(model, tokenizer, tmp_path)
+    files.check_saved(model, tmp_path)
     with torch.no_grad():
         model.memory[0].weight[3, 2] += 1
     with pytest.raises(ValueError, match=r"does not hold this model: 1 tensors differ, memory\.0\.weight first"):
-        modeling.check_saved(model, tmp_path)
+        files.check_saved(model, tmp_path)

@@ -12,13 +12,13 @@ MAIN = "modeling_memlayer"
 # Module of memlayer -> name in the exported folder.
 FILES = {
     "checks": "memlayer_checks",
-    "decoders": MAIN,
-    "export": "memlayer_export",
+    "decoders.classes": MAIN,
+    "decoders.export": "memlayer_export",
+    "decoders.plain_ops": "memlayer_plain_ops",
+    "decoders.structure": "memlayer_structure",
     "layers.config": "memlayer_memory_config",
     "layers.memory": "memlayer_memory",
     "layers.product_keys": "memlayer_product_keys",
-    "plain_ops": "memlayer_plain_ops",
-    "structure": "memlayer_structure",
 }
 HEADER = "# Part of memlayer, Apache License 2.0; written by save_pretrained(export_code=True).\n"
 
@@ -36,15 +36,15 @@ def write_code(folder: str | Path) -> None:
     here = Path(__file__)
     for name, exported in FILES.items():
         target = Path(folder) / f"{exported}.py"
-        if here.stem == FILES["export"]:
+        if here.stem == FILES["decoders.export"]:
             shutil.copyfile(here.with_name(target.name), target)
         else:
-            source = here.parent.joinpath(*name.split(".")).with_suffix(".py")
+            source = here.parents[1].joinpath(*name.split(".")).with_suffix(".py")
             target.write_text(HEADER + _relative(source.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def _relative(source: str) -> str:
     """Imports of ours made relative to the exported folder."""
-    source = source.replace("from memlayer_kernels.ops import", f"from .{FILES['plain_ops']} import")
+    source = source.replace("from memlayer_kernels.ops import", f"from .{FILES['decoders.plain_ops']} import")
     ours = re.compile(r"^from memlayer\.([\w.]+) import", flags=re.M)
     return ours.sub(lambda found: f"from .{FILES[found[1]]} import", source)

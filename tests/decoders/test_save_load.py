@@ -28,7 +28,7 @@ from reload import FOUND, load_elsewhere
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, BitNetQuantConfig
 
-from memlayer.attach import memory_parameters, memory_tables, remove_memory
+from memlayer.decoders.attach import memory_parameters, memory_tables, remove_memory
 
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 BOTH_MODES = pytest.mark.parametrize("mode", ["replace", "add"])

@@ -1,6 +1,6 @@
 """Build, save and load memory models as ordinary Hugging Face folders.
 
-The classes are those of ``memlayer.decoders``; here are the decoder built from scratch and the tokenizer beside it.
+The classes are those of ``classes.py``; here are the decoder built from scratch and the tokenizer beside it.
 """
 
 from collections.abc import Iterator
@@ -20,10 +20,10 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from memlayer.attach import add_memory
 from memlayer.config import ModelConfig
 from memlayer.data.tokenizer import load_tokenizer, save_tokenizer
-from memlayer.decoders import MODEL_TYPE
+from memlayer.decoders.attach import add_memory
+from memlayer.decoders.classes import MODEL_TYPE
 from memlayer.layers.config import MemoryConfig
 from memlayer.machine import attention
 

@@ -7,7 +7,7 @@ from families import learned, logits, randomised, tokens, with_memory
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 from transformers import models as hf
 
-from memlayer.attach import add_memory, memory_layers, remove_memory
+from memlayer.decoders.attach import add_memory, memory_layers, remove_memory
 from memlayer.layers.config import MemoryConfig
 
 SIZES = {

@@ -8,25 +8,25 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from memlayer.decoders import (
+from memlayer.decoders.classes import (
     TAG,
     MemoryDecoder,
     classes_with_memory,
     with_memory_section,
     without_memory_section,
 )
+from memlayer.decoders.structure import check_blocks, decoder_layers, extract_memory, insert_memory
 from memlayer.layers.config import MemoryConfig
 from memlayer.layers.memory import MemoryLayer, MemoryTable
-from memlayer.structure import check_blocks, decoder_layers, extract_memory, insert_memory
 
 
 def add_memory(model: PreTrainedModel, config: MemoryConfig) -> PreTrainedModel:
     """Attach memory layers to ``model`` in place and return it.
 
     The tables are registered once, as ``model.memory``, and memory has a dtype of its own (``config.dtype``). The model
-    becomes one of the class with memory of its family
-    (``memlayer.decoders``) with a config that has a memory section, so that what ``save_pretrained`` writes says how
-    to rebuild itself. With mode "add" no logit changes until something is learned.
+    becomes one of the class with memory of its family (``classes.py``) with a config that has a memory section, so that
+    what ``save_pretrained`` writes says how to rebuild itself. With mode "add" no logit changes until something is
+    learned.
 
     Args:
         model: a causal language model that AutoModelForCausalLM can make; where its layers are is found by looking.

@@ -6,7 +6,7 @@ import torch
 from families import FAMILIES, PAD, decoder, generate, learned, logits, settings_of, tokens, train, with_memory
 from transformers import AutoModelForCausalLM
 
-from memlayer.attach import memory_layers, memory_parameters, memory_tables, remove_memory
+from memlayer.decoders.attach import memory_layers, memory_parameters, memory_tables, remove_memory
 
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 BOTH_MODES = pytest.mark.parametrize("mode", ["replace", "add"])

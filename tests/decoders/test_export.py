@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from memlayer import MemoryConfig, add_memory
-from memlayer.export import FILES
+from memlayer.decoders.export import FILES
 
 # Stands for an installation without memlayer: both of its packages cannot be found.
 WITHOUT_MEMLAYER = """
