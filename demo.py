@@ -28,7 +28,7 @@ from memlayer.workers import worker_processes
 
 NUM_VALIDATION, NUM_TEST = 50, 100  # new facts taught, one after the other
 FIRST_TEST = 400  # the facts before it were used to find the recipes in configs/
-KNOWN_VALIDATION, KNOWN_TEST = (0, 400), (400, 1400)  # known facts asked about
+KNOWN_VALIDATION, KNOWN_TEST = (0, 100), (400, 1000)  # known facts asked about
 
 # method -> its config and three strengths: a name and what it changes in the config
 METHODS = {
