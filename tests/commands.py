@@ -85,6 +85,13 @@ def run(script: str, *arguments: object, cwd: Path = REPO, timeout: float = 100)
         return Done(process.exitcode, (folder / "stdout").read_text(), (folder / "stderr").read_text())
 
 
+def printed_by(code: str, *arguments: object) -> str:
+    """What ``python -c CODE ARGUMENTS`` prints in a fresh process; see ``run``."""
+    done = run("-c", code, *arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def _main(script: str, arguments: list[str], folder: Path, cwd: Path) -> None:
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         with open(folder / name, "wb") as file:
@@ -94,6 +101,7 @@ def _main(script: str, arguments: list[str], folder: Path, cwd: Path) -> None:
     sys.path.insert(0, str(REPO))
     sys.argv = [script, *arguments]
     if script == "-c":
+        sys.argv = [script, *arguments[1:]]
         exec(compile(arguments[0], "<snippet>", "exec"), {"__name__": "__main__"})
     elif script == "-m":
         sys.argv = arguments

@@ -5,6 +5,7 @@ import json
 import pytest
 import tiny
 import torch
+from commands import printed_by
 from transformers import AutoModelForCausalLM
 
 from memlayer.decoders import files
@@ -54,9 +55,7 @@ def test_a_saved_model_is_loaded_to_the_bit_in_a_fresh_process(tokenizer, tmp_pa
     model = built(tokenizer, layers=[0, 2], share=False)
     files.save(model, tokenizer, tmp_path / "checkpoint")
     torch.save(IDS, tmp_path / "ids.pt")
-    printed = tiny.run_python(
-        LOAD_ELSEWHERE, tmp_path / "checkpoint", tmp_path / "ids.pt", tmp_path / "loaded.pt"
-    )
+    printed = printed_by(LOAD_ELSEWHERE, tmp_path / "checkpoint", tmp_path / "ids.pt", tmp_path / "loaded.pt")
     loaded = torch.load(tmp_path / "loaded.pt")
     assert loaded["state"].keys() == model.state_dict().keys()
     assert all(torch.equal(tensor, loaded["state"][name]) for name, tensor in model.state_dict().items())

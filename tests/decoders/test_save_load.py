@@ -10,6 +10,7 @@ from itertools import product
 import pytest
 import tiny
 import torch
+from commands import printed_by
 from families import (
     FAMILIES,
     MIXTURES,
@@ -106,7 +107,7 @@ def test_a_fresh_process_runs_experts_and_attention_as_the_base_does(tmp_path):
     base = decoder("mixtral")
     expected = f"{base.config._experts_implementation} {base.config._attn_implementation}"
     with_memory(base, "add").save_pretrained(tmp_path)
-    assert tiny.run_python(LOAD_AND_SAY_HOW, tmp_path).strip() == expected
+    assert printed_by(LOAD_AND_SAY_HOW, tmp_path).strip() == expected
 
 
 def same(model):

@@ -55,7 +55,13 @@ def test_names_are_those_of_the_model_within(wrap):
     assert product_key_fingerprints(wrapped) == keys
 
 
-@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+@pytest.mark.parametrize(
+    "wrap",  # what is compiled and adapted is compiled
+    [
+        pytest.param(wrap, id=name, marks=[pytest.mark.slow] if name == "compile" else [])
+        for name, wrap in WRAPPERS.items()
+    ],
+)
 def test_patches_and_finetuners_take_a_wrapped_model(wrap):
     batches = [tiny.batch(seed=seed) for seed in (1, 2)]
     model = tiny.memory_model()

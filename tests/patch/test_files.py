@@ -8,6 +8,7 @@ import os
 import pytest
 import tiny
 import torch
+from commands import printed_by
 from patch_cases import bits, odd_patch, patch_of
 from safetensors.torch import load_file, save_file
 
@@ -103,7 +104,7 @@ def test_processes_save_the_same_patch_as_the_same_bytes(tmp_path):
     expected = {path.name: path.read_bytes() for path in (tmp_path / "here").iterdir()}
     for number in range(3):  # in one process too: the order that safetensors gives metadata is random at every save
         saved(tmp_path / str(number))
-    tiny.run_python(SAVE_ELSEWHERE, tmp_path / "there")
+    printed_by(SAVE_ELSEWHERE, tmp_path / "there")
     for folder in (*(tmp_path / str(number) for number in range(3)), tmp_path / "there"):
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == expected
 
@@ -126,7 +127,7 @@ def test_a_patch_saved_here_is_applied_and_reverted_in_another_process(tmp_path)
     torch.save(model.state_dict(), tmp_path / "state.pt")
     before = state_fingerprint(model)
     patch.apply(model)
-    there = tiny.run_python(APPLY_ELSEWHERE, tmp_path, tmp_path / "state.pt").split()
+    there = printed_by(APPLY_ELSEWHERE, tmp_path, tmp_path / "state.pt").split()
     assert there == [state_fingerprint(model), before]
 
 

@@ -227,7 +227,7 @@ OPERATIONS = st.lists(
 )
 
 
-@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(made=st.lists(ROWS, min_size=2, max_size=4), operations=OPERATIONS)
 def test_any_sequence_of_apply_revert_and_merge_leaves_the_base_intact(made, operations):
     model = base_model()
