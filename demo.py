@@ -19,10 +19,11 @@ from memlayer import comparison, recipes
 from memlayer.comparison import Trial
 from memlayer.config import RunConfig, load_config
 from memlayer.decoders import files
+from memlayer.decoders.fingerprint import state_fingerprint
 from memlayer.evaluation.forgetting import drop_in_words
 from memlayer.evaluation.provenance import provenance
 from memlayer.evaluation.report import CONTROL, format_table, mean_rows, sample, write_report
-from memlayer.patch import MemoryPatch, state_fingerprint
+from memlayer.patch import MemoryPatch
 from memlayer.refusals import refusals
 from memlayer.run_folder import is_finished
 from memlayer.workers import worker_processes

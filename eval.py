@@ -26,12 +26,12 @@ from memlayer.config import PretrainRun, RunConfig, load_config
 from memlayer.data.facts import Fact
 from memlayer.data.qa import Question, known_questions, new_questions
 from memlayer.decoders import files
+from memlayer.decoders.fingerprint import state_fingerprint
 from memlayer.evaluation.forgetting import scores
 from memlayer.evaluation.provenance import provenance
 from memlayer.evaluation.qa import Answered, answer_questions
 from memlayer.evaluation.report import CONTROL, format_table, result_row, sample, write_report
 from memlayer.machine import best_device
-from memlayer.patch import state_fingerprint
 from memlayer.preflight import check_output
 from memlayer.refusals import refusals
 from memlayer.taught import is_taught, read_taught

@@ -19,8 +19,9 @@ import torch
 from report import finish
 from torch import nn
 
+from memlayer.decoders.fingerprint import product_key_fingerprints
 from memlayer.layers.memory import MemoryLayer, MemoryTable
-from memlayer.patch import Base, MemoryPatch, TablePatch, product_key_fingerprints
+from memlayer.patch import Base, MemoryPatch, TablePatch
 
 SIZES = {"num_slots": 1024**2, "width": 1024, "rows": 500}
 TABLE = "memory.0"

@@ -13,8 +13,8 @@ from memlayer.data.facts import BUILTIN_FACTS, BUILTIN_WORDINGS, load_facts, loa
 from memlayer.data.qa import collate, encode, teaching_examples
 from memlayer.decoders import files
 from memlayer.decoders.attach import memory_tables
+from memlayer.decoders.fingerprint import product_key_fingerprints, state_fingerprint
 from memlayer.methods.sparse_memory import SparseMemoryFinetuner
-from memlayer.patch import product_key_fingerprints, state_fingerprint
 from memlayer.slots.counts import load_counts
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -36,12 +36,12 @@ from memlayer.data.qa import Example, collate, encode, pretraining_examples, tea
 from memlayer.data.tokenizer import load_tokenizer, train_tokenizer
 from memlayer.decoders import files
 from memlayer.decoders.attach import memory_tables, record_reads
+from memlayer.decoders.fingerprint import fingerprint, product_key_fingerprints, state_fingerprint
 from memlayer.evaluation.provenance import commit
 from memlayer.evaluation.qa import check_answers
 from memlayer.files import sha256_of, write_file
 from memlayer.methods import METHODS
-from memlayer.patch import MemoryPatch, product_key_fingerprints, state_fingerprint
-from memlayer.patch.fingerprint import fingerprint
+from memlayer.patch import MemoryPatch
 from memlayer.preflight import check_checkpoint, check_lengths, check_output, training_arguments
 from memlayer.run_folder import claimed, is_done, trained_model, write_result, write_trained
 from memlayer.slots.counts import COUNTS_FILE, SlotCounts, load_counts, save_counts

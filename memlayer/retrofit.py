@@ -29,10 +29,10 @@ from memlayer.data.tokenizer import load_tokenizer
 from memlayer.decoders import files
 from memlayer.decoders.attach import add_memory, memory_layers, memory_parameters
 from memlayer.decoders.dense_control import add_dense, touched_per_token
+from memlayer.decoders.fingerprint import fingerprint
 from memlayer.evaluation.healing import BASE, DENSE, MEMORY, gate, write_healing_report
 from memlayer.evaluation.provenance import provenance
 from memlayer.files import write_file
-from memlayer.patch.fingerprint import fingerprint
 from memlayer.preflight import check_output, training_arguments
 from memlayer.recipes import COUNTS, check_finite, count, train_to_end
 from memlayer.run_folder import claimed, trained_model, write_result, write_trained

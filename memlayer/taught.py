@@ -54,7 +54,7 @@ class Taught:
 
         Args:
             checkpoint: what the error calls it.
-            fingerprint: ``patch.state_fingerprint`` of its model.
+            fingerprint: ``decoders.fingerprint.state_fingerprint`` of its model.
 
         Raises:
             ValueError: it is another one.

@@ -4,7 +4,8 @@ import tiny
 import torch
 
 from memlayer.decoders.attach import memory_tables
-from memlayer.patch import Base, MemoryPatch, TablePatch, product_key_fingerprints
+from memlayer.decoders.fingerprint import product_key_fingerprints
+from memlayer.patch import Base, MemoryPatch, TablePatch
 
 SLOTS = torch.tensor([2, 7, 40, 63])
 

@@ -8,7 +8,8 @@ import pytest
 from commands import REPO, run
 
 from memlayer.decoders import files
-from memlayer.patch import MemoryPatch, state_fingerprint
+from memlayer.decoders.fingerprint import state_fingerprint
+from memlayer.patch import MemoryPatch
 
 GUIDE = REPO / "docs" / "retrofit.md"
 BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)

@@ -12,8 +12,9 @@ from tiny import TABLE
 from memlayer import recipes
 from memlayer.config import DataConfig, ModelConfig, PretrainConfig, PretrainRun
 from memlayer.decoders import files
+from memlayer.decoders.fingerprint import state_fingerprint
 from memlayer.layers.config import MemoryConfig
-from memlayer.patch import MemoryPatch, state_fingerprint
+from memlayer.patch import MemoryPatch
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NUM_SLOTS = 32**2

@@ -16,9 +16,9 @@ from memlayer.config import load_config
 from memlayer.data.qa import collate, encode, pretraining_examples, teaching_examples
 from memlayer.decoders import files
 from memlayer.decoders.attach import record_reads
+from memlayer.decoders.fingerprint import state_fingerprint
 from memlayer.layers.product_keys import ProductKeys
 from memlayer.methods import METHODS
-from memlayer.patch import state_fingerprint
 from memlayer.slots.counts import load_counts
 
 __all__ = ["checkpoint"]  # a fixture

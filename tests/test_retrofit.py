@@ -19,8 +19,8 @@ from memlayer.data.text import collate_windows, load_documents, windows
 from memlayer.data.tokenizer import save_tokenizer, train_tokenizer
 from memlayer.decoders import files
 from memlayer.decoders.attach import add_memory, memory_parameters
+from memlayer.decoders.fingerprint import state_fingerprint
 from memlayer.evaluation.healing import BASE, DENSE, MEMORY, gate
-from memlayer.patch import state_fingerprint
 from memlayer.retrofit import load_base, retrofit
 from memlayer.slots.counts import load_counts
 

@@ -17,8 +17,8 @@ from memlayer import __version__, recipes
 from memlayer.checkpoints import damage_of, newest_checkpoint
 from memlayer.config import ANY_RUN, load_config
 from memlayer.decoders import files
+from memlayer.decoders.fingerprint import state_fingerprint
 from memlayer.methods import METHODS
-from memlayer.patch import state_fingerprint
 from memlayer.preflight import training_arguments
 from memlayer.slots.counts import load_counts, save_counts
 from memlayer.typed import names

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from memlayer.decoders.attach import add_memory, memory_parameters
 from memlayer.decoders.classes import MODEL_TYPE, memory_dtype
+from memlayer.decoders.fingerprint import fingerprint
 from memlayer.layers.config import DTYPES, MemoryConfig
-from memlayer.patch.fingerprint import fingerprint
 
 CONFIG_FILE, WEIGHTS_PATTERN = "memory_only_config.json", "memory{suffix}.safetensors"
 FORMAT = 1

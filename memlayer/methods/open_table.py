@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from memlayer.decoders.fingerprint import fingerprint
 from memlayer.layers.memory import MemoryTable
 from memlayer.methods.slot_steps import SlotSteps, check_optimizer, group_of
 from memlayer.methods.slot_store import SlotStore
 from memlayer.patch import TablePatch
-from memlayer.patch.fingerprint import fingerprint
 from memlayer.slots.counts import SlotCounts
 from memlayer.slots.selection import tf_idf, top_slots
 

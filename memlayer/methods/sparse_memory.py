@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from memlayer.decoders.attach import Reads, in_backward, memory_tables, record_reads
+from memlayer.decoders.fingerprint import product_key_fingerprints
 from memlayer.layers.memory import MemoryTable
 from memlayer.methods.open_table import OpenTable, Selection
 from memlayer.methods.prepared import Prepared
-from memlayer.patch import Base, MemoryPatch, product_key_fingerprints
+from memlayer.patch import Base, MemoryPatch
 from memlayer.patch.base import mark
 from memlayer.slots.counts import SlotCounts
 

@@ -5,7 +5,6 @@
 
 from memlayer.patch.base import Base
 from memlayer.patch.files import CONFIG_FILE, ROWS_FILE
-from memlayer.patch.fingerprint import product_key_fingerprints, state_fingerprint
 from memlayer.patch.memory_patch import MemoryPatch, patches
 from memlayer.patch.merging import merge
 from memlayer.patch.squashing import squash
@@ -19,7 +18,5 @@ __all__ = [
     "TablePatch",
     "merge",
     "patches",
-    "product_key_fingerprints",
     "squash",
-    "state_fingerprint",
 ]

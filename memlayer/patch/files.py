@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
+from memlayer.decoders.fingerprint import fingerprint
 from memlayer.files import write_file
 from memlayer.patch.base import Base
-from memlayer.patch.fingerprint import fingerprint
 from memlayer.patch.table import PARTS, PROTECTED, TablePatch
 
 # Not adapter_config.json: transformers would hand the folder to peft.

@@ -15,10 +15,10 @@ from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 from torch import nn
 
 from memlayer.decoders.attach import memory_tables
+from memlayer.decoders.fingerprint import differing, fingerprint, product_key_fingerprints
 from memlayer.layers.memory import MemoryTable
 from memlayer.patch import card, files
 from memlayer.patch.base import Base, mark
-from memlayer.patch.fingerprint import differing, fingerprint, product_key_fingerprints
 from memlayer.patch.table import TablePatch, named
 from memlayer.slots.counts import SlotCounts
 

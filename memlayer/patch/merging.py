@@ -13,8 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from memlayer.decoders.fingerprint import bits, differing
 from memlayer.patch.base import Base
-from memlayer.patch.fingerprint import bits, differing
 from memlayer.patch.memory_patch import MemoryPatch
 from memlayer.patch.table import BLOCK, TablePatch, named
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from memlayer.patch.fingerprint import bits
+from memlayer.decoders.fingerprint import bits
 from memlayer.patch.memory_patch import MemoryPatch
 from memlayer.patch.merging import base_without, check_same_table, protection, shared_provenance
 from memlayer.patch.table import TablePatch, named

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from memlayer.decoders.fingerprint import bits, differing
 from memlayer.layers.memory import MemoryTable
-from memlayer.patch.fingerprint import bits, differing
 
 PARTS = ("slots", "rows", "originals")
 PROTECTED = ("protected_slots", "protected_documents")

@@ -30,7 +30,7 @@ class SlotCounts:
         num_documents: B.
         document: what a document was, in words.
         product_keys: SHA-256 of the product keys that they were counted with, by parameter name, see
-            ``patch.product_key_fingerprints``; None where nobody said.
+            ``decoders.fingerprint``; None where nobody said.
     """
 
     reads_N: Tensor
@@ -148,7 +148,7 @@ def save_counts(counts: Mapping[str, SlotCounts], path: str | Path) -> None:
         if c.product_keys is None:
             raise ValueError(
                 f"counts of table {table!r} do not say with which product keys they were counted: "
-                "set their product_keys to patch.product_key_fingerprints(model)[table]"
+                "set their product_keys to memlayer.decoders.fingerprint.product_key_fingerprints(model)[table]"
             )
         tensors[f"{table}.reads"] = c.reads_N
         tensors[f"{table}.document_frequency"] = c.document_frequency_N
@@ -169,7 +169,7 @@ def load_counts(
     Args:
         path: a file that ``save_counts`` wrote.
         num_slots: slots of each table the caller has.
-        product_keys: ``patch.product_key_fingerprints`` of the caller's model; without, only the finetuner compares.
+        product_keys: ``product_key_fingerprints`` of the caller's model; without, only the finetuner compares.
 
     Raises:
         ValueError: the file is damaged, lacks a table, counts another number of slots, or was counted with other

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from memlayer.config import ModelConfig
 from memlayer.decoders import files
+from memlayer.decoders.fingerprint import state_fingerprint
 from memlayer.layers.config import MemoryConfig
-from memlayer.patch import state_fingerprint
 
 MODEL = ModelConfig(num_layers=3, width=16, num_heads=2, ffn_width=32, max_length=32)
 IDS = torch.randint(4, 290, (2, 9), generator=torch.Generator().manual_seed(0))

@@ -4,7 +4,7 @@ import pytest
 import tiny
 from fake_hub import FakeHub
 
-from memlayer.patch import state_fingerprint
+from memlayer.decoders.fingerprint import state_fingerprint
 
 PUSH = """
 import tempfile, tiny
@@ -17,7 +17,7 @@ model.push_to_hub("someone/memory-with-code")
 
 PULL = """
 import memlayer
-from memlayer.patch import state_fingerprint
+from memlayer.decoders.fingerprint import state_fingerprint
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("someone/memory")
 print(type(model).__name__, state_fingerprint(model))
@@ -26,7 +26,7 @@ print(type(model).__name__, state_fingerprint(model))
 PULL_CODE = """
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("someone/memory-with-code", trust_remote_code=True)
-from memlayer.patch import state_fingerprint
+from memlayer.decoders.fingerprint import state_fingerprint
 print(type(model).__module__, state_fingerprint(model))
 """
 

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from memlayer import MemoryConfig, add_memory, load_memory, save_memory
 from memlayer.decoders.attach import memory_parameters
+from memlayer.decoders.fingerprint import state_fingerprint
 from memlayer.decoders.memory_only import CONFIG_FILE
-from memlayer.patch import state_fingerprint
 
 
 @pytest.fixture

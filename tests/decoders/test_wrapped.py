@@ -8,8 +8,8 @@ from finetuning import OPTIMIZERS, finetuner_of, learn
 from transformers import Trainer, TrainingArguments
 
 from memlayer.decoders.attach import memory_layers, memory_tables, record_reads
+from memlayer.decoders.fingerprint import product_key_fingerprints
 from memlayer.methods.sparse_memory import SparseMemoryFinetuner
-from memlayer.patch import product_key_fingerprints
 
 
 def with_lora(model, modules=("q_proj",)):

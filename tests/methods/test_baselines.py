@@ -4,8 +4,8 @@ import pytest
 import tiny
 import torch
 
+from memlayer.decoders.fingerprint import state_fingerprint
 from memlayer.methods import METHODS
-from memlayer.patch import state_fingerprint
 from memlayer.sections import FullConfig, LoraConfig, SparseMemoryConfig
 
 SETTINGS = {

@@ -6,8 +6,8 @@ import torch
 from finetuning import OPTIMIZERS, finetuner_of, learn
 
 from memlayer.decoders.attach import memory_tables
+from memlayer.decoders.fingerprint import state_fingerprint
 from memlayer.methods.sparse_memory import SparseMemoryFinetuner
-from memlayer.patch import state_fingerprint
 
 
 def steps(finetuner, optimizer, batches):

@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from memlayer.decoders.attach import memory_tables, record_reads
+from memlayer.decoders.fingerprint import state_fingerprint
 from memlayer.methods import METHODS
 from memlayer.methods.open_table import Selection
 from memlayer.methods.sparse_memory import SparseMemoryFinetuner
-from memlayer.patch import state_fingerprint
 from memlayer.slots.counts import SlotCounts
 
 

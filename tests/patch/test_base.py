@@ -11,9 +11,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from memlayer import remove_memory
+from memlayer.decoders.fingerprint import state_fingerprint
 from memlayer.layers.memory import MemoryTable
 from memlayer.methods.sparse_memory import SparseMemoryFinetuner
-from memlayer.patch import Base, MemoryPatch, patches, state_fingerprint
+from memlayer.patch import Base, MemoryPatch, patches
 from memlayer.patch import base as base_module
 
 OTHERS = [name for name in tiny.memory_model().state_dict() if not name.startswith("memory.")]

@@ -11,7 +11,8 @@ import torch
 from patch_cases import bits, odd_patch, patch_of
 from safetensors.torch import load_file, save_file
 
-from memlayer.patch import CONFIG_FILE, ROWS_FILE, MemoryPatch, product_key_fingerprints, state_fingerprint
+from memlayer.decoders.fingerprint import product_key_fingerprints, state_fingerprint
+from memlayer.patch import CONFIG_FILE, ROWS_FILE, MemoryPatch
 from memlayer.patch.table import TablePatch
 
 FILES = {CONFIG_FILE, ROWS_FILE, "README.md"}
@@ -78,7 +79,8 @@ def test_the_model_card_names_the_base_model_and_the_numbers(tmp_path):
 
 APPLY_ELSEWHERE = """
 import sys, tiny, torch
-from memlayer.patch import MemoryPatch, state_fingerprint
+from memlayer.decoders.fingerprint import state_fingerprint
+from memlayer.patch import MemoryPatch
 model = tiny.memory_model()
 model.load_state_dict(torch.load(sys.argv[2]))
 patch = MemoryPatch.load(sys.argv[1])

@@ -20,7 +20,8 @@ patch.push_to_hub("someone/new-facts")
 PULL = """
 import sys, tiny
 from patch_cases import odd_patch
-from memlayer.patch import MemoryPatch, state_fingerprint
+from memlayer.decoders.fingerprint import state_fingerprint
+from memlayer.patch import MemoryPatch
 name, revision = sys.argv[1:]
 patch = MemoryPatch.from_pretrained(name, revision=revision)
 model = tiny.memory_model()

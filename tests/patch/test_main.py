@@ -11,7 +11,8 @@ from commands import run
 from patch_cases import patch_of
 
 from memlayer.decoders import files
-from memlayer.patch import ROWS_FILE, MemoryPatch, __main__, state_fingerprint
+from memlayer.decoders.fingerprint import state_fingerprint
+from memlayer.patch import ROWS_FILE, MemoryPatch, __main__
 
 SCRIPT = "memlayer/patch/__main__.py"
 COUNTS = "background_counts.safetensors"

@@ -9,7 +9,8 @@ import torch
 from patch_cases import SLOTS, bits, odd_patch, patch_of, table_of
 
 from memlayer.decoders.attach import memory_tables, remove_memory
-from memlayer.patch import MemoryPatch, merge, patches, state_fingerprint
+from memlayer.decoders.fingerprint import state_fingerprint
+from memlayer.patch import MemoryPatch, merge, patches
 from memlayer.patch import table as table_module
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

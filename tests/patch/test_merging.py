@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from patch_cases import bits, patch_of, table_of
 from peft.utils.merge_utils import ties as peft_ties
 
-from memlayer.patch import MemoryPatch, TablePatch, merge, merging, state_fingerprint
+from memlayer.decoders.fingerprint import state_fingerprint
+from memlayer.patch import MemoryPatch, TablePatch, merge, merging
 
 V = tiny.WIDTH
 

@@ -8,8 +8,9 @@ from finetuning import OPTIMIZERS
 from patch_cases import patch_of
 
 from memlayer.decoders import files
+from memlayer.decoders.fingerprint import product_key_fingerprints
 from memlayer.methods.sparse_memory import SparseMemoryFinetuner
-from memlayer.patch import MemoryPatch, merge, product_key_fingerprints, squash
+from memlayer.patch import MemoryPatch, merge, squash
 from memlayer.slots.counts import COUNTS_FILE, load_counts, save_counts
 
 SCRIPT = "memlayer/patch/__main__.py"

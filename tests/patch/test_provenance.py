@@ -10,8 +10,9 @@ import memlayer
 from memlayer import recipes
 from memlayer.data.facts import BUILTIN_FACTS, BUILTIN_WORDINGS
 from memlayer.decoders import files
+from memlayer.decoders.fingerprint import state_fingerprint
 from memlayer.evaluation.provenance import commit
-from memlayer.patch import MemoryPatch, state_fingerprint
+from memlayer.patch import MemoryPatch
 
 __all__ = ["checkpoint"]  # a fixture
 

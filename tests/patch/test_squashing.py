@@ -9,7 +9,8 @@ import torch
 from patch_cases import patch_of, table_of
 
 from memlayer.decoders.attach import memory_tables
-from memlayer.patch import MemoryPatch, merge, squash, state_fingerprint
+from memlayer.decoders.fingerprint import state_fingerprint
+from memlayer.patch import MemoryPatch, merge, squash
 
 # Slots and values of three patches; all write slot 8, and the last takes slot 50 back to what it was.
 WRITTEN = (([3, 8], (1.0, 1.0)), ([8, 50], (2.0, 2.0)), ([8, 50], (3.0, 0.0)))

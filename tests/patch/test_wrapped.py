@@ -6,7 +6,8 @@ import torch
 from patch_cases import odd_patch
 from peft import LoraConfig, get_peft_model
 
-from memlayer.patch import patches, state_fingerprint
+from memlayer.decoders.fingerprint import state_fingerprint
+from memlayer.patch import patches
 
 
 def with_lora(model):

@@ -9,8 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from memlayer.decoders.attach import record_reads
+from memlayer.decoders.fingerprint import product_key_fingerprints
 from memlayer.methods.sparse_memory import SparseMemoryFinetuner
-from memlayer.patch import product_key_fingerprints
 from memlayer.slots.counts import SlotCounts, load_counts, save_counts
 
 NUM_SLOTS, TOP_K = 12, 3
