@@ -26,7 +26,7 @@ from memlayer.decoders.attach import memory_tables
 from memlayer.files import writing
 from memlayer.layers.optimizer import RowAdamW
 from memlayer.machine import describe
-from memlayer.methods.sparse_memory import SparseMemoryFinetuner
+from memlayer.methods.prepared import Finetuner
 
 FINETUNER = "finetuner.pt"  # in a checkpoint: what a sparse memory finetuner has written so far
 
@@ -113,7 +113,7 @@ class MemoryTrainer(StepwiseTrainer):
 
     Args:
         table_learning_rate: constant learning rate of the tables when the Trainer makes the optimizer.
-        finetuner: a sparse memory finetuner whose optimizer is passed as ``optimizers``.
+        finetuner: what chooses the rows of each step; its optimizer is passed as ``optimizers``.
         **kwargs: transformers.Trainer's own arguments.
 
     Raises:
@@ -124,7 +124,7 @@ class MemoryTrainer(StepwiseTrainer):
         self,
         *args,
         table_learning_rate: float = 1e-3,
-        finetuner: SparseMemoryFinetuner | None = None,
+        finetuner: Finetuner | None = None,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)

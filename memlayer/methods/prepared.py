@@ -1,16 +1,40 @@
 """What a finetuning method hands to a training loop."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from memlayer.methods.open_table import Selection
 from memlayer.patch import MemoryPatch
 
-if TYPE_CHECKING:
-    from memlayer.methods.sparse_memory import SparseMemoryFinetuner
+
+class Finetuner(Protocol):
+    """What a training loop asks of a method that chooses for each step which rows may move.
+
+    Attributes:
+        last_selection: per table, what the latest choice was made among; for a log.
+    """
+
+    last_selection: Mapping[str, Selection]
+
+    def select(self, micro_batches: Sequence[Mapping[str, Tensor]]) -> None:
+        """Choose for one optimizer step over all its micro-batches."""
+
+    def selecting(self, batch: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """A context around a forward pass on ``batch``, for which it chooses."""
+
+    def protect(self, documents: int) -> None:
+        """Keep what was written since the last call from later steps, as so many background documents would."""
+
+    def state_dict(self) -> dict[str, dict]:
+        """What later steps depend on, for a checkpoint."""
+
+    def load_state_dict(self, state: Mapping[str, Mapping]) -> None:
+        """Go on from a checkpoint."""
 
 
 @dataclass
@@ -22,10 +46,10 @@ class Prepared:
         optimizer: steps what the method trains.
         finish: call after training; leaves the caller's model as an ordinary one that has learned, and
             returns a patch where the method changes memory rows only.
-        finetuner: the sparse memory finetuner, if the method is that.
+        finetuner: what chooses the rows of each step, if the method does that.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     finish: Callable[[], MemoryPatch | None]
-    finetuner: "SparseMemoryFinetuner | None" = None
+    finetuner: Finetuner | None = None
