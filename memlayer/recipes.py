@@ -123,7 +123,15 @@ def _pretrain(
     check_output(arguments.output_dir)
     checkpoint = checkpoint_to_resume(arguments, config, inputs)
     tokenizer = _train_tokenizer_once(arguments, examples, config.model.vocab_size)
-    model = files.build(config.model, config.memory, tokenizer)
+    model = files.build(
+        config.memory,
+        tokenizer,
+        num_layers=config.model.num_layers,
+        width=config.model.width,
+        num_heads=config.model.num_heads,
+        ffn_width=config.model.ffn_width,
+        max_length=config.model.max_length,
+    )
     encoded = encode(tokenizer, examples)
     check_lengths(encoded, config.model.max_length, examples)
     check_answers(tokenizer, examples)

@@ -16,7 +16,6 @@ from memlayer.config import load_config
 from memlayer.decoders import files
 from memlayer.layers.config import MemoryConfig
 from memlayer.preflight import training_arguments
-from memlayer.sections import ModelConfig
 
 
 def as_processor(monkeypatch, name, capability, **instructions):
@@ -48,8 +47,8 @@ def test_a_model_has_the_attention_that_the_machine_is_fast_at_built_or_loaded(
     monkeypatch, tmp_path, instructions, expected
 ):
     as_processor(monkeypatch, "x86_64", "AVX512", **instructions)
-    sizes, memory = ModelConfig(width=16, num_heads=2), MemoryConfig(layers=[1], num_keys=8, top_k=2)
-    model = files.build(sizes, memory, tiny.tokenizer(tmp_path))
+    sizes = {"num_layers": 2, "width": 16, "num_heads": 2, "ffn_width": 32, "max_length": 32}
+    model = files.build(MemoryConfig(layers=[1], num_keys=8, top_k=2), tiny.tokenizer(tmp_path), **sizes)
     model.save_pretrained(tmp_path)
     loaded = files.load_model(tmp_path)
     assert [each.config._attn_implementation for each in (model, loaded)] == [expected] * 2

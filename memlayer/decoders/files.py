@@ -20,7 +20,6 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from memlayer.config import ModelConfig
 from memlayer.data.tokenizer import load_tokenizer, save_tokenizer
 from memlayer.decoders.attach import add_memory
 from memlayer.decoders.classes import MODEL_TYPE
@@ -30,16 +29,25 @@ from memlayer.machine import attention
 WEIGHTS = "model.safetensors"
 
 
-def build(model: ModelConfig, memory: MemoryConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def build(
+    memory: MemoryConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    num_layers: int,
+    width: int,
+    num_heads: int,
+    ffn_width: int,
+    max_length: int,
+) -> PreTrainedModel:
     """A Llama-architecture decoder with memory layers, randomly initialised in float32."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=model.width,
-        intermediate_size=model.ffn_width,
-        num_hidden_layers=model.num_layers,
-        num_attention_heads=model.num_heads,
-        num_key_value_heads=model.num_heads,
-        max_position_embeddings=model.max_length,
+        hidden_size=width,
+        intermediate_size=ffn_width,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_heads,
+        max_position_embeddings=max_length,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -7,19 +7,18 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
-from memlayer.config import ModelConfig
 from memlayer.decoders import files
 from memlayer.decoders.fingerprint import state_fingerprint
 from memlayer.layers.config import MemoryConfig
 
-MODEL = ModelConfig(num_layers=3, width=16, num_heads=2, ffn_width=32, max_length=32)
+SIZES = {"num_layers": 3, "width": 16, "num_heads": 2, "ffn_width": 32, "max_length": 32}
 IDS = torch.randint(4, 290, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
 def built(tokenizer, seed=0, **memory):
     torch.manual_seed(seed)
     settings = {"layers": [1], "num_keys": 8, "num_heads": 2, "top_k": 3, **memory}
-    return files.build(MODEL, MemoryConfig(**settings), tokenizer).eval()
+    return files.build(MemoryConfig(**settings), tokenizer, **SIZES).eval()
 
 
 @pytest.fixture(scope="module")
