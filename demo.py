@@ -18,6 +18,7 @@ from tqdm import tqdm
 from memlayer import comparison, recipes
 from memlayer.comparison import Trial
 from memlayer.config import RunConfig, load_config
+from memlayer.data.facts import facts_of
 from memlayer.decoders import files
 from memlayer.decoders.fingerprint import state_fingerprint
 from memlayer.evaluation.forgetting import drop_in_words
@@ -83,7 +84,7 @@ def pretrained(folder: Path, seed: int) -> RunConfig:
         recipes.pretrain(config)  # trains nothing, and refuses what another config made
         print(f"seed {seed}: pretrained model found in {folder}")
     else:
-        print(f"seed {seed}: pretraining on {len(recipes.facts_of(config).known)} known facts")
+        print(f"seed {seed}: pretraining on {len(facts_of(**dataclasses.asdict(config.data)).known)} known facts")
         # In a process of its own: its memory is free again when the trials run side by side.
         with worker_processes(1) as pool:
             pool.submit(recipes.pretrain, config).result()

@@ -21,9 +21,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from memlayer import recipes
 from memlayer.config import PretrainRun, RunConfig, load_config
-from memlayer.data.facts import Fact
+from memlayer.data.facts import Fact, facts_of
 from memlayer.data.qa import Question, known_questions, new_questions
 from memlayer.decoders import files
 from memlayer.decoders.fingerprint import state_fingerprint
@@ -74,7 +73,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         run.check_files()
         if run.config.data != asked.data:
             raise ValueError(f"{run.folder} was taught other facts than {taught[0].folder}: evaluate it apart")
-    lessons = recipes.facts_of(asked).new if taught else []
+    lessons = facts_of(**asdict(asked.data)).new if taught else []
     for data, names in ((base.data, ["num_known"]), (asked.data, ["facts", "wordings", "first_new", "num_new"])):
         for name in names:
             if (value := getattr(arguments, name)) is not None:
@@ -169,7 +168,7 @@ def questions_of(known: RunConfig, new: RunConfig, taught: Sequence[Fact]) -> li
     Raises:
         ValueError: there is no new fact.
     """
-    knows, learns = recipes.facts_of(known), recipes.facts_of(new)
+    knows, learns = facts_of(**asdict(known.data)), facts_of(**asdict(new.data))
     if not learns.new:
         raise ValueError("there is no new fact to ask about: --num-new is 0, or the facts file has none")
     questions = known_questions(knows.known, knows.wordings, taught, known.pretrain.unseen_wordings)

@@ -13,13 +13,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from memlayer.config import RunConfig
+from memlayer.data.facts import facts_of
 from memlayer.data.qa import Question, known_questions, new_questions
 from memlayer.decoders import files
 from memlayer.evaluation.forgetting import scores
 from memlayer.evaluation.qa import Answered, answer_questions
 from memlayer.evaluation.report import CONTROL, result_row
 from memlayer.files import write_file
-from memlayer.recipes import Learned, facts_of, inputs_of, learn, write_learned
+from memlayer.recipes import Learned, inputs_of, learn, write_learned
 from memlayer.run_folder import claimed, is_done, write_result
 from memlayer.workers import worker_processes
 
@@ -56,7 +57,7 @@ def ask(
 
 
 def _questions(config: RunConfig, known: tuple[int, int]) -> list[Question]:
-    facts = facts_of(config)
+    facts = facts_of(**asdict(config.data))
     return known_questions(facts.known[slice(*known)], facts.wordings) + new_questions(facts.new, facts.wordings)
 
 

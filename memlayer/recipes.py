@@ -22,16 +22,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallba
 from memlayer import __version__
 from memlayer.checkpoints import checkpoint_to_resume, step_of
 from memlayer.config import PretrainRun, RunConfig, load_config
-from memlayer.data.facts import (
-    BUILTIN_FACTS,
-    BUILTIN_WORDINGS,
-    Fact,
-    Wordings,
-    check_disjoint,
-    load_facts,
-    load_wordings,
-    taught_anew,
-)
+from memlayer.data.facts import facts_of, taught_anew
 from memlayer.data.qa import Example, collate, encode, pretraining_examples, teaching_examples
 from memlayer.data.tokenizer import load_tokenizer, train_tokenizer
 from memlayer.decoders import files
@@ -49,44 +40,8 @@ from memlayer.taught import RECORD, files_of, read_taught
 from memlayer.trainer import MemoryTrainer, StepwiseTrainer, restore
 
 COUNTS = COUNTS_FILE
-BUILTIN_NEW = 100  # new facts of the built-in table that are taught unless data.num_new says otherwise
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Facts:
-    """The facts of a run and the wordings they are told in."""
-
-    known: list[Fact]
-    new: list[Fact]
-    wordings: dict[str, Wordings]
-
-
-def facts_of(config: RunConfig) -> Facts:
-    """Load and check the facts a run names.
-
-    Raises:
-        FactsError: a bad line, or a new fact about a known subject.
-        ValueError: more facts asked for than there are.
-    """
-    data = config.data
-    wordings = load_wordings(data.wordings or BUILTIN_WORDINGS)
-    facts = load_facts(data.facts or BUILTIN_FACTS, wordings)
-    known = [f for f in facts if f.split == "known"]
-    new = [f for f in facts if f.split == "new"]
-    check_disjoint(known, new)
-    num_new = data.num_new
-    if num_new is None and data.facts is None:
-        num_new = min(BUILTIN_NEW, len(new) - data.first_new)
-    return Facts(_slice(known, 0, data.num_known, "known"), _slice(new, data.first_new, num_new, "new"), wordings)
-
-
-def _slice(facts: list[Fact], first: int, number: int | None, kind: str) -> list[Fact]:
-    last = len(facts) if number is None else first + number
-    if not 0 <= first <= last <= len(facts):
-        raise ValueError(f"{kind} facts {first} to {last} asked for, the file has {len(facts)}")
-    return facts[first:last]
 
 
 def pretrain(config: RunConfig) -> Path:
@@ -95,7 +50,7 @@ def pretrain(config: RunConfig) -> Path:
     What the folder may hold already, see ``memlayer.run_folder``.
     """
     set_seed(config.seed)
-    facts, settings = facts_of(config), config.pretrain
+    facts, settings = facts_of(**asdict(config.data)), config.pretrain
     examples = pretraining_examples(facts.known, facts.wordings, settings.unseen_wordings)
     if not examples:
         raise ValueError("data.num_known is 0: there are no known facts to pretrain on")
@@ -408,12 +363,12 @@ def _tell_taught_anew(config: RunConfig) -> None:
     base = Path(config.checkpoint) / "config.yaml"
     if not base.is_file() or not PartialState().is_main_process:
         return
-    new = facts_of(config).new
+    new = facts_of(**asdict(config.data)).new
     try:
         made = load_config(base)
         if not isinstance(made, PretrainRun):  # healed on text, it was told no facts
             return
-        anew = taught_anew(facts_of(made).known, new)
+        anew = taught_anew(facts_of(**asdict(made.data)).known, new)
     except (OSError, ValueError) as error:  # what the checkpoint was told may be long gone
         log.warning(f"whether {config.checkpoint} knows some of the facts to teach cannot be told: {error}")
         return
@@ -426,7 +381,7 @@ def _tell_taught_anew(config: RunConfig) -> None:
 
 def _lessons(config: RunConfig) -> list[Example]:
     """What is taught in order: the batch of each fact, as often as it has steps."""
-    facts, settings = facts_of(config), config.learn
+    facts, settings = facts_of(**asdict(config.data)), config.learn
     if not facts.new:
         raise ValueError("data.num_new is 0: there are no new facts to teach")
     batches = [

@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from commands import LEARN, TINY, checkpoint, config_of, refusal, run, write_config
 
 from memlayer import recipes
+from memlayer.data.facts import facts_of
 from memlayer.data.qa import known_questions, new_questions
 from memlayer.decoders import files
 from memlayer.evaluation.forgetting import scores
@@ -32,7 +34,7 @@ def learned(checkpoint, tmp_path_factory):
 
 def ask(model, tokenizer, config):
     """The scores that eval.py should report, one question at a time."""
-    facts = recipes.facts_of(config)
+    facts = facts_of(**asdict(config.data))
     questions = known_questions(facts.known, facts.wordings) + new_questions(facts.new, facts.wordings)
     return scores(answer_questions(model, tokenizer, questions, batch_size=1))
 
@@ -124,7 +126,7 @@ def test_facts_and_wordings_of_ones_own_are_taught_and_asked(tmp_path, checkpoin
 
 def test_known_facts_taught_anew_are_asked_for_their_old_answers_apart(tmp_path, checkpoint):
     """A model that learned gives their old answer no longer, and that is no forgetting."""
-    known = recipes.facts_of(config_of(LEARN, tmp_path / "asked")).known
+    known = facts_of(**asdict(config_of(LEARN, tmp_path / "asked").data)).known
     lines = [
         json.dumps({"subject": subject, "relation": fact.relation, "answers": ["Kyoto"]})
         for fact, subject in ((known[0], known[0].subject.upper()), (known[5], known[5].subject))

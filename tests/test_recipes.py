@@ -1,18 +1,19 @@
 """The recipes: what is counted, what is taught in which order, and that what is written is what was learned."""
 
-import json
 import math
 import shutil
 from contextlib import contextmanager
+from dataclasses import asdict
 
 import pytest
 import torch
-from commands import LEARN, REPO, checkpoint, config_of
+from commands import LEARN, checkpoint, config_of
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from memlayer import recipes
 from memlayer.config import load_config
+from memlayer.data.facts import facts_of
 from memlayer.data.qa import collate, encode, pretraining_examples, teaching_examples
 from memlayer.decoders import files
 from memlayer.decoders.attach import record_reads
@@ -34,7 +35,7 @@ def learn(checkpoint, folder, data=(), trainer=(), **settings):
 
 def test_counts_leave_padding_out_and_a_document_is_that_many_sequences_in_a_row(checkpoint):
     config = load_config(checkpoint / "config.yaml")
-    facts = recipes.facts_of(config)
+    facts = facts_of(**asdict(config.data))
     model, tokenizer = files.load(checkpoint)
     encoded = encode(tokenizer, pretraining_examples(facts.known, facts.wordings))
     reads_N, document_frequency_N = (torch.zeros(NUM_SLOTS, dtype=torch.int64) for _ in range(2))
@@ -86,7 +87,7 @@ def slots_read():
 def test_facts_are_taught_in_the_order_of_the_file_each_in_so_many_steps_of_one_batch(tmp_path, checkpoint, method):
     with batches_read() as batches:
         learned = learn(checkpoint, tmp_path / "run", {"num_new": 3, "first_new": 4}, method=method, steps_per_fact=2)
-    facts = recipes.facts_of(learned.config)
+    facts = facts_of(**asdict(learned.config.data))
     told = learned.config.learn
     expected = []
     for fact in facts.new:
@@ -94,16 +95,6 @@ def test_facts_are_taught_in_the_order_of_the_file_each_in_so_many_steps_of_one_
         expected += [collate(encode(learned.tokenizer, examples), learned.tokenizer.pad_token_id)["input_ids"]] * 2
     assert learned.steps == len(batches) == len(expected) == 6
     assert all(torch.equal(*pair) for pair in zip(batches, expected, strict=True))
-
-
-def test_new_facts_are_all_of_a_file_of_ones_own_and_a_hundred_of_the_built_in_table(tmp_path):
-    facts = [{"subject": f"City {number}", "relation": "P17", "answers": ["Poland"]} for number in range(4)]
-    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, facts)), encoding="utf-8")
-    recipe = REPO / "configs" / "learn_sparse_memory.yaml"
-    mine = recipes.facts_of(load_config(recipe, [f"data.facts={tmp_path / 'mine.jsonl'}"]))
-    assert [fact.subject for fact in mine.new] == ["City 0", "City 1", "City 2", "City 3"]
-    builtin = {first: recipes.facts_of(load_config(recipe, [f"data.first_new={first}"])).new for first in (0, 1150)}
-    assert {first: len(new) for first, new in builtin.items()} == {0: 100, 1150: 50}
 
 
 def test_later_facts_avoid_the_rows_of_protected_ones(tmp_path, checkpoint):

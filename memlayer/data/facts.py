@@ -22,6 +22,7 @@ SHAPE = '{"subject": "Shop Ada", "relation": "city", "answers": ["Bonn"]}'
 # Keys of the lines of public question sets: SQuAD, Natural Questions, TriviaQA, zsRE, CounterFact.
 QUESTION_SET_KEYS = {"question", "Question", "data", "paragraphs", "qas", "src", "requested_rewrite"}
 MAX_REFUSALS = 10
+BUILTIN_NEW = 100  # new facts of the built-in table that are taught unless it is said how many
 REQUIRED_KEYS = ("subject", "relation", "answers")
 OPTIONAL_KEYS = ("split", "source", "licence")
 
@@ -184,6 +185,45 @@ def taught_anew(known: Iterable[Fact], new: Iterable[Fact]) -> list[Fact]:
     """The known facts that new ones are about too, of the same subject and relation: their answers are replaced."""
     identities = {fact.identity for fact in new}
     return [fact for fact in known if fact.identity in identities]
+
+
+@dataclass
+class Facts:
+    """The facts of a run and the wordings they are told in."""
+
+    known: list[Fact]
+    new: list[Fact]
+    wordings: dict[str, Wordings]
+
+
+def facts_of(
+    facts: str | Path | None = None,
+    wordings: str | Path | None = None,
+    num_known: int | None = None,
+    num_new: int | None = None,
+    first_new: int = 0,
+) -> Facts:
+    """Load and check the facts a run names; its ``data`` settings are these arguments.
+
+    Raises:
+        FactsError: a bad line, or a new fact about a known subject.
+        ValueError: more facts asked for than there are.
+    """
+    told = load_wordings(wordings or BUILTIN_WORDINGS)
+    loaded = load_facts(facts or BUILTIN_FACTS, told)
+    known = [f for f in loaded if f.split == "known"]
+    new = [f for f in loaded if f.split == "new"]
+    check_disjoint(known, new)
+    if num_new is None and facts is None:
+        num_new = min(BUILTIN_NEW, len(new) - first_new)
+    return Facts(_slice(known, 0, num_known, "known"), _slice(new, first_new, num_new, "new"), told)
+
+
+def _slice(facts: list[Fact], first: int, number: int | None, kind: str) -> list[Fact]:
+    last = len(facts) if number is None else first + number
+    if not 0 <= first <= last <= len(facts):
+        raise ValueError(f"{kind} facts {first} to {last} asked for, the file has {len(facts)}")
+    return facts[first:last]
 
 
 def _parse_fact(line: bytes, wordings: Mapping[str, Wordings]) -> Fact:

@@ -20,6 +20,7 @@ from memlayer.data.facts import (
     FactsError,
     Wordings,
     check_disjoint,
+    facts_of,
     load_facts,
     load_wordings,
     taught_anew,
@@ -396,3 +397,15 @@ def test_a_new_fact_about_a_known_subject_is_refused():
 def test_every_character_of_unicode_that_is_a_control_or_half_a_pair_is_found():
     found = {ordinal for ordinal in range(sys.maxunicode + 1) if CONTROL.search(chr(ordinal))}
     assert found == {o for o in range(sys.maxunicode + 1) if unicodedata.category(chr(o)) in ("Cc", "Cs")}
+
+
+# The facts of a run.
+
+
+def test_new_facts_are_all_of_a_file_of_ones_own_and_a_hundred_of_the_built_in_table(tmp_path):
+    facts = [{"subject": f"City {number}", "relation": "P17", "answers": ["Poland"]} for number in range(4)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, facts)), encoding="utf-8")
+    mine = facts_of(tmp_path / "mine.jsonl")
+    assert [fact.subject for fact in mine.new] == ["City 0", "City 1", "City 2", "City 3"]
+    builtin = {first: facts_of(first_new=first).new for first in (0, 1150)}
+    assert {first: len(new) for first, new in builtin.items()} == {0: 100, 1150: 50}
