@@ -15,19 +15,20 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from memlayer import comparison, recipes
-from memlayer.comparison import Trial
-from memlayer.config import RunConfig, load_config
+from memlayer import recipes
 from memlayer.data.facts import facts_of
 from memlayer.decoders import files
 from memlayer.decoders.fingerprint import state_fingerprint
 from memlayer.evaluation.forgetting import drop_in_words
 from memlayer.evaluation.provenance import provenance
 from memlayer.evaluation.report import CONTROL, format_table, mean_rows, sample, write_report
+from memlayer.jobs import compare
+from memlayer.jobs.compare import Trial
+from memlayer.jobs.config import RunConfig, load_config
+from memlayer.jobs.run_folder import is_finished
+from memlayer.jobs.workers import worker_processes
 from memlayer.patch import MemoryPatch
 from memlayer.refusals import refusals
-from memlayer.run_folder import is_finished
-from memlayer.workers import worker_processes
 
 NUM_VALIDATION, NUM_TEST = 50, 100  # new facts taught, one after the other
 FIRST_TEST = 400  # the facts before it were used to find the recipes in configs/
@@ -65,7 +66,7 @@ def main() -> None:
         folder = arguments.output / f"seed{seed}"
         base = pretrained(folder / "base", seed)
         configs["pretrain"] = dataclasses.asdict(base)
-        seed_rows, seed_samples = compare(base, folder, seed)
+        seed_rows, seed_samples = try_methods(base, folder, seed)
         rows, samples = rows + seed_rows, samples + seed_samples
     title = f"New facts taught to a memory model, {len(seeds)} seed{'s' * (len(seeds) > 1)}"
     shown = mean_rows(rows) if len(seeds) > 1 else rows
@@ -91,18 +92,18 @@ def pretrained(folder: Path, seed: int) -> RunConfig:
     return config
 
 
-def compare(base: RunConfig, folder: Path, seed: int) -> tuple[list[dict], list[dict]]:
+def try_methods(base: RunConfig, folder: Path, seed: int) -> tuple[list[dict], list[dict]]:
     """Every method at every strength on validation facts and on test facts; rows and samples of the latter."""
     validation = trials(base, folder / "validation", seed, first_new=0, num_new=NUM_VALIDATION, known=KNOWN_VALIDATION)
     first_test = FIRST_TEST + seed * NUM_TEST  # other facts for every seed
     test = trials(base, folder / "test", seed, first_new=first_test, num_new=NUM_TEST, known=KNOWN_TEST)
     with tqdm(total=len(validation + test), desc=f"seed {seed}: teaching and asking", unit="trial") as bar:
-        comparison.run_trials(validation + test, workers=2, progress=lambda trial: bar.update())
-    before = {name: comparison.read_answers(group[0].folder) for name, group in (("v", validation), ("t", test))}
-    chosen = comparison.choose([comparison.row(trial, before["v"]) for trial in validation])
-    rows = [comparison.row(t, before["t"], chosen=chosen[t.method] == t.strength) for t in test]
+        compare.run_trials(validation + test, workers=2, progress=lambda trial: bar.update())
+    before = {name: compare.read_answers(group[0].folder) for name, group in (("v", validation), ("t", test))}
+    chosen = compare.choose([compare.row(trial, before["v"]) for trial in validation])
+    rows = [compare.row(t, before["t"], chosen=chosen[t.method] == t.strength) for t in test]
     best = next(t for t in test if t.method == "sparse memory" and chosen[t.method] == t.strength)
-    after = comparison.read_answers(best.folder)
+    after = compare.read_answers(best.folder)
     return rows, [sample(*pair) | {"seed": seed} for pair in zip(before["t"], after, strict=True)]
 
 

@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from memlayer.config import PretrainRun, RunConfig, load_config
 from memlayer.data.facts import Fact, facts_of
 from memlayer.data.qa import Question, known_questions, new_questions
 from memlayer.decoders import files
@@ -30,10 +29,11 @@ from memlayer.evaluation.forgetting import scores
 from memlayer.evaluation.provenance import provenance
 from memlayer.evaluation.qa import Answered, answer_questions
 from memlayer.evaluation.report import CONTROL, format_table, result_row, sample, write_report
+from memlayer.jobs.config import PretrainRun, RunConfig, load_config
+from memlayer.jobs.preflight import check_output
+from memlayer.jobs.taught import is_taught, read_taught
 from memlayer.machine import best_device
-from memlayer.preflight import check_output
 from memlayer.refusals import refusals
-from memlayer.taught import is_taught, read_taught
 
 
 def main() -> None:

@@ -20,12 +20,12 @@ import sys
 from accelerate import PartialState
 
 from memlayer import __version__, recipes
-from memlayer.config import ANY_RUN, RunConfig, load_config, to_yaml
-from memlayer.config_help import describe_settings
+from memlayer.jobs.config import ANY_RUN, RunConfig, load_config, to_yaml
+from memlayer.jobs.config_help import describe_settings
+from memlayer.jobs.retrofit import retrofit
+from memlayer.jobs.run_folder import is_finished
+from memlayer.jobs.typed import names
 from memlayer.refusals import refusals
-from memlayer.retrofit import retrofit
-from memlayer.run_folder import is_finished
-from memlayer.typed import names
 
 NOT_HEALED = 3
 

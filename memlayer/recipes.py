@@ -20,8 +20,6 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from memlayer import __version__
-from memlayer.checkpoints import checkpoint_to_resume, step_of
-from memlayer.config import PretrainRun, RunConfig, load_config
 from memlayer.data.facts import facts_of, taught_anew
 from memlayer.data.qa import Example, collate, encode, pretraining_examples, teaching_examples
 from memlayer.data.tokenizer import load_tokenizer, train_tokenizer
@@ -31,13 +29,15 @@ from memlayer.decoders.fingerprint import fingerprint, product_key_fingerprints,
 from memlayer.evaluation.provenance import commit
 from memlayer.evaluation.qa import check_answers
 from memlayer.files import sha256_of, write_file
+from memlayer.jobs.checkpoints import checkpoint_to_resume, step_of
+from memlayer.jobs.config import PretrainRun, RunConfig, load_config
+from memlayer.jobs.preflight import check_checkpoint, check_lengths, check_output, training_arguments
+from memlayer.jobs.run_folder import claimed, is_done, trained_model, write_result, write_trained
+from memlayer.jobs.taught import RECORD, files_of, read_taught
+from memlayer.jobs.trainer import MemoryTrainer, StepwiseTrainer, restore
 from memlayer.methods import METHODS
 from memlayer.patch import MemoryPatch
-from memlayer.preflight import check_checkpoint, check_lengths, check_output, training_arguments
-from memlayer.run_folder import claimed, is_done, trained_model, write_result, write_trained
 from memlayer.slots.counts import COUNTS_FILE, SlotCounts, load_counts, save_counts
-from memlayer.taught import RECORD, files_of, read_taught
-from memlayer.trainer import MemoryTrainer, StepwiseTrainer, restore
 
 COUNTS = COUNTS_FILE
 
@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 def pretrain(config: RunConfig) -> Path:
     """Train tokenizer and model on the known facts, then count background reads; returns the folder.
 
-    What the folder may hold already, see ``memlayer.run_folder``.
+    What the folder may hold already, see ``memlayer.jobs.run_folder``.
     """
     set_seed(config.seed)
     facts, settings = facts_of(**asdict(config.data)), config.pretrain

@@ -18,11 +18,11 @@ import pytest
 import yaml
 
 from memlayer import recipes
-from memlayer.config import RunConfig, load_config
+from memlayer.jobs.config import RunConfig, load_config
 
 REPO = Path(__file__).parents[1]
 SERVER = get_context("forkserver")
-SERVER.set_forkserver_preload(["memlayer.comparison", "memlayer.retrofit"])
+SERVER.set_forkserver_preload(["memlayer.jobs.compare", "memlayer.jobs.retrofit"])
 
 # As small as a decoder with memory gets: 64 slots, of which a token reads 4.
 TINY = {

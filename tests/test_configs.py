@@ -7,9 +7,9 @@ import pytest
 import yaml
 from commands import REPO
 
-from memlayer.config import ANY_RUN, LearnRun, PretrainRun, RetrofitRun, load_config
-from memlayer.sections import LoraConfig, TextConfig
-from memlayer.typed import members, name_of
+from memlayer.jobs.config import ANY_RUN, LearnRun, PretrainRun, RetrofitRun, load_config
+from memlayer.jobs.sections import LoraConfig, TextConfig
+from memlayer.jobs.typed import members, name_of
 
 CONFIGS = sorted((REPO / "configs").glob("*.yaml"))
 JOBS = runpy.run_path(str(REPO / "train.py"))["JOBS"]

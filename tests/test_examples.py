@@ -10,9 +10,9 @@ import torch
 from tiny import TABLE
 
 from memlayer import recipes
-from memlayer.config import DataConfig, ModelConfig, PretrainConfig, PretrainRun
 from memlayer.decoders import files
 from memlayer.decoders.fingerprint import state_fingerprint
+from memlayer.jobs.config import DataConfig, ModelConfig, PretrainConfig, PretrainRun
 from memlayer.layers.config import MemoryConfig
 from memlayer.patch import MemoryPatch
 

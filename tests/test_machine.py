@@ -12,10 +12,10 @@ from commands import REPO
 from transformers import TrainingArguments
 
 from memlayer import machine
-from memlayer.config import load_config
 from memlayer.decoders import files
+from memlayer.jobs.config import load_config
+from memlayer.jobs.preflight import training_arguments
 from memlayer.layers.config import MemoryConfig
-from memlayer.preflight import training_arguments
 
 
 def as_processor(monkeypatch, name, capability, **instructions):

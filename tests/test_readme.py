@@ -13,7 +13,7 @@ from importlib.util import find_spec
 import pytest
 from commands import REPO
 
-from memlayer.config import load_config
+from memlayer.jobs.config import load_config
 
 PAGES = [page for page in [REPO / "README.md", *sorted((REPO / "docs").rglob("*.md"))] if page.is_file()]
 TARGETS = set(re.findall(r"^([a-z][a-z-]*):", (REPO / "Makefile").read_text(), re.MULTILINE))

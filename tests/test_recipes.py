@@ -12,12 +12,12 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from memlayer import recipes
-from memlayer.config import load_config
 from memlayer.data.facts import facts_of
 from memlayer.data.qa import collate, encode, pretraining_examples, teaching_examples
 from memlayer.decoders import files
 from memlayer.decoders.attach import record_reads
 from memlayer.decoders.fingerprint import state_fingerprint
+from memlayer.jobs.config import load_config
 from memlayer.layers.product_keys import ProductKeys
 from memlayer.methods import METHODS
 from memlayer.slots.counts import load_counts

@@ -14,14 +14,14 @@ import torch
 from commands import LEARN, REPO, TINY, checkpoint, is_written, refusal, run, start, write_config
 
 from memlayer import __version__, recipes
-from memlayer.checkpoints import damage_of, newest_checkpoint
-from memlayer.config import ANY_RUN, load_config
 from memlayer.decoders import files
 from memlayer.decoders.fingerprint import state_fingerprint
+from memlayer.jobs.checkpoints import damage_of, newest_checkpoint
+from memlayer.jobs.config import ANY_RUN, load_config
+from memlayer.jobs.preflight import training_arguments
+from memlayer.jobs.typed import names
 from memlayer.methods import METHODS
-from memlayer.preflight import training_arguments
 from memlayer.slots.counts import load_counts, save_counts
-from memlayer.typed import names
 
 __all__ = ["checkpoint"]  # a fixture
 COUNTED = {"memory.0": 64}

@@ -29,7 +29,7 @@ from transformers.utils import logging
 
 from memlayer import MemoryConfig, add_memory, remove_memory
 from memlayer.decoders.attach import memory_parameters
-from memlayer.trainer import MemoryTrainer
+from memlayer.jobs.trainer import MemoryTrainer
 
 TABLE = Path(__file__).parents[1] / "docs" / "families.md"
 RESULTS = Path(tempfile.gettempdir()) / "memlayer_families.jsonl"

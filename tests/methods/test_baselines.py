@@ -5,8 +5,8 @@ import tiny
 import torch
 
 from memlayer.decoders.fingerprint import state_fingerprint
+from memlayer.jobs.sections import FullConfig, LoraConfig, SparseMemoryConfig
 from memlayer.methods import METHODS
-from memlayer.sections import FullConfig, LoraConfig, SparseMemoryConfig
 
 SETTINGS = {
     "sparse_memory": SparseMemoryConfig(learning_rate=1.0, num_rows=20),

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memlayer.config import ANY_RUN, LearnRun, PretrainRun, RetrofitRun, load_config, to_yaml
-from memlayer.config_help import attributes, describe_settings
+from memlayer.jobs.config import ANY_RUN, LearnRun, PretrainRun, RetrofitRun, load_config, to_yaml
+from memlayer.jobs.config_help import attributes, describe_settings
+from memlayer.jobs.sections import DataConfig, FullConfig, LearnConfig, LoraConfig, SparseMemoryConfig, TextConfig
+from memlayer.jobs.typed import members, name_of, names, typed_fields
 from memlayer.layers.config import MemoryConfig
 from memlayer.methods import METHODS
-from memlayer.sections import DataConfig, FullConfig, LearnConfig, LoraConfig, SparseMemoryConfig, TextConfig
-from memlayer.typed import members, name_of, names, typed_fields
 
 MINIMAL = "job: learn\noutput: runs/x\ncheckpoint: runs/base\n"
 RUN = LearnRun(output="runs/x", checkpoint="runs/base")

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from transformers import TrainingArguments
 
-from memlayer.config import RunConfig
+from memlayer.jobs.config import RunConfig
+from memlayer.jobs.trainer_settings import DECIDED, check_reporters, check_trainer
 from memlayer.machine import best_device, use_threads
-from memlayer.trainer_settings import DECIDED, check_reporters, check_trainer
 
 
 def training_arguments(config: RunConfig, folder: str = "trainer", **ours) -> TrainingArguments:

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from dataclasses import MISSING
 from typing import Any, Literal, get_args, get_origin
 
-from memlayer.config import ANY_RUN, RunConfig
-from memlayer.trainer_settings import FREE, OF_JOB
-from memlayer.typed import members, name_of, typed_fields
+from memlayer.jobs.config import ANY_RUN, RunConfig
+from memlayer.jobs.trainer_settings import FREE, OF_JOB
+from memlayer.jobs.typed import members, name_of, typed_fields
 
 WIDTH, COLUMN = 118, 40
 ATTRIBUTE = re.compile(r"^    (\w+): (.*\n?(?:^ {8}.*\n?)*)", re.MULTILINE)

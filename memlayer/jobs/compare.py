@@ -1,7 +1,7 @@
 """Compare finetuning methods on the same facts and the same questions.
 
 A trial is one setting of one method on one set of new facts: learn, then ask. What it learned and its answers come
-into its folder together, so an interrupted comparison goes on where it stopped; see ``memlayer.run_folder``.
+into its folder together, so an interrupted comparison goes on where it stopped; see ``memlayer.jobs.run_folder``.
 Strengths are chosen on validation facts and reported on test facts.
 """
 
@@ -12,7 +12,6 @@ from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from memlayer.config import RunConfig
 from memlayer.data.facts import facts_of
 from memlayer.data.qa import Question, known_questions, new_questions
 from memlayer.decoders import files
@@ -20,9 +19,10 @@ from memlayer.evaluation.forgetting import scores
 from memlayer.evaluation.qa import Answered, answer_questions
 from memlayer.evaluation.report import CONTROL, result_row
 from memlayer.files import write_file
+from memlayer.jobs.config import RunConfig
+from memlayer.jobs.run_folder import claimed, is_done, write_result
+from memlayer.jobs.workers import worker_processes
 from memlayer.recipes import Learned, inputs_of, learn, write_learned
-from memlayer.run_folder import claimed, is_done, write_result
-from memlayer.workers import worker_processes
 
 ANSWERS = "answers.jsonl"
 

@@ -1,6 +1,6 @@
 """MemoryTrainer: optimizer groups, resuming, clipping, accumulation and several processes."""
 
-from functools import partial
+from pathlib import Path
 
 import families
 import peft
@@ -8,42 +8,12 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from training import assert_same, examples, trainer_of
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from memlayer.data.qa import collate
 from memlayer.decoders.attach import memory_tables
 from memlayer.methods.sparse_memory import SparseMemoryFinetuner
-from memlayer.trainer import MemoryTrainer
-
-
-def examples(number=20, seed=0):
-    """Sequences of 5 to 9 tokens as ``data.qa.encode`` returns them."""
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(5, 10, (number,), generator=generator).tolist()
-    return [
-        {
-            "input_ids": torch.randint(tiny.PAD + 1, tiny.VOCAB, (length,), generator=generator).tolist(),
-            "answer_start": length - 2,
-            "length": length,
-        }
-        for length in lengths
-    ]
-
-
-def trainer_of(model, folder, data, finetuner=None, optimizer=None, callbacks=(), validation=None, **arguments):
-    defaults = {"report_to": "none", "save_strategy": "no", "logging_steps": 1, "use_cpu": True, "seed": 0}
-    defaults |= {"remove_unused_columns": False, "disable_tqdm": True, "per_device_train_batch_size": 2}
-    return MemoryTrainer(
-        model,
-        TrainingArguments(str(folder), **{**defaults, **arguments}),
-        table_learning_rate=0.003,
-        finetuner=finetuner,
-        optimizers=(optimizer, None),
-        train_dataset=data,
-        eval_dataset=validation,
-        data_collator=partial(collate, pad_token_id=tiny.PAD),
-        callbacks=list(callbacks),
-    )
 
 
 class Rates(TrainerCallback):
@@ -155,23 +125,6 @@ def test_tables_have_sparse_gradients_while_they_are_pretrained_and_dense_ones_a
     assert not model.memory[0].weight.grad.is_sparse
     trainer.train()
     assert seen == [True] * 4
-
-
-def assert_same(ours, theirs, where=""):
-    """Nested dictionaries and lists of tensors and numbers are equal, tensors to the bit."""
-    assert type(ours) is type(theirs), where
-    if isinstance(ours, torch.Tensor):
-        assert torch.equal(ours, theirs), where
-    elif isinstance(ours, dict):
-        assert ours.keys() == theirs.keys(), where
-        for key in ours:
-            assert_same(ours[key], theirs[key], f"{where}.{key}")
-    elif isinstance(ours, list | tuple):
-        assert len(ours) == len(theirs), where
-        for index, (one, other) in enumerate(zip(ours, theirs, strict=True)):
-            assert_same(one, other, f"{where}[{index}]")
-    else:
-        assert ours == theirs, where
 
 
 def test_a_resumed_run_in_a_mixture_of_experts_equals_an_uninterrupted_one_to_the_bit(tmp_path):
@@ -380,7 +333,7 @@ def pretrained(folder, **settings):
 
 def test_two_processes_select_the_same_slots_and_end_with_the_table_of_one(tmp_path):
     script = tmp_path / "two_processes.py"
-    script.write_text(TWO_PROCESSES.format(tests=str(tiny.__file__).rpartition("/")[0]))
+    script.write_text(TWO_PROCESSES.format(tests=str(Path(__file__).parent)))
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     tiny.run_python(script, tmp_path, modules=launch)
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))

@@ -22,9 +22,9 @@ import yaml
 from accelerate import PartialState
 from filelock import FileLock, Timeout
 
-from memlayer.config import RunConfig, load_config, to_yaml
 from memlayer.files import write_file, writing
-from memlayer.preflight import check_output
+from memlayer.jobs.config import RunConfig, load_config, to_yaml
+from memlayer.jobs.preflight import check_output
 
 CONFIG, UNFINISHED, TRAINED, LOCK = "config.yaml", ".unfinished", "trained.yaml", ".lock"
 # What jobs write, beside config.yaml.

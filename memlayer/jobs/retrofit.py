@@ -22,8 +22,6 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from memlayer.checkpoints import checkpoint_to_resume, step_of
-from memlayer.config import RunConfig
 from memlayer.data.text import collate_windows, load_documents, windows
 from memlayer.data.tokenizer import load_tokenizer
 from memlayer.decoders import files
@@ -33,11 +31,13 @@ from memlayer.decoders.fingerprint import fingerprint
 from memlayer.evaluation.healing import BASE, DENSE, MEMORY, gate, write_healing_report
 from memlayer.evaluation.provenance import provenance
 from memlayer.files import write_file
-from memlayer.preflight import check_output, training_arguments
+from memlayer.jobs.checkpoints import checkpoint_to_resume, step_of
+from memlayer.jobs.config import RunConfig
+from memlayer.jobs.preflight import check_output, training_arguments
+from memlayer.jobs.run_folder import claimed, trained_model, write_result, write_trained
+from memlayer.jobs.trainer import MemoryTrainer, StepwiseTrainer, restore
 from memlayer.recipes import COUNTS, check_finite, count, train_to_end
-from memlayer.run_folder import claimed, trained_model, write_result, write_trained
 from memlayer.slots.counts import SlotCounts, save_counts
-from memlayer.trainer import MemoryTrainer, StepwiseTrainer, restore
 
 DEFAULT_MARGIN = {"add": 0.01, "replace": 0.05}  # nats per token
 EVALUATIONS = 20  # over a training

@@ -14,14 +14,14 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from memlayer import recipes
-from memlayer.config import load_config
 from memlayer.data.text import collate_windows, load_documents, windows
 from memlayer.data.tokenizer import save_tokenizer, train_tokenizer
 from memlayer.decoders import files
 from memlayer.decoders.attach import add_memory, memory_parameters
 from memlayer.decoders.fingerprint import state_fingerprint
 from memlayer.evaluation.healing import BASE, DENSE, MEMORY, gate
-from memlayer.retrofit import load_base, retrofit
+from memlayer.jobs.config import load_config
+from memlayer.jobs.retrofit import load_base, retrofit
 from memlayer.slots.counts import load_counts
 
 LENGTH, BATCH, STEPS, TRAIN, VALIDATION = 48, 8, 12, 64, 10
@@ -410,7 +410,7 @@ def test_a_retrofit_stopped_after_healing_does_not_heal_again_and_ends_the_same(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("memlayer.retrofit.count", stop)
+        patched.setattr("memlayer.jobs.retrofit.count", stop)
         with pytest.raises(KeyboardInterrupt) as stopped:
             retrofit(config)
     assert stopped.value.__notes__ == ["stopped; the same command goes on"]

@@ -13,10 +13,10 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from memlayer.config import DataConfig, RunConfig, load_config
 from memlayer.data.facts import BUILTIN_FACTS, BUILTIN_WORDINGS
 from memlayer.decoders import files
 from memlayer.files import sha256_of
+from memlayer.jobs.config import DataConfig, RunConfig, load_config
 from memlayer.patch import MemoryPatch, patches
 
 RECORD = "learned.json"

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 from transformers import TrainingArguments
 
-from memlayer.config import LearnRun
-from memlayer.trainer_settings import DECIDED, FREE, OF_JOB, TYPES, check_trainer
+from memlayer.jobs.config import LearnRun
+from memlayer.jobs.trainer_settings import DECIDED, FREE, OF_JOB, TYPES, check_trainer
 
 FIELDS = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
 

@@ -14,7 +14,7 @@ from dataclasses import MISSING
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from memlayer.written import Scalar, Tree, shown
+from memlayer.jobs.written import Scalar, Tree, shown
 
 BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list"}

@@ -16,9 +16,9 @@ from transformers import TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from memlayer.config import RunConfig
 from memlayer.files import write_file
-from memlayer.run_folder import CONFIG, describe, differences
+from memlayer.jobs.config import RunConfig
+from memlayer.jobs.run_folder import CONFIG, describe, differences
 
 logger = logging.getLogger(__name__)
 

@@ -20,10 +20,10 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from memlayer.checkpoints import damage_of, newest_checkpoint
 from memlayer.data.qa import IGNORED
 from memlayer.decoders.attach import memory_tables
 from memlayer.files import writing
+from memlayer.jobs.checkpoints import damage_of, newest_checkpoint
 from memlayer.layers.optimizer import RowAdamW
 from memlayer.machine import describe
 from memlayer.methods.prepared import Finetuner

@@ -6,11 +6,11 @@ import shutil
 import pytest
 import tiny
 import torch
-from test_trainer import assert_same, examples, trainer_of
+from training import assert_same, examples, trainer_of
 
-from memlayer.checkpoints import checkpoint_to_resume, damage_of, newest_checkpoint
-from memlayer.config import PretrainRun
 from memlayer.decoders.files import WEIGHTS
+from memlayer.jobs.checkpoints import checkpoint_to_resume, damage_of, newest_checkpoint
+from memlayer.jobs.config import PretrainRun
 
 STEPS = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "learning_rate": 0.01}
 CONFIG = PretrainRun(output="x")

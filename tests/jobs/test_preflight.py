@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from memlayer.config import load_config
 from memlayer.data.qa import Example
-from memlayer.preflight import check_lengths, training_arguments
+from memlayer.jobs.config import load_config
+from memlayer.jobs.preflight import check_lengths, training_arguments
 
 
 def arguments_of(recipe, tmp_path, *overrides):

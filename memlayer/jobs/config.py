@@ -8,11 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from memlayer import typed, written
 from memlayer.checks import check_at_least, check_choices
-from memlayer.layers.config import MemoryConfig
-from memlayer.machine import resolve_precision
-from memlayer.sections import (
+from memlayer.jobs import typed, written
+from memlayer.jobs.sections import (
     CountConfig,
     DataConfig,
     FullConfig,
@@ -23,7 +21,9 @@ from memlayer.sections import (
     SparseMemoryConfig,
     TextConfig,
 )
-from memlayer.trainer_settings import TYPES, check_trainer
+from memlayer.jobs.trainer_settings import TYPES, check_trainer
+from memlayer.layers.config import MemoryConfig
+from memlayer.machine import resolve_precision
 
 
 @dataclass(kw_only=True)

@@ -7,7 +7,9 @@ import pytest
 import torch
 from commands import LEARN, checkpoint, config_of
 
-from memlayer.comparison import (
+from memlayer.decoders import files
+from memlayer.evaluation.report import CONTROL
+from memlayer.jobs.compare import (
     ANSWERS,
     Trial,
     choose,
@@ -18,8 +20,6 @@ from memlayer.comparison import (
     trial_is_done,
     write_answers,
 )
-from memlayer.decoders import files
-from memlayer.evaluation.report import CONTROL
 
 __all__ = ["checkpoint"]  # a fixture
 KNOWN = (0, 12)

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from commands import start
 
-from memlayer.workers import worker_processes
+from memlayer.jobs.workers import worker_processes
 
 POOL = """
 import os, sys, time
 from memlayer.files import write_file
 from memlayer.refusals import refusals
-from memlayer.workers import worker_processes
+from memlayer.jobs.workers import worker_processes
 
 with refusals("pool"), worker_processes(1, threads=1) as pool:
     write_file(sys.argv[-1], str(pool.submit(os.getpid).result()))
