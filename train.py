@@ -19,9 +19,11 @@ import sys
 
 from accelerate import PartialState
 
-from memlayer import __version__, recipes
+from memlayer import __version__
 from memlayer.jobs.config import ANY_RUN, RunConfig, load_config, to_yaml
 from memlayer.jobs.config_help import describe_settings
+from memlayer.jobs.learn import learn_into_output
+from memlayer.jobs.pretrain import pretrain
 from memlayer.jobs.retrofit import retrofit
 from memlayer.jobs.run_folder import is_finished
 from memlayer.jobs.typed import names
@@ -30,9 +32,9 @@ from memlayer.refusals import refusals
 NOT_HEALED = 3
 
 
-def pretrain(config: RunConfig) -> int:
+def train(config: RunConfig) -> int:
     """Train a memory model from nothing."""
-    recipes.pretrain(config)
+    pretrain(config)
     return 0
 
 
@@ -44,13 +46,13 @@ def heal(config: RunConfig) -> int:
     return 0 if retrofitted.healed else NOT_HEALED
 
 
-def learn(config: RunConfig) -> int:
+def teach(config: RunConfig) -> int:
     """Teach new facts and write what changed."""
-    recipes.learn_into_output(config)
+    learn_into_output(config)
     return 0
 
 
-JOBS = {"pretrain": pretrain, "retrofit": heal, "learn": learn}
+JOBS = {"pretrain": train, "retrofit": heal, "learn": teach}
 
 
 def main() -> None:

@@ -17,8 +17,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from memlayer import recipes
 from memlayer.jobs.config import RunConfig, load_config
+from memlayer.jobs.learn import learn
+from memlayer.jobs.pretrain import pretrain
+from memlayer.jobs.taught import Learned
 
 REPO = Path(__file__).parents[1]
 SERVER = get_context("forkserver")
@@ -130,10 +132,16 @@ def config_of(base: dict, folder: Path, /, **changes: object) -> RunConfig:
     return load_config(write_config(folder.with_suffix(".yaml"), base, output=str(folder), **changes))
 
 
+def learned_by(checkpoint, folder, data=(), trainer=(), **settings) -> Learned:
+    """What one run of ``learn`` from a checkpoint learned; settings are those of the learn section."""
+    sections = {"learn": settings, "data": dict(data), "trainer": dict(trainer)}
+    return learn(config_of(LEARN, folder, checkpoint=str(checkpoint), **sections))
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Path:
     """A tiny model that knows some facts, with its counts; made once for all test files that import this."""
     folder = tmp_path_factory.getbasetemp() / "checkpoint"
     if not (folder / "config.yaml").is_file():
-        recipes.pretrain(config_of(TINY, folder, pretrain=TAUGHT_WELL))
+        pretrain(config_of(TINY, folder, pretrain=TAUGHT_WELL))
     return folder

@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 from commands import LEARN, TINY, checkpoint, config_of, refusal, run, write_config
 
-from memlayer import recipes
 from memlayer.data.facts import facts_of
 from memlayer.data.qa import known_questions, new_questions
 from memlayer.decoders import files
 from memlayer.evaluation.forgetting import scores
 from memlayer.evaluation.qa import answer_questions
 from memlayer.evaluation.report import CONTROL, result_row
+from memlayer.jobs.learn import learn
+from memlayer.jobs.pretrain import pretrain
+from memlayer.jobs.taught import load_learned, save_learned
 
 __all__ = ["checkpoint"]  # a fixture
 WRITTEN = ["pareto.png", "report.md", "results.json", "samples.jsonl"]
@@ -28,7 +30,7 @@ def learned(checkpoint, tmp_path_factory):
         folders[method] = tmp_path_factory.mktemp("learned") / method
         settings = {"method": method, "learning_rate": rate, "steps_per_fact": 8}
         config = config_of(LEARN, folders[method], checkpoint=str(checkpoint), learn=settings)
-        recipes.save_learned(recipes.learn(config), folders[method])
+        save_learned(learn(config), folders[method])
     return folders
 
 
@@ -74,7 +76,7 @@ def test_runs_are_compared_with_their_checkpoint_on_what_they_were_taught(tmp_pa
     assert_row(control, before, before, seconds=0.0, parameters_changed=0)
     assert [row["method"] for row in rows] == list(learned)
     for row, folder in zip(rows, learned.values(), strict=True):
-        after = ask(*recipes.load_learned(checkpoint, folder), config)
+        after = ask(*load_learned(checkpoint, folder), config)
         assert after != before
         assert_row(row, before, after, **took(folder))
         assert row["method"] in done.stdout
@@ -161,13 +163,13 @@ def test_new_facts_are_asked_alone(tmp_path, checkpoint, learned):
 @pytest.mark.parametrize("method", ["sparse_memory", "full"])
 def test_a_run_of_another_checkpoint_is_refused_before_any_question(tmp_path, checkpoint, learned, method):
     """Whatever it wrote, a patch or a whole model: their difference would count as forgetting."""
-    other = recipes.pretrain(config_of(TINY, tmp_path / "other", seed=1))
+    other = pretrain(config_of(TINY, tmp_path / "other", seed=1))
     message = refusal("eval.py", other, learned[method], "--output", tmp_path / "report")
     sentence = "{} was not taught to the model that is in {}: it began with {}, as that was then"
     assert message == sentence.format(learned[method], other, checkpoint)
     assert not (tmp_path / "report" / "results.json").exists()
     with pytest.raises(ValueError, match="was not taught to the model that is in"):
-        recipes.load_learned(other, learned[method])
+        load_learned(other, learned[method])
 
 
 def own_facts(folder, *answers):
@@ -188,7 +190,7 @@ def own_facts(folder, *answers):
 def test_facts_that_changed_after_teaching_are_refused(tmp_path, checkpoint, changed):
     data = own_facts(tmp_path, "Bonn", "Kiel")
     config = config_of(LEARN, tmp_path / "out", checkpoint=str(checkpoint), data=data)
-    recipes.save_learned(recipes.learn(config), tmp_path / "out")
+    save_learned(learn(config), tmp_path / "out")
     file = Path(data[changed])
     text = file.read_text(encoding="utf-8").replace("Kiel", "Ulm").replace("Where", "And where")
     file.write_text(text, encoding="utf-8")
@@ -244,7 +246,7 @@ def test_an_incomplete_run_is_refused(tmp_path, checkpoint, learned):
 def test_runs_that_were_taught_different_facts_are_not_compared(tmp_path, checkpoint, learned):
     other = tmp_path / "other"
     config = config_of(LEARN, other, checkpoint=str(checkpoint), data={"first_new": 7})
-    recipes.save_learned(recipes.learn(config), other)
+    save_learned(learn(config), other)
     message = refusal("eval.py", checkpoint, learned["full"], other, "--output", tmp_path / "report")
     assert message == f"{other} was taught other facts than {learned['full']}: evaluate it apart"
 

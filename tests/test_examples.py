@@ -9,10 +9,10 @@ import pytest
 import torch
 from tiny import TABLE
 
-from memlayer import recipes
 from memlayer.decoders import files
 from memlayer.decoders.fingerprint import state_fingerprint
 from memlayer.jobs.config import DataConfig, ModelConfig, PretrainConfig, PretrainRun
+from memlayer.jobs.pretrain import pretrain
 from memlayer.layers.config import MemoryConfig
 from memlayer.patch import MemoryPatch
 
@@ -31,7 +31,7 @@ def checkpoint(tmp_path_factory):
         pretrain=PretrainConfig(steps=2, batch_size=16, warmup_steps=1),
         trainer={"disable_tqdm": True},
     )
-    return recipes.pretrain(config)
+    return pretrain(config)
 
 
 def run_example(name, *arguments):

@@ -26,7 +26,6 @@ FLOORS = {
     "memlayer.evaluation": 2,
     "memlayer.methods": 4,
     "memlayer.jobs": 5,
-    "memlayer.recipes": 5,
 }
 SCRIPTS = 6
 

@@ -28,7 +28,7 @@ def test_what_a_user_can_mend_is_one_sentence_and_status_1(capsys, error, senten
 
 
 @pytest.mark.parametrize(
-    "bug", [RuntimeError("shapes differ"), TypeError("x"), ImportError("no", name="memlayer.recipes"), AssertionError()]
+    "bug", [RuntimeError("shapes differ"), TypeError("x"), ImportError("no", name="memlayer.jobs"), AssertionError()]
 )
 def test_a_bug_is_raised_as_it_is(bug):
     with pytest.raises(type(bug)) as raised, refusals("x.py"):

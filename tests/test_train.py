@@ -13,15 +13,16 @@ import pytest
 import torch
 from commands import LEARN, REPO, TINY, checkpoint, is_written, refusal, run, start, write_config
 
-from memlayer import __version__, recipes
+from memlayer import __version__
 from memlayer.decoders import files
 from memlayer.decoders.fingerprint import state_fingerprint
 from memlayer.jobs.checkpoints import damage_of, newest_checkpoint
 from memlayer.jobs.config import ANY_RUN, load_config
 from memlayer.jobs.preflight import training_arguments
+from memlayer.jobs.taught import load_learned
 from memlayer.jobs.typed import names
 from memlayer.methods import METHODS
-from memlayer.slots.counts import load_counts, save_counts
+from memlayer.slots.counts import COUNTS_FILE, load_counts, save_counts
 
 __all__ = ["checkpoint"]  # a fixture
 COUNTED = {"memory.0": 64}
@@ -29,7 +30,7 @@ COUNTED = {"memory.0": 64}
 
 def outcome(folder):
     """Everything that a finished pretraining leaves to later runs: weights, tokenizer and counts."""
-    counts = load_counts(folder / recipes.COUNTS, COUNTED)["memory.0"]
+    counts = load_counts(folder / COUNTS_FILE, COUNTED)["memory.0"]
     tokenizer = (folder / "tokenizer.model").read_bytes()
     reads = counts.reads_N.tolist(), counts.document_frequency_N.tolist(), counts.num_documents
     return state_fingerprint(files.load(folder)[0]), tokenizer, *reads
@@ -96,7 +97,7 @@ def test_pretraining_writes_model_tokenizer_counts_and_config(tmp_path):
     assert config == load_config(path, ["seed=3"])
     model, tokenizer = files.load(tmp_path / "out")
     assert len(tokenizer) == model.config.vocab_size == config.model.vocab_size
-    counts = load_counts(tmp_path / "out" / recipes.COUNTS, COUNTED)["memory.0"]
+    counts = load_counts(tmp_path / "out" / COUNTS_FILE, COUNTED)["memory.0"]
     assert counts.num_documents > 1
     assert counts.reads_N.sum() > 0
 
@@ -114,7 +115,7 @@ def test_learning_writes_what_changed_with_its_config(tmp_path, checkpoint, meth
     took = json.loads((tmp_path / "out" / "learned.json").read_text())
     # Parameters and not the state dict: tied weights count once.
     base = dict(files.load(checkpoint)[0].named_parameters())
-    learned = dict(recipes.load_learned(checkpoint, tmp_path / "out")[0].named_parameters())
+    learned = dict(load_learned(checkpoint, tmp_path / "out")[0].named_parameters())
     changed = sum(int((learned[name] != base[name]).sum()) for name in base)
     assert took["parameters_changed"] == changed > 0
     assert took["steps"] == 4, "two facts, two steps each"
@@ -157,7 +158,7 @@ def test_a_killed_learning_run_goes_on_and_ends_with_what_an_uninterrupted_one_w
     settings["trainer"] = {"disable_tqdm": True, "save_strategy": "steps", "save_steps": 6}
 
     def learned(name):
-        model, _ = recipes.load_learned(checkpoint, tmp_path / name)
+        model, _ = load_learned(checkpoint, tmp_path / name)
         return state_fingerprint(model)
 
     paths = {
@@ -195,9 +196,9 @@ def test_a_learning_run_does_not_go_on_over_another_model_or_other_facts(tmp_pat
     path = write_config(tmp_path / "learn.yaml", LEARN, output=str(out), checkpoint=str(base), **settings)
     assert run("train.py", path).returncode == 0
     finished = result_files(out)
-    counts = load_counts(base / recipes.COUNTS, COUNTED)
+    counts = load_counts(base / COUNTS_FILE, COUNTED)
     counts["memory.0"].reads_N[0] += 1
-    save_counts(counts, base / recipes.COUNTS)
+    save_counts(counts, base / COUNTS_FILE)
     assert "holds a finished result of another run (SHA-256 of background_counts was" in refusal("train.py", path)
     assert result_files(out) == finished
     for written in result_paths(out):
@@ -232,8 +233,8 @@ def test_a_run_stopped_while_it_counts_leaves_no_model_without_counts_and_counts
     path = write_config(tmp_path / "pretrain.yaml", TINY, output=str(tmp_path / "out"))
     whole = write_config(tmp_path / "whole.yaml", TINY, output=str(tmp_path / "whole"))
     assert run("train.py", whole).returncode == 0
-    stop = "import memlayer.recipes as recipes, train, sys, os, signal; sys.argv = ['train.py', sys.argv[-1]]; "
-    stop += "recipes._count_facts = lambda *_: os.kill(os.getpid(), signal.SIGKILL); train.main()"
+    stop = "import memlayer.jobs.pretrain, train, sys, os, signal; sys.argv = ['train.py', sys.argv[-1]]; "
+    stop += "memlayer.jobs.pretrain._count_facts = lambda *_: os.kill(os.getpid(), signal.SIGKILL); train.main()"
     assert run("-c", stop, path).returncode == -9
     assert {each.name for each in (tmp_path / "out").iterdir()} == {"trainer", ".unfinished", ".lock"}
     assert "of another run (seed was 0, is 1)" in refusal("train.py", path, "seed=1")
@@ -418,9 +419,9 @@ def test_a_missing_config_is_refused(tmp_path):
 
 def test_a_checkpoint_without_its_counts_is_refused(tmp_path, checkpoint):
     shutil.copytree(checkpoint, tmp_path / "base")
-    (tmp_path / "base" / recipes.COUNTS).unlink()
+    (tmp_path / "base" / COUNTS_FILE).unlink()
     path = write_config(tmp_path / "learn.yaml", LEARN, output=str(tmp_path / "out"), checkpoint=str(tmp_path / "base"))
-    assert refusal("train.py", path).startswith(f"no background counts at {tmp_path / 'base' / recipes.COUNTS}")
+    assert refusal("train.py", path).startswith(f"no background counts at {tmp_path / 'base' / COUNTS_FILE}")
 
 
 def test_a_run_refuses_to_overwrite_the_checkpoint_it_starts_from(tmp_path, checkpoint):
@@ -489,9 +490,9 @@ def test_two_processes_write_once_and_learn_what_one_learns(tmp_path, checkpoint
         done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("wrote ") == 1
-    assert load_counts(tmp_path / "base" / recipes.COUNTS, COUNTED)["memory.0"].num_documents > 1
+    assert load_counts(tmp_path / "base" / COUNTS_FILE, COUNTED)["memory.0"].num_documents > 1
     assert run("train.py", learn, f"output={tmp_path / 'one'}").returncode == 0
-    one, two = (recipes.load_learned(checkpoint, tmp_path / name)[0].state_dict() for name in ("one", "two"))
+    one, two = (load_learned(checkpoint, tmp_path / name)[0].state_dict() for name in ("one", "two"))
     took = json.loads((tmp_path / "two" / "learned.json").read_text())
     assert took["steps"] == 4
     for name in one:

@@ -1,13 +1,17 @@
-"""Runs of MemoryTrainer over tiny models, and what is equal to the bit; shared by the tests."""
+"""Runs of MemoryTrainer over tiny models, what forward passes read, what is equal to the bit; shared by the tests."""
 
+from contextlib import contextmanager
 from functools import partial
 
 import tiny
 import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from transformers import TrainingArguments
 
 from memlayer.data.qa import collate
 from memlayer.jobs.trainer import MemoryTrainer
+from memlayer.layers.product_keys import ProductKeys
 
 
 def examples(number=20, seed=0):
@@ -55,3 +59,29 @@ def assert_same(ours, theirs, where=""):
             assert_same(one, other, f"{where}[{index}]")
     else:
         assert ours == theirs, where
+
+
+@contextmanager
+def watching(register, kind, keep):
+    """Lists what ``keep`` returns for every forward call of a module of ``kind`` while the context lasts."""
+    kept = []
+
+    def hook(module, *seen):
+        if type(module) is kind:
+            kept.append(keep(*seen))
+
+    handle = register(hook)
+    try:
+        yield kept
+    finally:
+        handle.remove()
+
+
+def batches_read():
+    """Token ids of every forward pass, as the embedding of the tokens gets them."""
+    return watching(register_module_forward_pre_hook, nn.Embedding, lambda inputs: inputs[0].clone())
+
+
+def slots_read():
+    """Slots of every forward pass, padding included."""
+    return watching(register_module_forward_hook, ProductKeys, lambda _inputs, output: output[1].unique())

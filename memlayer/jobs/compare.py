@@ -20,9 +20,10 @@ from memlayer.evaluation.qa import Answered, answer_questions
 from memlayer.evaluation.report import CONTROL, result_row
 from memlayer.files import write_file
 from memlayer.jobs.config import RunConfig
+from memlayer.jobs.learn import inputs_of, learn
 from memlayer.jobs.run_folder import claimed, is_done, write_result
+from memlayer.jobs.taught import Learned, write_learned
 from memlayer.jobs.workers import worker_processes
-from memlayer.recipes import Learned, inputs_of, learn, write_learned
 
 ANSWERS = "answers.jsonl"
 

@@ -33,11 +33,11 @@ from memlayer.evaluation.provenance import provenance
 from memlayer.files import write_file
 from memlayer.jobs.checkpoints import checkpoint_to_resume, step_of
 from memlayer.jobs.config import RunConfig
+from memlayer.jobs.count import count
 from memlayer.jobs.preflight import check_output, training_arguments
-from memlayer.jobs.run_folder import claimed, trained_model, write_result, write_trained
-from memlayer.jobs.trainer import MemoryTrainer, StepwiseTrainer, restore
-from memlayer.recipes import COUNTS, check_finite, count, train_to_end
-from memlayer.slots.counts import SlotCounts, save_counts
+from memlayer.jobs.run_folder import check_finite, claimed, trained_model, write_result, write_trained
+from memlayer.jobs.trainer import MemoryTrainer, StepwiseTrainer, restore, train_to_end
+from memlayer.slots.counts import COUNTS_FILE, SlotCounts, save_counts
 
 DEFAULT_MARGIN = {"add": 0.01, "replace": 0.05}  # nats per token
 EVALUATIONS = 20  # over a training
@@ -144,7 +144,7 @@ def _retrofit(
     results = _results(config, base_loss, trained, parameters, frozen, text)
 
     def write(folder: Path) -> None:
-        save_counts(counts, folder / COUNTS)
+        save_counts(counts, folder / COUNTS_FILE)
         write_healing_report(folder, results)
         (folder / HEALING).unlink()
 

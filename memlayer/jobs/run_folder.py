@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from accelerate import PartialState
 from filelock import FileLock, Timeout
@@ -123,6 +124,20 @@ def trained_model(folder: str | Path) -> Path | None:
     """Where a stopped run of this folder left its trained model, if it did; ``is_done`` has seen whose it is."""
     unfinished = Path(folder) / UNFINISHED
     return unfinished if (unfinished / TRAINED).is_file() else None
+
+
+def check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse what no run may write.
+
+    Raises:
+        ValueError: a tensor holds nan or infinity.
+    """
+    for name, tensor in tensors.items():
+        if spoiled := int((~torch.isfinite(tensor.detach())).sum()):
+            raise ValueError(
+                f"{spoiled} of {tensor.numel()} numbers of {name} are nan or infinite: nothing is written; "
+                "a lower learning rate may help"
+            )
 
 
 def write_trained(

@@ -1,33 +1,62 @@
-"""What a learning run wrote beside its patch or model, and whether it fits what is there now.
+"""What a learning run writes, and whether it fits what is there now when it is read again.
 
 A run's scores mean something only beside the checkpoint that it began with and on the facts that it was taught,
 so learned.json keeps the SHA-256 of each.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
+from accelerate import PartialState
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from memlayer import __version__
 from memlayer.data.facts import BUILTIN_FACTS, BUILTIN_WORDINGS
 from memlayer.decoders import files
-from memlayer.files import sha256_of
+from memlayer.decoders.fingerprint import state_fingerprint
+from memlayer.evaluation.provenance import commit
+from memlayer.files import sha256_of, write_file
 from memlayer.jobs.config import DataConfig, RunConfig, load_config
+from memlayer.jobs.run_folder import check_finite, is_done, write_result
 from memlayer.patch import MemoryPatch, patches
 
 RECORD = "learned.json"
 
 
-@dataclass(frozen=True)
-class Taught:
-    """A folder that ``recipes.save_learned`` wrote.
+@dataclass
+class Learned:
+    """The outcome of one learning run.
 
     Attributes:
-        seconds, parameters_changed: as in ``recipes.Learned``.
+        model: the model that has learned, an ordinary one again.
+        patch: the rows changed, where the method changes memory rows only.
+        seconds: time of the learning alone, from step ``resumed_at``.
+        parameters_changed: numbers in the model that are not what they were.
+        sha256: name and SHA-256 of what the run started from: checkpoint, facts, wordings, background counts.
+    """
+
+    config: RunConfig
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    patch: MemoryPatch | None
+    seconds: float
+    steps: int
+    resumed_at: int
+    parameters_changed: int
+    sha256: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Taught:
+    """A folder that ``save_learned`` wrote.
+
+    Attributes:
+        seconds, parameters_changed: as in ``Learned``.
         sha256: of the ``checkpoint`` (its state), the ``facts`` and the ``wordings`` that the run began with.
     """
 
@@ -87,13 +116,42 @@ class Taught:
                 yield base, tokenizer
 
 
+def save_learned(learned: Learned, folder: str | Path, with_model: bool = True) -> None:
+    """Write the patch, or the whole model where there is none, with the resolved config and what it took.
+
+    Args:
+        with_model: False leaves a whole model out, for comparisons that only ask it questions.
+
+    Raises:
+        ValueError: the folder holds a result or files that are in the way, or what was learned is nan or infinite;
+            nothing is written then.
+    """
+    if PartialState().is_main_process:
+        if is_done(folder, learned.config, learned.sha256):
+            raise ValueError(f"{folder} holds this result already: name another folder, or delete it")
+        write_result(folder, learned.config, learned.sha256, partial(write_learned, learned, with_model=with_model))
+    PartialState().wait_for_everyone()
+
+
+def write_learned(learned: Learned, folder: Path, with_model: bool) -> None:
+    """Write the files of ``save_learned`` but the config."""
+    if learned.patch is not None:
+        check_finite({f"the patch of {name}": table.rows for name, table in learned.patch.tables.items()})
+        learned.patch.save(folder / "patch")
+    elif with_model:
+        check_finite(dict(learned.model.named_parameters()))
+        files.save(learned.model, learned.tokenizer, folder / "model")
+    took = {key: getattr(learned, key) for key in ("seconds", "steps", "resumed_at", "parameters_changed", "sha256")}
+    write_file(folder / RECORD, json.dumps(took, indent=2) + "\n")
+
+
 def is_taught(folder: str | Path) -> bool:
     """Whether a folder is one that a learning run wrote."""
     return (Path(folder) / RECORD).is_file()
 
 
 def read_taught(folder: str | Path) -> Taught:
-    """Read what ``recipes.save_learned`` wrote, but for the model.
+    """Read what ``save_learned`` wrote, but for the model.
 
     Raises:
         FileNotFoundError: the run is not complete.
@@ -107,6 +165,36 @@ def read_taught(folder: str | Path) -> Taught:
     return Taught(folder, config, record["seconds"], record["parameters_changed"], record["sha256"])
 
 
+def load_learned(checkpoint: str | Path, folder: str | Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """The model that ``save_learned`` wrote: the checkpoint with the patch applied, or a whole model.
+
+    Raises:
+        FileNotFoundError: the folder holds neither.
+        ValueError: the run began with another checkpoint, or the facts it was taught have changed.
+    """
+    taught = read_taught(folder)
+    taught.check_files()
+    model, tokenizer = files.load(checkpoint)
+    taught.check_checkpoint(checkpoint, state_fingerprint(model))
+    if taught.has_model:
+        return files.load(taught.folder / "model")
+    MemoryPatch.load(taught.folder / "patch").apply(model)
+    return model, tokenizer
+
+
 def files_of(data: DataConfig) -> dict[str, Path]:
     """The facts and the wordings that a run reads."""
     return {"facts": Path(data.facts or BUILTIN_FACTS), "wordings": Path(data.wordings or BUILTIN_WORDINGS)}
+
+
+def provenance(config: RunConfig, sha256: Mapping[str, str]) -> dict:
+    """Where a learning run's patch comes from, for JSON: what was taught, how, and into which model."""
+    return {
+        "checkpoint": config.checkpoint,
+        "data": asdict(config.data),
+        "learn": asdict(config.learn),
+        "seed": config.seed,
+        "sha256": dict(sha256),
+        "memlayer_version": __version__,
+        "commit": commit(),
+    }

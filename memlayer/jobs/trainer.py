@@ -296,3 +296,22 @@ def _dense(model: nn.Module) -> list[nn.Parameter]:
 
 def _constant(_step: int) -> float:
     return 1.0
+
+
+def train_to_end(trainer: StepwiseTrainer, checkpoint: Path | None, rate: str) -> None:
+    """Train to the last step, from a checkpoint of this run where there is one.
+
+    Args:
+        rate: the setting that too large a loss may come from, with its value.
+
+    Raises:
+        ValueError: the loss is no finite number.
+    """
+    try:
+        trainer.train_to_end(checkpoint)
+    except FloatingPointError as error:
+        if trainer.state.global_step:
+            cause = f"a {rate} may be too high"
+        else:
+            cause = "no step was taken before it, so the model or the precision it is computed in is at fault"
+        raise ValueError(f"{error}, nothing is written: {cause}") from error

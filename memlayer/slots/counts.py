@@ -17,7 +17,7 @@ from torch import Tensor
 
 COUNTS_FILE = "background_counts.safetensors"  # beside the weights of a checkpoint
 TOLD = "counts"  # key of the file's metadata
-COUNT_AGAIN = "count again with memlayer.recipes.count, or run the pretraining or the retrofit again"
+COUNT_AGAIN = "count again with memlayer.jobs.count.count, or run the pretraining or the retrofit again"
 
 
 @dataclass

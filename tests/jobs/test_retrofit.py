@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from memlayer import recipes
 from memlayer.data.text import collate_windows, load_documents, windows
 from memlayer.data.tokenizer import save_tokenizer, train_tokenizer
 from memlayer.decoders import files
@@ -22,7 +21,7 @@ from memlayer.decoders.fingerprint import state_fingerprint
 from memlayer.evaluation.healing import BASE, DENSE, MEMORY, gate
 from memlayer.jobs.config import load_config
 from memlayer.jobs.retrofit import load_base, retrofit
-from memlayer.slots.counts import load_counts
+from memlayer.slots.counts import COUNTS_FILE, load_counts
 
 LENGTH, BATCH, STEPS, TRAIN, VALIDATION = 48, 8, 12, 64, 10
 COUNTED = {"memory.0": 256}
@@ -168,7 +167,7 @@ def test_memory_and_dense_control_see_the_same_batches(healed):
 
 def test_background_is_the_training_windows_a_window_a_document(healed):
     folder, _, _ = healed
-    counts = load_counts(folder / recipes.COUNTS, COUNTED)["memory.0"]
+    counts = load_counts(folder / COUNTS_FILE, COUNTED)["memory.0"]
     assert counts.num_documents == TRAIN
     assert counts.reads_N.sum() == TRAIN * LENGTH * 2 * 4  # two heads, four slots each
     assert counts.document_frequency_N.max() <= TRAIN
@@ -265,7 +264,7 @@ def test_a_loss_that_is_no_number_is_not_healed():
 def outcome(folder):
     """What a finished retrofit leaves, times left out."""
     results = json.loads((folder / "results.json").read_text())
-    counts = load_counts(folder / recipes.COUNTS, COUNTED)["memory.0"]
+    counts = load_counts(folder / COUNTS_FILE, COUNTED)["memory.0"]
     numbers = {key: results[key] for key in ("losses", "curves", "parameters", "frozen", "verdict")}
     return state_fingerprint(files.load(folder)[0]), counts.reads_N.tolist(), numbers
 

@@ -7,12 +7,14 @@ from dataclasses import asdict
 from commands import LEARN, checkpoint, config_of
 
 import memlayer
-from memlayer import recipes
 from memlayer.data.facts import BUILTIN_FACTS, BUILTIN_WORDINGS
 from memlayer.decoders import files
 from memlayer.decoders.fingerprint import state_fingerprint
 from memlayer.evaluation.provenance import commit
+from memlayer.jobs.learn import learn
+from memlayer.jobs.taught import load_learned, save_learned
 from memlayer.patch import MemoryPatch
+from memlayer.slots.counts import COUNTS_FILE
 
 __all__ = ["checkpoint"]  # a fixture
 
@@ -24,7 +26,7 @@ def sha256(path):
 def learned(checkpoint, folder, **changes):
     """The patch that a run writes."""
     config = config_of(LEARN, folder, checkpoint=str(checkpoint), seed=5, **changes)
-    recipes.save_learned(recipes.learn(config), folder)
+    save_learned(learn(config), folder)
     return config, MemoryPatch.load(folder / "patch")
 
 
@@ -39,7 +41,7 @@ def test_a_learning_run_writes_where_its_patch_comes_from(checkpoint, tmp_path):
             "checkpoint": state_fingerprint(files.load(checkpoint)[0]),
             "facts": sha256(BUILTIN_FACTS),
             "wordings": sha256(BUILTIN_WORDINGS),
-            "background_counts": sha256(checkpoint / recipes.COUNTS),
+            "background_counts": sha256(checkpoint / COUNTS_FILE),
         },
         "memlayer_version": memlayer.__version__,
         "commit": commit(),
@@ -61,6 +63,6 @@ def test_facts_and_wordings_of_ones_own_are_told_from_the_builtin_ones(checkpoin
 def test_the_patch_of_a_run_is_what_lies_between_the_checkpoint_and_the_model_that_learned(checkpoint, tmp_path):
     _, patch = learned(checkpoint, tmp_path / "out")
     before, _ = files.load(checkpoint)
-    after, _ = recipes.load_learned(checkpoint, tmp_path / "out")
+    after, _ = load_learned(checkpoint, tmp_path / "out")
     assert state_fingerprint(before) != state_fingerprint(after)
     assert MemoryPatch.between(before, after).fingerprint == patch.fingerprint

@@ -1,0 +1,187 @@
+"""The learning job: teach a checkpoint new facts, one after the other, by any method of the table.
+
+What it writes, and what is read of that again, is taught.py.
+"""
+
+import logging
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+from accelerate import PartialState
+from datasets import Dataset
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+
+from memlayer.data.facts import facts_of, taught_anew
+from memlayer.data.qa import Example, collate, encode, teaching_examples
+from memlayer.decoders import files
+from memlayer.decoders.attach import memory_tables
+from memlayer.decoders.fingerprint import fingerprint, product_key_fingerprints, state_fingerprint
+from memlayer.evaluation.qa import check_answers
+from memlayer.files import sha256_of
+from memlayer.jobs.checkpoints import checkpoint_to_resume, step_of
+from memlayer.jobs.config import PretrainRun, RunConfig, load_config
+from memlayer.jobs.preflight import check_checkpoint, check_lengths, check_output, training_arguments
+from memlayer.jobs.run_folder import claimed, is_done
+from memlayer.jobs.taught import Learned, files_of, provenance, save_learned
+from memlayer.jobs.trainer import MemoryTrainer, train_to_end
+from memlayer.methods import METHODS
+from memlayer.slots.counts import COUNTS_FILE, SlotCounts, load_counts
+
+log = logging.getLogger(__name__)
+
+
+class _ProtectTaught(TrainerCallback):
+    """Count each fact as background once its last step is done."""
+
+    def __init__(self, finetuner, settings):
+        self.finetuner, self.settings = finetuner, settings
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.settings.protect and state.global_step % self.settings.steps_per_fact == 0:
+            self.finetuner.protect(self.settings.protect)
+
+
+@dataclass
+class _Lesson:
+    """All that a learning run needs, loaded and checked."""
+
+    config: RunConfig
+    arguments: TrainingArguments
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    encoded: list[dict]
+    background: dict[str, SlotCounts] | None
+    sha256: dict[str, str]
+
+
+def learn(config: RunConfig) -> Learned:
+    """Teach the new facts one after the other; see ``save_learned`` for writing the outcome.
+
+    Goes on from the newest checkpoint that an interrupted run of this very config left, where there is one.
+
+    Raises:
+        FileNotFoundError, ValueError: the checkpoint, its background counts, the facts or a setting do not fit, or
+            the output holds what another run wrote.
+    """
+    lesson = _prepare(config)
+    is_done(config.output, config, lesson.sha256)  # refuses what another run wrote
+    return _teach(lesson)
+
+
+def learn_into_output(config: RunConfig) -> None:
+    """``learn`` and ``save_learned``, unless that is done already."""
+    lesson = _prepare(config)
+    with claimed(config, lesson.sha256) as done:
+        if not done:
+            save_learned(_teach(lesson), config.output)
+
+
+def _prepare(config: RunConfig) -> _Lesson:
+    set_seed(config.seed)
+    settings = config.learn
+    if Path(config.output).resolve() == Path(config.checkpoint).resolve():
+        raise ValueError(f"output and checkpoint are both {config.output}: a run would overwrite what it starts from")
+    lessons = _lessons(config)
+    arguments = training_arguments(
+        config,
+        num_train_epochs=1,
+        per_device_train_batch_size=settings.statements + settings.questions,
+        lr_scheduler_type="constant",
+        train_sampling_strategy="sequential",
+        max_grad_norm=0.0,
+    )
+    check_checkpoint(config.checkpoint)
+    model, tokenizer = files.load(config.checkpoint)
+    _tell_taught_anew(config)
+    encoded = encode(tokenizer, lessons)
+    check_lengths(encoded, model.config.max_position_embeddings, lessons)
+    check_answers(tokenizer, lessons)
+    inputs = _inputs(config, state_fingerprint(model))
+    return _Lesson(config, arguments, model, tokenizer, encoded, _background(config, model), inputs)
+
+
+def _background(config: RunConfig, model: nn.Module) -> dict[str, SlotCounts] | None:
+    """The counts beside the checkpoint; full finetuning and LoRA do without."""
+    path = Path(config.checkpoint) / COUNTS_FILE
+    if config.learn.method != "sparse_memory" and not path.is_file():
+        return None
+    tables = {name: table.num_embeddings for name, table in memory_tables(model).items()}
+    return load_counts(path, tables, product_key_fingerprints(model))
+
+
+def _teach(lesson: _Lesson) -> Learned:
+    config, arguments, model, tokenizer = lesson.config, lesson.arguments, lesson.model, lesson.tokenizer
+    settings, checkpoint = config.learn, None
+    if arguments.save_strategy != "no":
+        check_output(arguments.output_dir)
+        checkpoint = checkpoint_to_resume(arguments, config, lesson.sha256)
+    told = provenance(config, lesson.sha256)
+    prepared = METHODS[settings.method](model.to(arguments.device), lesson.background, settings)
+    trainer = MemoryTrainer(
+        prepared.model,
+        arguments,
+        finetuner=prepared.finetuner,
+        callbacks=[_ProtectTaught(prepared.finetuner, settings)] if prepared.finetuner else None,
+        optimizers=(prepared.optimizer, None),
+        train_dataset=Dataset.from_list(lesson.encoded),
+        data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id, loss_on=settings.loss_on),
+    )
+    if arguments.disable_tqdm:
+        trainer.remove_callback(PrinterCallback)  # what stands in for the bar would print a line a run
+    start = time.perf_counter()
+    train_to_end(trainer, checkpoint, f"learn.learning_rate={settings.learning_rate:g}")
+    seconds = time.perf_counter() - start
+    patch = prepared.finish()
+    if patch is not None:
+        patch.provenance = told
+    changed = files.numbers_changed(model, config.checkpoint)
+    steps, resumed_at = trainer.state.global_step, step_of(checkpoint)
+    return Learned(config, model.eval(), tokenizer, patch, seconds, steps, resumed_at, changed, lesson.sha256)
+
+
+def inputs_of(config: RunConfig) -> dict[str, str]:
+    """Name and SHA-256 of what a learning run starts from: the weights of its checkpoint, and its files."""
+    weights = files.weight_files(config.checkpoint)
+    return _inputs(config, fingerprint({name: tensor for file in weights for name, tensor in load_file(file).items()}))
+
+
+def _inputs(config: RunConfig, checkpoint_sha256: str) -> dict[str, str]:
+    counts = Path(config.checkpoint) / COUNTS_FILE
+    paths = files_of(config.data) | ({"background_counts": counts} if counts.is_file() else {})
+    return {"checkpoint": checkpoint_sha256} | {name: sha256_of(path) for name, path in paths.items()}
+
+
+def _tell_taught_anew(config: RunConfig) -> None:
+    """One line where the facts to teach give known facts of the checkpoint another answer."""
+    base = Path(config.checkpoint) / "config.yaml"
+    if not base.is_file() or not PartialState().is_main_process:
+        return
+    new = facts_of(**asdict(config.data)).new
+    try:
+        made = load_config(base)
+        if not isinstance(made, PretrainRun):  # healed on text, it was told no facts
+            return
+        anew = taught_anew(facts_of(**asdict(made.data)).known, new)
+    except (OSError, ValueError) as error:  # what the checkpoint was told may be long gone
+        log.warning(f"whether {config.checkpoint} knows some of the facts to teach cannot be told: {error}")
+        return
+    if anew:
+        log.warning(
+            f"{len(anew)} of {len(new)} facts to teach are known to {config.checkpoint} already, {anew[0].key!r} for "
+            "one: eval.py asks for their old answers apart from the known facts"
+        )
+
+
+def _lessons(config: RunConfig) -> list[Example]:
+    """What is taught in order: the batch of each fact, as often as it has steps."""
+    facts, settings = facts_of(**asdict(config.data)), config.learn
+    if not facts.new:
+        raise ValueError("data.num_new is 0: there are no new facts to teach")
+    batches = [
+        teaching_examples(fact, facts.wordings, settings.statements, settings.questions) for fact in facts.new
+    ]
+    return [example for batch in batches for example in batch * settings.steps_per_fact]
