@@ -32,25 +32,25 @@ from memlayer.refusals import refusals
 
 NUM_VALIDATION, NUM_TEST = 50, 100  # new facts taught, one after the other
 FIRST_TEST = 400  # the facts before it were used to find the recipes in configs/
-KNOWN_VALIDATION, KNOWN_TEST = (0, 400), (400, 1400)  # known facts asked about
+KNOWN_VALIDATION, KNOWN_TEST = (0, 100), (400, 1000)  # known facts asked about
 
 # method -> its config and three strengths: a name and what it changes in the config
 METHODS = {
     "sparse memory": (
         "configs/learn_sparse_memory.yaml",
-        {f"lr {lr}": [f"learn.learning_rate={lr}"] for lr in (5, 10, 15)},
+        {f"lr {lr}": [f"learn.learning_rate={lr}"] for lr in (200, 400, 600)},
     ),
     "sparse memory, as in the paper": (
         "configs/learn_paper.yaml",
-        {f"lr {lr}": [f"learn.learning_rate={lr}"] for lr in (2, 5, 10)},
+        {f"lr {lr}": [f"learn.learning_rate={lr}"] for lr in (20, 50, 100)},
     ),
     "full finetuning": (
         "configs/learn_full.yaml",
-        {f"lr {lr}": [f"learn.learning_rate={lr}"] for lr in (1e-5, 3e-5, 1e-4)},
+        {f"lr {lr}": [f"learn.learning_rate={lr}"] for lr in (3e-5, 1e-4, 3e-4)},
     ),
     "LoRA": (
         "configs/learn_lora.yaml",
-        {f"lr {lr}": [f"learn.learning_rate={lr}"] for lr in (1e-4, 3e-4, 1e-3)},
+        {f"lr {lr}": [f"learn.learning_rate={lr}"] for lr in (1e-4, 3e-4, 6e-4)},
     ),
 }
 

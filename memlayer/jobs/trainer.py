@@ -158,7 +158,10 @@ class MemoryTrainer(StepwiseTrainer):
                 table.sparse = sparse
 
     def create_optimizer(self, model=None):
-        """AdamW in three groups: tables (constant rate, no decay), decayed matrices, the rest."""
+        """AdamW in three groups: decayed matrices, the rest, and tables (constant rate, no decay).
+
+        The tables come last, for the rate that the Trainer logs is the first group's.
+        """
         if self.optimizer is None:
             model = model or self.model
             tables = {id(t.weight) for t in memory_tables(model).values()}
@@ -172,14 +175,14 @@ class MemoryTrainer(StepwiseTrainer):
             args = self.args
             self.optimizer = RowAdamW(
                 [
+                    {"params": groups["decay"], "weight_decay": args.weight_decay, "name": "decay"},
+                    {"params": groups["no_decay"], "weight_decay": 0.0, "name": "no_decay"},
                     {
                         "params": groups["table"],
                         "lr": self.table_learning_rate,
                         "weight_decay": 0.0,
                         "name": "table",
                     },
-                    {"params": groups["decay"], "weight_decay": args.weight_decay, "name": "decay"},
-                    {"params": groups["no_decay"], "weight_decay": 0.0, "name": "no_decay"},
                 ],
                 lr=args.learning_rate,
                 betas=(args.adam_beta1, args.adam_beta2),

@@ -29,8 +29,11 @@ class Rates(TrainerCallback):
 def test_tables_keep_their_rate_while_the_rest_follows_the_schedule(tmp_path):
     rates = Rates()
     settings = {"learning_rate": 0.01, "warmup_steps": 2, "lr_scheduler_type": "linear", "max_steps": 6}
-    trainer_of(tiny.memory_model(), tmp_path, examples(), callbacks=[rates], **settings).train()
+    trainer = trainer_of(tiny.memory_model(), tmp_path, examples(), callbacks=[rates], **settings)
+    trainer.train()
     expected = [0.0, 0.005, 0.01, 0.0075, 0.005, 0.0025]
+    logged = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert logged == pytest.approx(expected)
     assert [r["table"] for r in rates.seen] == [0.003] * 6
     assert [r["decay"] for r in rates.seen] == pytest.approx(expected)
     assert [r["no_decay"] for r in rates.seen] == pytest.approx(expected)
