@@ -30,7 +30,7 @@ from memlayer.jobs.workers import worker_processes
 from memlayer.patch import MemoryPatch
 from memlayer.refusals import refusals
 
-NUM_VALIDATION, NUM_TEST = 50, 100  # new facts taught, one after the other
+NUM_VALIDATION, NUM_TEST = 30, 100  # new facts taught, one after the other
 FIRST_TEST = 400  # the facts before it were used to find the recipes in configs/
 KNOWN_VALIDATION, KNOWN_TEST = (0, 100), (400, 1000)  # known facts asked about
 
@@ -38,7 +38,7 @@ KNOWN_VALIDATION, KNOWN_TEST = (0, 100), (400, 1000)  # known facts asked about
 METHODS = {
     "sparse memory": (
         "configs/learn_sparse_memory.yaml",
-        {f"lr {lr}": [f"learn.learning_rate={lr}"] for lr in (200, 400, 600)},
+        {f"lr {lr}": [f"learn.learning_rate={lr}"] for lr in (60, 120, 180)},
     ),
     "sparse memory, as in the paper": (
         "configs/learn_paper.yaml",
@@ -46,11 +46,11 @@ METHODS = {
     ),
     "full finetuning": (
         "configs/learn_full.yaml",
-        {f"lr {lr}": [f"learn.learning_rate={lr}"] for lr in (3e-5, 1e-4, 3e-4)},
+        {f"lr {lr}": [f"learn.learning_rate={lr}"] for lr in (1e-5, 3e-5, 1e-4)},
     ),
     "LoRA": (
         "configs/learn_lora.yaml",
-        {f"lr {lr}": [f"learn.learning_rate={lr}"] for lr in (1e-4, 3e-4, 6e-4)},
+        {f"lr {lr}": [f"learn.learning_rate={lr}"] for lr in (1e-4, 3e-4, 1e-3)},
     ),
 }
 

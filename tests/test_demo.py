@@ -21,7 +21,8 @@ def demo(tmp_path, monkeypatch):
     (tmp_path / "configs" / "pretrain.yaml").write_text(yaml.safe_dump(pretrain))
     for name, method in METHODS.items():
         path = tmp_path / "configs" / f"learn_{name}.yaml"
-        write_config(path, LEARN, output=f"runs/{name}", learn={"method": method})
+        # Enough rows that some of them are read with a weight that float32 can hold.
+        write_config(path, LEARN, output=f"runs/{name}", learn={"method": method, "num_rows": 64})
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(REPO))
     monkeypatch.delitem(sys.modules, "demo", raising=False)

@@ -75,8 +75,8 @@ class PretrainConfig:
             keeps those wordings out of pretraining, so that not even the sentences are known.
     """
 
-    steps: int = 1200
-    batch_size: int = 64
+    steps: int = 800
+    batch_size: int = 128
     learning_rate: float = 2e-3
     table_learning_rate: float = 3e-3
     weight_decay: float = 0.01
