@@ -98,7 +98,8 @@ def try_methods(base: RunConfig, folder: Path, seed: int) -> tuple[list[dict], l
     first_test = FIRST_TEST + seed * NUM_TEST  # other facts for every seed
     test = trials(base, folder / "test", seed, first_new=first_test, num_new=NUM_TEST, known=KNOWN_TEST)
     with tqdm(total=len(validation + test), desc=f"seed {seed}: teaching and asking", unit="trial") as bar:
-        compare.run_trials(validation + test, workers=2, progress=lambda trial: bar.update())
+        # The long ones first: both workers then end together.
+        compare.run_trials(test + validation, workers=2, progress=lambda trial: bar.update())
     before = {name: compare.read_answers(group[0].folder) for name, group in (("v", validation), ("t", test))}
     chosen = compare.choose([compare.row(trial, before["v"]) for trial in validation])
     rows = [compare.row(t, before["t"], chosen=chosen[t.method] == t.strength) for t in test]
