@@ -278,7 +278,7 @@ def test_a_run_that_is_stopped_says_in_one_line_where_it_goes_on(tmp_path, sent,
 FULL_DISK = """
 import resource, sys, train
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))  # no file may be larger
-sys.argv = ["train.py", *sys.argv[2:]]
+sys.argv[0] = "train.py"
 train.main()
 """
 

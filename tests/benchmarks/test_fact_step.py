@@ -67,7 +67,7 @@ def test_memory_counts_what_the_finetuner_keeps(result):
 @pytest.mark.parametrize(
     ("setting", "value", "words"),
     [
-        ("num-slots", 1000, "must be a square"),
+        pytest.param("num-slots", 1000, "must be a square", marks=pytest.mark.slow),
         pytest.param("reads", 6, "4 heads", marks=pytest.mark.slow),
         pytest.param("rows", 0, "at least 1", marks=pytest.mark.slow),
     ],
