@@ -138,6 +138,11 @@ def _teach(lesson: _Lesson) -> Learned:
     patch = prepared.finish()
     if patch is not None:
         patch.provenance = told
+        if not patch.num_rows:
+            log.warning(
+                f"nothing was learned: no row has changed, with learn.num_rows={settings.num_rows} and "
+                f"learn.learning_rate={settings.learning_rate:g}; the model may read the chosen rows with a weight of 0"
+            )
     changed = files.numbers_changed(model, config.checkpoint)
     steps, resumed_at = trainer.state.global_step, step_of(checkpoint)
     return Learned(config, model.eval(), tokenizer, patch, seconds, steps, resumed_at, changed, lesson.sha256)

@@ -1,5 +1,6 @@
 """Facts are taught in their order by every method, each run by its seed, and no other parameter than told moves."""
 
+import logging
 import shutil
 from dataclasses import asdict
 
@@ -34,6 +35,13 @@ def test_facts_are_taught_in_the_order_of_the_file_each_in_so_many_steps_of_one_
         expected += [collate(encode(learned.tokenizer, examples), learned.tokenizer.pad_token_id)["input_ids"]] * 2
     assert learned.steps == len(batches) == len(expected) == 6
     assert all(torch.equal(*pair) for pair in zip(batches, expected, strict=True))
+
+
+def test_a_run_that_changes_no_row_says_so(tmp_path, checkpoint, caplog):
+    with caplog.at_level(logging.WARNING):
+        learned = learned_by(checkpoint, tmp_path / "run", {"num_new": 1}, learning_rate=0.0)
+    assert learned.patch.num_rows == 0
+    assert "nothing was learned: no row has changed, with learn.num_rows=4 and learn.learning_rate=0;" in caplog.text
 
 
 def test_later_facts_avoid_the_rows_of_protected_ones(tmp_path, checkpoint):
