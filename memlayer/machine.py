@@ -96,8 +96,9 @@ def describe(arguments: TrainingArguments) -> str:
     cores, threads = usable_cores(), torch.get_num_threads()
     slow = "" if arguments.bf16 or has_fast_bfloat16() else ", since this processor has no fast bfloat16"
     waits = "short" if os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive" else "spinning"
+    turns = f" of {turns} turns" if (turns := os.environ.get("GOMP_SPINCOUNT")) else ""
     processor = torch.backends.cpu.get_cpu_capability()
     return (
         f"running on {cores} CPU core{'s' * (cores > 1)} ({processor}) in {precision}{slow}; "
-        f"{threads} thread{'s' * (threads > 1)}, {waits} waits"
+        f"{threads} thread{'s' * (threads > 1)}, {waits} waits{turns}"
     )

@@ -125,8 +125,10 @@ def test_one_line_says_what_a_run_uses(monkeypatch, tmp_path):
     as_processor(monkeypatch, "x86_64", "AVX2")
     monkeypatch.setattr(machine, "usable_cores", lambda: 2)
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    monkeypatch.setenv("GOMP_SPINCOUNT", "3000")
     assert machine.describe(TrainingArguments(str(tmp_path), use_cpu=True)) == (
-        "running on 2 CPU cores (AVX2) in float32, since this processor has no fast bfloat16; 1 thread, short waits"
+        "running on 2 CPU cores (AVX2) in float32, since this processor has no fast bfloat16; "
+        "1 thread, short waits of 3000 turns"
     )
     assert "in bfloat16 autocast; " in machine.describe(TrainingArguments(str(tmp_path), use_cpu=True, bf16=True))
 

@@ -236,7 +236,7 @@ class MemoryTrainer(StepwiseTrainer):
             return super().compute_loss(model, inputs, **kwargs)
 
     def _leave_out_prompts(self, inputs: dict) -> None:
-        """Of what no label asks for in a whole batch, the first positions are spared their logits."""
+        """Have no logits computed for the positions before the first that a label of the batch asks for."""
         if not self._can_keep_logits or inputs.get("labels") is None:
             return
         asked = (inputs["labels"] != IGNORED).any(0).nonzero()
