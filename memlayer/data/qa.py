@@ -202,20 +202,17 @@ def collate(
         padding and, with ``loss_on="answer"``, at the prompt; ``answer_mask``, one at the positions that
         predict an answer token.
     """
-    longest = max(example["length"] for example in batch)
-    input_ids = torch.full((len(batch), longest), pad_token_id)
-    attention_mask, answer_mask = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
-    labels = torch.full_like(input_ids, IGNORED)
-    for row, example in enumerate(batch):
-        length, answer_start = example["length"], example["answer_start"]
-        input_ids[row, :length] = torch.tensor(example["input_ids"])
-        attention_mask[row, :length] = 1
-        answer_mask[row, answer_start - 1 : length - 1] = 1
-        first = answer_start if loss_on == "answer" else 0
-        labels[row, first:length] = input_ids[row, first:length]
+    length_B, answer_start_B = (torch.tensor([example[key] for example in batch]) for key in ("length", "answer_start"))
+    position_L = torch.arange(int(length_B.max()))
+    there_BL = position_L < length_B[:, None]
+    input_ids_BL = torch.full(there_BL.shape, pad_token_id)
+    input_ids_BL[there_BL] = torch.tensor([token for example in batch for token in example["input_ids"]])
+    answer_BL = there_BL & (position_L >= answer_start_B[:, None])
+    predicts_BL = (position_L >= answer_start_B[:, None] - 1) & (position_L < length_B[:, None] - 1)
+    learned_BL = answer_BL if loss_on == "answer" else there_BL
     return {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "labels": labels,
-        "answer_mask": answer_mask,
+        "input_ids": input_ids_BL,
+        "attention_mask": there_BL.long(),
+        "labels": input_ids_BL.where(learned_BL, IGNORED),
+        "answer_mask": predicts_BL.long(),
     }

@@ -1,7 +1,7 @@
 """Put memory layers into a Hugging Face decoder, take them out, and listen to what they read."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 
 import torch
@@ -120,6 +120,10 @@ def memory_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {f"{name}.{inner}": p for name, m in modules.items() for inner, p in m.named_parameters()}
 
 
+class _AllHeard(Exception):
+    """The last memory layer of a forward pass was heard: what comes after it reads nothing."""
+
+
 class Reads:
     """What the memory layers read in the forward passes since the last question, or before it if none followed."""
 
@@ -127,12 +131,25 @@ class Reads:
         self._table_of_layer = table_of_layer
         self._slots: dict[str, list[Tensor]] = {}
         self._asked = False
+        self._last: int | None = None  # how many reads a forward pass has that may end with the last of them
 
     def store(self, layer: str, slots_THK: Tensor) -> None:
         """Keep one layer's slots of one forward pass, shape (tokens of the batch, H, K)."""
         if self._asked:
             self._slots, self._asked = {}, False
         self._slots.setdefault(layer, []).append(slots_THK.flatten(1))
+        if self._last is not None and sum(map(len, self._slots.values())) == self._last:
+            raise _AllHeard
+
+    def run(self, model: nn.Module, **inputs) -> None:
+        """A forward pass of ``model`` for its reads alone, for many batches: all but the first end with the last read.
+
+        The first runs to its end, to count the reads: a decoder may go through a layer several times.
+        """
+        with suppress(_AllHeard):
+            model(**inputs)
+        if self._last is None:
+            self._last = sum(map(len, self._slots.values()))
 
     @property
     def passes(self) -> int:

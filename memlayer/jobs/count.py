@@ -34,7 +34,7 @@ def count(
             some = documents[first : first + per_batch]
             batch = make_batch([sequence for document in some for sequence in document])
             mask = batch["attention_mask"].to(model.device)
-            model.base_model(input_ids=batch["input_ids"].to(model.device), attention_mask=mask)
+            reads.run(model.base_model, input_ids=batch["input_ids"].to(model.device), attention_mask=mask)
             document_of_sequence = torch.repeat_interleave(torch.tensor([len(d) for d in some]))
             document_of_position = document_of_sequence[mask.cpu().nonzero()[:, 0]]
             for name, slots in reads.slots(mask).items():

@@ -251,6 +251,19 @@ def test_reads_are_the_slots_of_the_product_keys():
     assert torch.equal(found, slots_THK.flatten(1))
 
 
+def test_passes_for_their_reads_end_with_the_last_read_and_read_the_same():
+    model, batches = tiny.memory_model(layers=[0, 1]), [tiny.batch(seed=seed) for seed in (1, 2, 3)]
+    expected = [slots_of(model, batch)[tiny.TABLE] for batch in batches]
+    ran = []
+    handle = model.model.layers[2].register_forward_pre_hook(lambda *_: ran.append(True))
+    with torch.no_grad(), record_reads(model) as reads:
+        for batch, slots in zip(batches, expected, strict=True):
+            reads.run(model.base_model, input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+            assert torch.equal(reads.slots(batch["attention_mask"])[tiny.TABLE], slots)
+    handle.remove()
+    assert len(ran) == 1  # the first counts the reads
+
+
 def test_nothing_stays_hooked_after_recording():
     model = tiny.memory_model()
     before = num_hooks(model)
