@@ -107,6 +107,7 @@ def _main(script: str, arguments: list[str], folder: Path, cwd: Path) -> None:
         sys.argv = arguments
         runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
     else:
+        sys.path.insert(0, str((REPO / script).parent))
         runpy.run_path(str(REPO / script), run_name="__main__")
 
 

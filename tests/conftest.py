@@ -14,6 +14,7 @@ def pytest_configure(config):
     """Close the network before any test module, or any library it imports, is loaded."""
     os.environ.update(OFFLINE_SWITCHES)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or each of a hundred processes compiles our modules again
     if not _has_gpu():
         os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, which transformers does
     python_path = os.environ.get("PYTHONPATH", "").split(os.pathsep)

@@ -1,10 +1,8 @@
 """The examples run as the README says, on a checkpoint that two steps of pretraining wrote."""
 
 import re
-import subprocess
-import sys
-from pathlib import Path
 
+import commands
 import pytest
 import torch
 from tiny import TABLE
@@ -16,7 +14,6 @@ from memlayer.jobs.pretrain import pretrain
 from memlayer.layers.config import MemoryConfig
 from memlayer.patch import MemoryPatch
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 NUM_SLOTS = 32**2
 
 
@@ -35,8 +32,7 @@ def checkpoint(tmp_path_factory):
 
 
 def run_example(name, *arguments):
-    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return commands.run(f"examples/{name}", *arguments)
 
 
 def test_own_loop_learns_saves_a_patch_and_takes_it_back(checkpoint, tmp_path):

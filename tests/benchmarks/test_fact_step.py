@@ -5,20 +5,17 @@ It raises by itself when the dense steps write other rows than ours.
 
 import json
 import platform
-import subprocess
-import sys
-from pathlib import Path
 
+import commands
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "fact_step.py"
+SCRIPT = "benchmarks/fact_step.py"
 TINY = {"num-slots": 1024, "width": 16, "tokens": 32, "reads": 8, "rows": 10, "repeats": 2}
 WAYS, PARTS = ("dense", "own_dense", "sparse"), ("forward", "selection", "backward", "update")
 
 
 def run(**settings):
-    arguments = [f"--{name}={value}" for name, value in settings.items()]
-    return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=120)
+    return commands.run(SCRIPT, *(f"--{name}={value}" for name, value in settings.items()))
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,15 @@
 """The benchmark compares before it times, reports what does not fit, and its last line says what it measured."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
+import commands
 import kernel_times
 import pytest
 import torch
 from kernel_costs import EVERY_OP, Shape
 from kernel_ops import draw
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kernel_times.py"
+SCRIPT = "benchmarks/kernel_times.py"
 TINY = {"tokens": 24, "half-keys": 8, "width": 20, "key-width": 6, "top-k": 4, "rows": 5, "repeats": 2}
 FLAGS = ["--device=cpu", *(f"--{name}={value}" for name, value in TINY.items())]
 
@@ -19,8 +17,7 @@ FLAGS = ["--device=cpu", *(f"--{name}={value}" for name, value in TINY.items())]
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
-    command = [sys.executable, str(SCRIPT), *FLAGS, "--shapes", "C", "D", "--output", str(folder)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    result = commands.run(SCRIPT, *FLAGS, "--shapes", "C", "D", "--output", folder, timeout=200)
     assert result.returncode == 0, result.stderr[-2000:]
     return result, folder
 

@@ -1,7 +1,6 @@
 """python -m memlayer.patch as a user runs it: what it shows and writes, and what it refuses in one sentence."""
 
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -44,8 +43,7 @@ def tree(folder):
 
 
 def test_help_names_the_commands_and_what_they_take():
-    command = [sys.executable, "-m", "memlayer.patch", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    done = run("-m", "memlayer.patch", "--help")
     assert (done.returncode, done.stderr) == (0, "")
     for name in ("show", "apply", "revert", "merge", "squash"):
         assert f"python -m memlayer.patch {name} " in done.stdout
