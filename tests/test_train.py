@@ -25,12 +25,12 @@ from memlayer.methods import METHODS
 from memlayer.slots.counts import COUNTS_FILE, load_counts, save_counts
 
 __all__ = ["checkpoint"]  # a fixture
-COUNTED = {"memory.0": 64}
+COUNTED = {"model.memory.0": 64}
 
 
 def outcome(folder):
     """Everything that a finished pretraining leaves to later runs: weights, tokenizer and counts."""
-    counts = load_counts(folder / COUNTS_FILE, COUNTED)["memory.0"]
+    counts = load_counts(folder / COUNTS_FILE, COUNTED)["model.memory.0"]
     tokenizer = (folder / "tokenizer.model").read_bytes()
     reads = counts.reads_N.tolist(), counts.document_frequency_N.tolist(), counts.num_documents
     return state_fingerprint(files.load(folder)[0]), tokenizer, *reads
@@ -97,7 +97,7 @@ def test_pretraining_writes_model_tokenizer_counts_and_config(tmp_path):
     assert config == load_config(path, ["seed=3"])
     model, tokenizer = files.load(tmp_path / "out")
     assert len(tokenizer) == model.config.vocab_size == config.model.vocab_size
-    counts = load_counts(tmp_path / "out" / COUNTS_FILE, COUNTED)["memory.0"]
+    counts = load_counts(tmp_path / "out" / COUNTS_FILE, COUNTED)["model.memory.0"]
     assert counts.num_documents > 1
     assert counts.reads_N.sum() > 0
 
@@ -197,7 +197,7 @@ def test_a_learning_run_does_not_go_on_over_another_model_or_other_facts(tmp_pat
     assert run("train.py", path).returncode == 0
     finished = result_files(out)
     counts = load_counts(base / COUNTS_FILE, COUNTED)
-    counts["memory.0"].reads_N[0] += 1
+    counts["model.memory.0"].reads_N[0] += 1
     save_counts(counts, base / COUNTS_FILE)
     assert "holds a finished result of another run (SHA-256 of background_counts was" in refusal("train.py", path)
     assert result_files(out) == finished
@@ -490,7 +490,7 @@ def test_two_processes_write_once_and_learn_what_one_learns(tmp_path, checkpoint
         done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("wrote ") == 1
-    assert load_counts(tmp_path / "base" / COUNTS_FILE, COUNTED)["memory.0"].num_documents > 1
+    assert load_counts(tmp_path / "base" / COUNTS_FILE, COUNTED)["model.memory.0"].num_documents > 1
     assert run("train.py", learn, f"output={tmp_path / 'one'}").returncode == 0
     one, two = (load_learned(checkpoint, tmp_path / name)[0].state_dict() for name in ("one", "two"))
     took = json.loads((tmp_path / "two" / "learned.json").read_text())

@@ -15,7 +15,7 @@ from memlayer.layers.config import MemoryConfig
 from memlayer.slots.counts import SlotCounts
 
 VOCAB, WIDTH, PAD = 50, 16, 3
-TABLE = "memory.0"
+TABLE = "model.memory.0"
 TOWNS = {"Lyon": "France", "Łódź": "Poland", "Zürich": "Switzerland", "Oslo": "Norway", "Porto": "Portugal"}
 SENTENCES = tuple(
     f"{town} is a town; where is {town}? In {land}, at number {n}."

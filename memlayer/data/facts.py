@@ -6,8 +6,9 @@ bad line found after an hour of training costs the hour. Turning facts into toke
 """
 
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -209,21 +210,30 @@ def facts_of(
         FactsError: a bad line, or a new fact about a known subject.
         ValueError: more facts asked for than there are.
     """
-    told = load_wordings(wordings or BUILTIN_WORDINGS)
-    loaded = load_facts(facts or BUILTIN_FACTS, told)
-    known = [f for f in loaded if f.split == "known"]
-    new = [f for f in loaded if f.split == "new"]
-    check_disjoint(known, new)
+    paths = facts or BUILTIN_FACTS, wordings or BUILTIN_WORDINGS
+    known, new, told = _splits(*paths, *map(read_bytes, paths))
     if num_new is None and facts is None:
         num_new = min(BUILTIN_NEW, len(new) - first_new)
-    return Facts(_slice(known, 0, num_known, "known"), _slice(new, first_new, num_new, "new"), told)
+    return Facts(_slice(known, 0, num_known, "known"), _slice(new, first_new, num_new, "new"), dict(told))
 
 
-def _slice(facts: list[Fact], first: int, number: int | None, kind: str) -> list[Fact]:
+@lru_cache(maxsize=4)  # a run asks several times, and a comparison in each of its trials
+def _splits(
+    facts: str | Path, wordings: str | Path, _facts: bytes, _wordings: bytes
+) -> tuple[tuple[Fact, ...], tuple[Fact, ...], Mapping[str, Wordings]]:
+    """Known facts, new facts and wordings of two files; anew when the bytes in them have changed."""
+    told = load_wordings(wordings)
+    loaded = load_facts(facts, told)
+    known, new = (tuple(fact for fact in loaded if fact.split == split) for split in SPLITS)
+    check_disjoint(known, new)
+    return known, new, told
+
+
+def _slice(facts: Sequence[Fact], first: int, number: int | None, kind: str) -> list[Fact]:
     last = len(facts) if number is None else first + number
     if not 0 <= first <= last <= len(facts):
         raise ValueError(f"{kind} facts {first} to {last} asked for, the file has {len(facts)}")
-    return facts[first:last]
+    return list(facts[first:last])
 
 
 def _parse_fact(line: bytes, wordings: Mapping[str, Wordings]) -> Fact:

@@ -65,8 +65,13 @@ def check_keys(record: dict[str, object], required: tuple[str, ...], optional: t
         raise FactsError(f"unknown key {unknown[0]!r}; the keys are {', '.join(required + optional)}")
 
 
-def checked_text(name: str, value: object) -> str:
-    """Return `value` if a wording can hold it: text that a tokenizer reads back, without a placeholder."""
+def cleaned(value: object) -> str:
+    """A value that others wrote as text for people: one line, without what nobody sees."""
+    return " ".join(CONTROL.sub(" ", INVISIBLE.sub("", str(value))).split())
+
+
+def text_for_people(name: str, value: object) -> str:
+    """Return `value` if it is text that a person sees all of and a tokenizer reads back."""
     if not isinstance(value, str) or not value.strip():
         raise FactsError(f"{name} {value!r:.60} is not a non-empty string")
     if value != value.strip():
@@ -75,6 +80,12 @@ def checked_text(name: str, value: object) -> str:
         raise FactsError(f"{name} {value!r:.60} holds a control character or half a surrogate pair")
     if found := INVISIBLE.search(value):
         raise FactsError(f"{name} {value!r:.60} holds U+{ord(found[0]):04X}, which nobody sees: delete it")
+    return value
+
+
+def checked_text(name: str, value: object) -> str:
+    """The same, if a wording can hold it: without a placeholder."""
+    value = text_for_people(name, value)
     if "[X]" in value or "[Y]" in value:
         raise FactsError(f"{name} {value!r:.60} holds a placeholder of the wordings, [X] or [Y]")
     return value

@@ -25,11 +25,24 @@ IGNORED = -100  # the label that transformers leaves out of the loss
 
 @dataclass(frozen=True)
 class Example:
-    """One sequence to train on: a prompt and the answer that completes it, with what joins the two in the wording."""
+    """One sequence to train on: a prompt and the answer that completes it, or a text without a prompt.
+
+    Attributes:
+        joint: what joins prompt and answer in the wording.
+        is_question: whether the prompt is a question, which ``prompts.py`` may frame, rather than a statement's begin.
+        end: what ends the answer; nothing is the tokenizer's end token.
+    """
 
     prompt: str
     answer: str
     joint: str = " "
+    is_question: bool = False
+    end: str = ""
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is a text, of which every token is learned and which may go on, rather than an answer."""
+        return not self.prompt
 
     @property
     def text(self) -> str:
@@ -44,7 +57,7 @@ class Question:
         fact: ``Fact.key``.
         group: "known", "new", or "replaced": a known fact that was taught anew, with the answers it had before.
         wording: "seen" (trained on) or "unseen".
-        joint: what stands between the prompt and an answer.
+        joint, is_question, end: as of an ``Example``.
     """
 
     prompt: str
@@ -53,6 +66,13 @@ class Question:
     group: Literal["known", "new", "replaced"]
     wording: Literal["seen", "unseen"]
     joint: str = " "
+    is_question: bool = False
+    end: str = ""
+
+    @property
+    def examples(self) -> list[Example]:
+        """The question with each of its answers."""
+        return [Example(self.prompt, answer, self.joint, self.is_question, self.end) for answer in self.answers]
 
 
 def joint(template: str) -> str:
@@ -68,7 +88,7 @@ def joint(template: str) -> str:
 
 
 def _example(fact: Fact, template: str) -> Example:
-    return Example(fill(template, fact.subject), fact.answers[0], joint(template))
+    return Example(fill(template, fact.subject), fact.answers[0], joint(template), not template.endswith("[Y]"))
 
 
 def fill(template: str, subject: str) -> str:
@@ -150,32 +170,61 @@ def new_questions(facts: Sequence[Fact], wordings: dict[str, Wordings]) -> list[
 
 
 def _question(fact: Fact, template: str, group: str, wording: str) -> Question:
-    return Question(fill(template, fact.subject), fact.answers, fact.key, group, wording, joint(template))
+    prompt, is_question = fill(template, fact.subject), not template.endswith("[Y]")
+    return Question(prompt, fact.answers, fact.key, group, wording, joint(template), is_question)
 
 
-def encode_prompt(tokenizer, prompt: str) -> list[int]:
-    """Token ids of a prompt, begin token first where the tokenizer has one."""
-    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return begin + tokenizer.encode(prompt, add_special_tokens=False)
+def pad_token(tokenizer) -> int:
+    """The token that fills a batch; the end token where there is none for it, since masks say what counts."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
-def encode_answer(tokenizer, prompt: str, answer: str, joint: str = " ") -> list[int]:
-    """Token ids that an answer has behind its prompt, end token last: those of the whole sentence, less the prompt's.
+def begin_tokens(tokenizer) -> list[int]:
+    """The begin token, if the tokenizer puts one before a text.
+
+    Some have one and use it elsewhere: SmolLM2's begins a turn of a chat.
+    """
+    begin = tokenizer.bos_token_id
+    return [] if begin is None or tokenizer("")["input_ids"][:1] != [begin] else [begin]
+
+
+def encode_prompts(tokenizer, prompts: Sequence[str]) -> list[list[int]]:
+    """Token ids of prompts, begin token first where the tokenizer puts one before a text and none is there yet."""
+    begin = begin_tokens(tokenizer)
+    there = tokenizer.bos_token if begin else None  # a chat template has written it
+    return [
+        ids if there and prompt.startswith(there) else begin + ids
+        for prompt, ids in zip(prompts, _ids(tokenizer, prompts))
+    ]
+
+
+def encode_answers(tokenizer, examples: Sequence[Example]) -> list[list[int]]:
+    """Token ids that each answer has behind its prompt, its end last: those of the whole, less the prompt's.
 
     Byte-level tokenizers keep the space between two words in the second, sentencepiece puts one before any text;
-    in the whole sentence each does what it does everywhere.
+    in the whole sentence each does what it does everywhere. Of a text nothing marks the end.
 
     Raises:
         ValueError: the tokenizer makes one token of the prompt's end and the answer's beginning, so the prompt
             cannot be asked alone.
     """
-    alone, whole = (tokenizer.encode(text, add_special_tokens=False) for text in (prompt, prompt + joint + answer))
-    if whole[: len(alone)] != alone:
-        raise ValueError(
-            f"the tokenizer joins answer {answer!r} to the end of {prompt!r}, so that one cannot be asked without the "
-            "other: put a space before [Y] in the wording"
-        )
-    return whole[len(alone) :] + [tokenizer.eos_token_id]
+    prompts = _ids(tokenizer, [example.prompt for example in examples])
+    wholes = _ids(tokenizer, [example.text + example.end for example in examples])
+    answers = []
+    for example, alone, whole in zip(examples, prompts, wholes):
+        if whole[: len(alone)] != alone:
+            raise ValueError(
+                f"the tokenizer joins answer {example.answer!r} to the end of {example.prompt!r}, so that one cannot "
+                "be asked without the other: put a space before [Y] in the wording"
+            )
+        marked = example.end or example.is_text
+        answers.append(whole[len(alone) :] + ([] if marked else [tokenizer.eos_token_id]))
+    return answers
+
+
+def _ids(tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of many texts at once, in a tenth of the time."""
+    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
 
 def encode(tokenizer, examples: Sequence[Example]) -> list[dict]:
@@ -184,12 +233,11 @@ def encode(tokenizer, examples: Sequence[Example]) -> list[dict]:
     Returns:
         per example ``input_ids``, ``answer_start`` (where the answer begins in them) and ``length``.
     """
-    encoded = []
-    for example in examples:
-        prompt = encode_prompt(tokenizer, example.prompt)
-        ids = prompt + encode_answer(tokenizer, example.prompt, example.answer, example.joint)
-        encoded.append({"input_ids": ids, "answer_start": len(prompt), "length": len(ids)})
-    return encoded
+    prompts = encode_prompts(tokenizer, [example.prompt for example in examples])
+    return [
+        {"input_ids": prompt + answer, "answer_start": max(1, len(prompt)), "length": len(prompt + answer)}
+        for prompt, answer in zip(prompts, encode_answers(tokenizer, examples))
+    ]
 
 
 def collate(

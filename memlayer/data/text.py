@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from memlayer.data.facts import BUILTIN_FACTS, BUILTIN_WORDINGS, load_facts, load_wordings
-from memlayer.data.qa import pretraining_examples
+from memlayer.data.qa import begin_tokens, pretraining_examples
 
 # File ending -> the reader of the datasets library; a compressed file has one ending more.
 READERS = {
@@ -122,8 +122,8 @@ def windows(
 ) -> tuple[Tensor, Tensor]:
     """Cut documents into windows, the first of them for validation.
 
-    Each document is followed by the tokenizer's end token and, where the tokenizer has a begin token of its own,
-    preceded by that. Training starts with a new document, and a later copy of a validation document is left out
+    Each document is followed by the tokenizer's end token and, where the tokenizer puts a begin token of its own before
+    a text, preceded by that. Training starts with a new document, and a later copy of a validation document is left out
     of it, so no document is in both. The same documents give the same windows.
 
     Args:
@@ -154,8 +154,7 @@ def windows(
 
 def _encode(tokenizer, documents: Iterable[str]) -> Iterator[tuple[str, list[int]]]:
     """Each document with its token ids, encoded many at a time, which tokenizers do in parallel."""
-    own_begin = tokenizer.bos_token_id not in (None, tokenizer.eos_token_id)
-    begin = [tokenizer.bos_token_id] if own_begin else []
+    begin = [token for token in begin_tokens(tokenizer) if token != tokenizer.eos_token_id]
     documents = iter(documents)
     while some := list(islice(documents, ENCODED_TOGETHER)):
         for document, ids in zip(some, tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]):

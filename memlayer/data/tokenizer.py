@@ -98,7 +98,7 @@ def _is_ours(path: Path) -> bool:
 
 def _load_ours(path: Path) -> PreTrainedTokenizerBase:
     tokenizer = LlamaTokenizer.from_pretrained(
-        str(path.parent), add_bos_token=False, add_eos_token=False, pad_token="<pad>", legacy=False
+        str(path.parent), add_bos_token=True, add_eos_token=False, pad_token="<pad>", legacy=False
     )
     reference = sentencepiece.SentencePieceProcessor(model_file=str(path))
     for sample in SAMPLES:

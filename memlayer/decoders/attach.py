@@ -23,10 +23,10 @@ from memlayer.layers.memory import MemoryLayer, MemoryTable
 def add_memory(model: PreTrainedModel, config: MemoryConfig) -> PreTrainedModel:
     """Attach memory layers to ``model`` in place and return it.
 
-    The tables are registered once, as ``model.memory``, and memory has a dtype of its own (``config.dtype``). The model
-    becomes one of the class with memory of its family (``classes.py``) with a config that has a memory section, so that
-    what ``save_pretrained`` writes says how to rebuild itself. With mode "add" no logit changes until something is
-    learned.
+    The tables are registered once, as ``memory`` of the base model (``model.model.memory``), and memory has a dtype of
+    its own (``config.dtype``). The model becomes one of the class with memory of its family (``classes.py``) with a
+    config that has a memory section, so that what ``save_pretrained`` writes says how to rebuild itself.
+    With mode "add" no logit changes until something is learned, see ``MemoryConfig.start``.
 
     Args:
         model: a causal language model that AutoModelForCausalLM can make; where its layers are is found by looking.
@@ -39,7 +39,11 @@ def add_memory(model: PreTrainedModel, config: MemoryConfig) -> PreTrainedModel:
     if isinstance(model, MemoryDecoder):
         raise ValueError(f"memory is attached already, at layers {model.config.memory['layers']}")
     decoder_layers(model)  # first, since it says best what is wrong
-    _, class_with_memory = classes_with_memory(type(model.config))
+    if getattr(model, "get_output_embeddings", lambda: None)() is None:
+        raise ValueError(
+            f"{type(model).__name__} has no language modelling head: attach memory to a causal language model"
+        )
+    class_with_memory = classes_with_memory(type(model.config)).causal_lm
     if type(model) is not class_with_memory.decoder_class:
         raise ValueError(
             f"AutoModelForCausalLM makes {class_with_memory.decoder_class.__name__} of {type(model.config).__name__}, "
@@ -94,7 +98,7 @@ def memory_layers(model: nn.Module) -> dict[str, MemoryLayer]:
 
 
 def memory_tables(model: nn.Module) -> dict[str, MemoryTable]:
-    """The tables of a model, wrapped or not, by ``plain_name``, e.g. ``memory.0``.
+    """The tables of a model, wrapped or not, by ``plain_name``, e.g. ``model.memory.0``.
 
     Raises:
         ValueError: the model has none.

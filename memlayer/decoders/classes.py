@@ -3,12 +3,12 @@
 ``LlamaForCausalLM`` gives ``MemoryLlamaForCausalLM``: the same class with memory layers put in by its constructor,
 and a config that says ``model_type: memlayer``, so that no program can load such a folder and leave the memory
 out. One entry in transformers' Auto classes, made by ``import memlayer``, serves every family: the config.json names
-the family as ``base_model_type``.
+the family as ``base_model_type``. ``AutoModel`` gives the same decoder without its head, and with its memory.
 """
 
 import copy
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -16,14 +16,16 @@ from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
 )
 
 from memlayer.decoders.export import MAIN, auto_map, write_code
-from memlayer.decoders.structure import insert_memory
+from memlayer.decoders.structure import insert_memory, tables_owner
 from memlayer.layers.config import MemoryConfig
 from memlayer.layers.memory import MemoryLayer, MemoryTable
 
@@ -48,8 +50,7 @@ class MemoryDecoderConfig(PreTrainedConfig):
         base = config_dict.get("base_model_type")
         if base not in CONFIG_MAPPING:
             raise ValueError(f"base_model_type is {base!r}, which this version of transformers does not know")
-        config_class, _ = classes_with_memory(CONFIG_MAPPING[base])
-        return config_class.from_dict(config_dict, **kwargs)
+        return classes_with_memory(CONFIG_MAPPING[base]).config.from_dict(config_dict, **kwargs)
 
 
 class MemoryDecoder:
@@ -64,7 +65,7 @@ class MemoryDecoder:
         self.attached_dtype = None
         self.add_model_tags(TAG)
         # Made as add_memory makes it, which is not how the family initialises its own layers.
-        for memory in (self.memory, *(m for m in self.modules() if isinstance(m, MemoryLayer))):
+        for memory in (tables_owner(self).memory, *(m for m in self.modules() if isinstance(m, MemoryLayer))):
             for module in memory.modules():
                 module._is_hf_initialized = True
         self.post_init()
@@ -98,7 +99,7 @@ class MemoryDecoder:
             )
         self.config.memory = {**self.config.memory, "dtype": memory_dtype(self)}
         if export_code:
-            self.config.auto_map = auto_map(type(self))
+            self.config.auto_map = auto_map(*classes_with_memory(self.config.decoder_config_class))
         with_code = bool(getattr(self.config, "auto_map", None))
         if with_code and kwargs.get("push_to_hub"):
             raise ValueError("exported code is uploaded by push_to_hub, called after save_pretrained, not by it")
@@ -132,6 +133,9 @@ class MemoryDecoder:
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
         )
+        if not cls.has_head:  # that of the causal language model is left in the folder
+            inside = f"{cls.base_model_prefix}."
+            info["unexpected_keys"] = {name for name in info["unexpected_keys"] if name.startswith(inside)}
         misfits = _misfits(info)
         if misfits:
             raise ValueError(f"the weights in {pretrained_model_name_or_path} do not fit its config: {misfits}")
@@ -193,16 +197,26 @@ def _some(names, number: int = 3) -> str:
     return ", ".join(names[:number]) + (", ..." if len(names) > number else "")
 
 
+class Classes(NamedTuple):
+    """The classes with memory of a family; ``base`` is None where AutoModel has no class for its config."""
+
+    config: type[PreTrainedConfig]
+    causal_lm: type[PreTrainedModel]
+    base: type[PreTrainedModel] | None
+
+
 @cache
-def classes_with_memory(base_config: type[PreTrainedConfig]) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
-    """The config and model class with memory of a family, registered with the Auto classes.
+def classes_with_memory(base_config: type[PreTrainedConfig]) -> Classes:
+    """The config and model classes with memory of a family, registered with the Auto classes.
 
     Raises:
         ValueError: transformers has no causal language model for this config.
     """
-    base_model = MODEL_FOR_CAUSAL_LM_MAPPING.get(base_config, None)
-    if base_model is None:
+    causal_lm, base_model = (m.get(base_config, None) for m in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING))
+    if causal_lm is None:
         raise ValueError(f"AutoModelForCausalLM has no model for {base_config.__name__}")
+    if isinstance(base_model, tuple):  # several, of which AutoModel takes the first
+        base_model = base_model[0]
 
     class Config(base_config):
         model_type = MODEL_TYPE
@@ -215,22 +229,31 @@ def classes_with_memory(base_config: type[PreTrainedConfig]) -> tuple[type[PreTr
             if self.memory is not None:
                 MemoryConfig.from_dict(self.memory)
 
-    class Model(MemoryDecoder, base_model):
-        config_class = Config
-        decoder_class = base_model
-
-    for made, base in ((Config, base_config), (Model, base_model)):
+    def named(made: type, base: type) -> type:
         made.__name__ = made.__qualname__ = f"Memory{base.__name__}"
         made.__doc__ = f"{base.__name__} with memory layers; see memlayer.add_memory."
-    AutoModelForCausalLM.register(Config, Model, exist_ok=True)
-    return Config, Model
+        return made
+
+    def with_memory(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+        class Model(MemoryDecoder, base):
+            config_class = Config
+            decoder_class = base
+            has_head = base is causal_lm
+
+        return named(Model, base)
+
+    classes = Classes(named(Config, base_config), with_memory(causal_lm), base_model and with_memory(base_model))
+    AutoModelForCausalLM.register(Config, classes.causal_lm, exist_ok=True)
+    if classes.base is not None:
+        AutoModel.register(Config, classes.base, exist_ok=True)
+    return classes
 
 
 def __getattr__(name: str) -> type:
     """``MemoryLlamaForCausalLM`` and its like, by name: pickle looks for them here."""
     base = getattr(transformers, name.removeprefix("Memory"), None) if name.startswith("Memory") else None
     for made in classes_with_memory(getattr(base, "config_class", base)) if isinstance(base, type) else ():
-        if made.__name__ == name:
+        if made is not None and made.__name__ == name:
             return made
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
@@ -238,7 +261,7 @@ def __getattr__(name: str) -> type:
 def with_memory_section(config: PreTrainedConfig, memory: dict[str, Any]) -> PreTrainedConfig:
     """A copy of a decoder's config that has a memory section."""
     made = copy.deepcopy(config)
-    made.__class__ = classes_with_memory(type(config))[0]
+    made.__class__ = classes_with_memory(type(config)).config
     made.base_model_type, made.memory = config.model_type, memory
     return made
 

@@ -71,8 +71,9 @@ def add_dense(
         ffn = getattr(decoder[index], ffn_name)
         dense = DenseBlock(width, max(1, round(num_parameters / (3 * width))))
         dense.to(next(ffn.parameters()).device, dtype)
-        put = dense if mode == "replace" else FeedForwardWithMemory(ffn, dense)  # wired as a memory is
-        setattr(decoder[index], ffn_name, put)
+        if mode == "add":  # wired as a memory is
+            nn.init.zeros_(dense.out.weight)
+        setattr(decoder[index], ffn_name, dense if mode == "replace" else FeedForwardWithMemory(ffn, dense))
         blocks.append(dense)
     # Checkpoints keep the model's own names, which are what the Trainer looks for when it resumes: transformers would
     # rename a gate as if it were that of a mixture of experts.

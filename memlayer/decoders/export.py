@@ -23,12 +23,11 @@ FILES = {
 HEADER = "# Part of memlayer, Apache License 2.0; written by save_pretrained(export_code=True).\n"
 
 
-def auto_map(model_class: type) -> dict[str, str]:
+def auto_map(_config: type, causal_lm: type, base: type | None) -> dict[str, str]:
     """What config.json says of the exported classes."""
-    return {
-        "AutoConfig": f"{MAIN}.MemoryDecoderConfig",
-        "AutoModelForCausalLM": f"{MAIN}.{model_class.__name__}",
-    }
+    models = {"AutoModelForCausalLM": causal_lm, "AutoModel": base}
+    named = {auto: f"{MAIN}.{model.__name__}" for auto, model in models.items() if model is not None}
+    return {"AutoConfig": f"{MAIN}.MemoryDecoderConfig"} | named
 
 
 def write_code(folder: str | Path) -> None:

@@ -21,7 +21,7 @@ from memlayer.decoders.fingerprint import fingerprint
 from memlayer.layers.config import DTYPES, MemoryConfig
 
 CONFIG_FILE, WEIGHTS_PATTERN = "memory_only_config.json", "memory{suffix}.safetensors"
-FORMAT = 1
+FORMAT = 2
 
 
 def save_memory(

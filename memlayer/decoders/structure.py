@@ -23,8 +23,8 @@ def decoder_layers(model: nn.Module) -> tuple[nn.ModuleList, str]:
     """The layers of a decoder and the name of their feed-forward block.
 
     Raises:
-        ValueError: no such layers, more than one list of them, an encoder beside the decoder, a model without a
-            language modelling head, or blocks that take more than hidden states.
+        ValueError: no such layers, more than one list of them, an encoder beside the decoder, or blocks that take more
+            than hidden states.
     """
     kind, config = type(model).__name__, getattr(model, "config", None)
     num_layers = getattr(config, "num_hidden_layers", None)
@@ -41,13 +41,20 @@ def decoder_layers(model: nn.Module) -> tuple[nn.ModuleList, str]:
     if len(found) != 1:
         where = f"found {', '.join(found)}" if found else "found none"
         raise ValueError(f"no place for memory in {kind}: looked for {looked_for}, {where}")
-    if getattr(model, "get_output_embeddings", lambda: None)() is None:
-        raise ValueError(f"{kind} has no language modelling head: attach memory to a causal language model")
     ((where, layers),) = found.items()
     name = _ffn_name(layers)
     for index, layer in enumerate(layers):
         _check_takes_hidden_states_only(getattr(layer, name), f"{kind}.{where}.{index}.{name}")
     return layers, name
+
+
+def tables_owner(model: nn.Module) -> nn.Module:
+    """The module that holds the layers, and the tables beside them: the base model, or the text model inside it.
+
+    Whoever takes the base model alone, without its head, then has the tables too.
+    """
+    layers, _ = decoder_layers(model)
+    return next(module for module in model.modules() if any(child is layers for child in module.children()))
 
 
 def _ffn_name(layers: nn.ModuleList) -> str | None:
@@ -112,13 +119,13 @@ def _check_output(ffn: nn.Module, where: str, model: nn.Module, mode: str) -> No
 
 
 def insert_memory(model: nn.Module, config: MemoryConfig) -> dict[int, nn.Module]:
-    """Put memory layers into the layers named, and their tables on the model as ``model.memory``.
+    """Put memory layers into the layers named, and their tables beside the list of layers, as ``memory``.
 
     Returns:
         the feed-forward blocks that were replaced, by layer; none with mode "add".
 
     Raises:
-        ValueError: the model is not a decoder that memory fits, or a layer does not exist.
+        ValueError: the model is not a decoder that memory fits, a layer does not exist, or there is another "memory".
     """
     layers, ffn_name = decoder_layers(model)
     missing = [i for i in config.layers if not 0 <= i < len(layers)]
@@ -126,6 +133,9 @@ def insert_memory(model: nn.Module, config: MemoryConfig) -> dict[int, nn.Module
         raise ValueError(
             f"memory layers {list(config.layers)} asked for, the model has layers 0 to {len(layers) - 1}"
         )
+    owner = tables_owner(model)
+    if hasattr(owner, "memory"):
+        raise ValueError(f"{type(owner).__name__} has a memory of its own: there is no place for tables")
     width, dtype = model.config.hidden_size, getattr(torch, config.dtype)
     ffns = {index: getattr(layers[index], ffn_name) for index in config.layers}
     num_tables = 1 if config.share else len(ffns)
@@ -134,10 +144,12 @@ def insert_memory(model: nn.Module, config: MemoryConfig) -> dict[int, nn.Module
     for position, (index, ffn) in enumerate(ffns.items()):
         table = tables[0 if config.share else position]
         memory = MemoryLayer(width, table, config.num_keys, config.num_heads, config.top_k, config.key_width)
+        if config.mode == "add":
+            memory.silence(config.start)
         memory.to(_device_of(ffn, model), dtype).train(ffn.training)
         blocks[index] = memory if config.mode == "replace" else FeedForwardWithMemory(ffn, memory)
         blocks[index].training = ffn.training
-    model.memory = MemoryTables(tables).to(_device_of(ffn, model), dtype).train(model.training)
+    owner.memory = MemoryTables(tables).to(_device_of(ffn, model), dtype).train(model.training)
     for index, block in blocks.items():
         setattr(layers[index], ffn_name, block)
     return ffns if config.mode == "replace" else {}
@@ -175,4 +187,4 @@ def extract_memory(
             )
     for index, ffn in originals.items():
         setattr(layers[index], ffn_name, ffn)
-    del model.memory
+    del tables_owner(model).memory

@@ -15,13 +15,13 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice, zip_longest
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from memlayer.data.qa import Example, Question, encode_answer, encode_prompt
+from memlayer.data.qa import Example, Question, encode_answers, encode_prompts, pad_token
 from memlayer.evaluation import answers, squad
 
 IGNORED = -100  # the target that cross_entropy leaves out
@@ -75,20 +75,19 @@ def answer_questions(
             has positions.
     """
     _check(questions, batch_size)
-    prompts = [encode_prompt(tokenizer, question.prompt) for question in questions]
-    answer_ids = [
-        [encode_answer(tokenizer, question.prompt, answer, question.joint) for answer in question.answers]
-        for question in questions
-    ]
+    prompts = encode_prompts(tokenizer, [question.prompt for question in questions])
+    ids = iter(encode_answers(tokenizer, [each for question in questions for each in question.examples]))
+    answer_ids = [list(islice(ids, len(question.answers))) for question in questions]
     _check_read_back(tokenizer, questions, answer_ids)
     positions = _positions(model)
     _check_positions(questions, prompts, answer_ids, positions)
     budget = _budget(questions, answer_ids, max_new_tokens)
     answered: dict[int, Answered] = {}
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         for batch, new_tokens in _batches(list(map(len, prompts)), batch_size, budget, positions):
             asked, batch_prompts = [questions[index] for index in batch], [prompts[index] for index in batch]
-            predictions = generate(model, tokenizer, batch_prompts, new_tokens)
+            ends = [question.end for question in asked]
+            predictions = generate(model, tokenizer, batch_prompts, new_tokens, ends)
             likely = answer_nll(model, batch_prompts, [answer_ids[index][0] for index in batch])
             answered |= zip(batch, map(_score, asked, predictions, likely.tolist()))
             if progress is not None:
@@ -96,13 +95,16 @@ def answer_questions(
     return [answered[index] for index in range(len(questions))]
 
 
-def generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
-    """The likeliest continuation of each prompt, token by token, up to an end token.
+def generate(
+    model, tokenizer, prompts: list[list[int]], max_new_tokens: int, ends: Sequence[str] = ()
+) -> list[str]:
+    """The likeliest continuation of each prompt, token by token, up to an end token or the end of its answer.
 
     Args:
         prompts: token ids; padded on the left here, so that all continuations start in one column.
+        ends: per prompt, the text that ends its answer; nothing is an end token alone.
     """
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    pad = pad_token(tokenizer)
     longest = max(map(len, prompts))
     padded = [[pad] * (longest - len(prompt)) + prompt for prompt in prompts]
     mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
@@ -114,16 +116,21 @@ def generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int) ->
         num_beams=1,
         use_cache=True,
         pad_token_id=pad,
-        eos_token_id=_end_tokens(model, tokenizer),
+        eos_token_id=_end_tokens(model, tokenizer, set(ends)),
     )
-    return [_decode(tokenizer, ids) for ids in ids_BL[:, longest:]]
+    return [_decode(tokenizer, *pair) for pair in zip_longest(ids_BL[:, longest:], ends, fillvalue="")]
 
 
-def _end_tokens(model, tokenizer) -> list[int]:
-    """The tokenizer's end token and those of the model's own: chat models end a turn with another."""
+def _end_tokens(model, tokenizer, ends: set[str]) -> list[int]:
+    """The tokenizer's end token, those of the model's own (chat models end a turn with another), and the answers'.
+
+    Where all prompts of a batch have one end of one token, generation need not go on behind it.
+    """
     own = model.generation_config.eos_token_id
     own = [] if own is None else own if isinstance(own, list) else [own]
-    return sorted({tokenizer.eos_token_id, *own})
+    of_answers = [tokenizer.encode(end, add_special_tokens=False) for end in ends if end]
+    stops = of_answers[0] if len(ends) == 1 and of_answers and len(of_answers[0]) == 1 else []
+    return sorted({tokenizer.eos_token_id, *own, *stops})
 
 
 def check_answers(tokenizer, examples: Iterable[Example]) -> None:
@@ -132,9 +139,9 @@ def check_answers(tokenizer, examples: Iterable[Example]) -> None:
     Raises:
         ValueError: names the first such answer, and what is left of it.
     """
-    for example in {example.answer: example for example in examples}.values():
-        ids = encode_answer(tokenizer, example.prompt, example.answer, example.joint)
-        if not answers.exact_match(read := _decode(tokenizer, ids), [example.answer]):
+    different = list({example.answer: example for example in examples if not example.is_text}.values())
+    for example, ids in zip(different, encode_answers(tokenizer, different)):
+        if not answers.exact_match(read := _decode(tokenizer, ids, example.end), [example.answer]):
             raise ValueError(
                 f"the tokenizer gives answer {example.answer!r} of {example.prompt!r} back as {read!r}: what it loses "
                 "can be neither taught nor scored"
@@ -143,7 +150,7 @@ def check_answers(tokenizer, examples: Iterable[Example]) -> None:
 
 def _check_read_back(tokenizer, questions: Sequence[Question], answer_ids: Sequence[list[list[int]]]) -> None:
     for question, ids in zip(questions, answer_ids):
-        read = [_decode(tokenizer, each) for each in ids]
+        read = [_decode(tokenizer, each, question.end) for each in ids]
         if not any(answers.exact_match(*pair) for pair in zip(read, ([each] for each in question.answers))):
             raise ValueError(
                 f"the tokenizer gives answer {question.answers[0]!r} of fact {question.fact!r} back as {read[0]!r}: "
@@ -151,8 +158,10 @@ def _check_read_back(tokenizer, questions: Sequence[Question], answer_ids: Seque
             )
 
 
-def _decode(tokenizer, ids) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=True).strip()
+def _decode(tokenizer, ids, end: str = "") -> str:
+    """An answer as text, up to the text that ends it."""
+    text = tokenizer.decode(ids, skip_special_tokens=True).lstrip()
+    return (text.split(end)[0] if end else text).strip()
 
 
 def answer_nll(model, prompts: list[list[int]], answers: list[list[int]]) -> Tensor:
@@ -197,7 +206,7 @@ def _score(question: Question, prediction: str, nll: float) -> Answered:
 
 
 @contextmanager
-def _evaluating(model) -> Iterator[None]:
+def evaluating(model) -> Iterator[None]:
     """Evaluation mode for the duration, then every module's own mode again."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from memlayer.data.facts import facts_of
-from memlayer.data.qa import Question, known_questions, new_questions
+from memlayer.data.qa import Question, known_questions
 from memlayer.decoders import files
 from memlayer.evaluation.forgetting import scores
 from memlayer.evaluation.qa import Answered, answer_questions
@@ -21,6 +21,7 @@ from memlayer.evaluation.report import CONTROL, result_row
 from memlayer.files import write_file
 from memlayer.jobs.config import RunConfig
 from memlayer.jobs.learn import inputs_of, learn
+from memlayer.jobs.lessons import lessons_of, prompts_of
 from memlayer.jobs.run_folder import claimed, is_done, write_result
 from memlayer.jobs.taught import Learned, write_learned
 from memlayer.jobs.workers import worker_processes
@@ -54,12 +55,15 @@ def ask(
     model, tokenizer, config: RunConfig, known: tuple[int, int], progress: Callable | None = None
 ) -> list[Answered]:
     """Ask about known facts ``known`` (first, last) and the config's new facts."""
-    return answer_questions(model, tokenizer, _questions(config, known), progress=progress)
+    prompts = prompts_of(config)
+    questions = [prompts.apply(question, tokenizer) for question in _questions(config, known)]
+    return answer_questions(model, tokenizer, questions, progress=progress)
 
 
 def _questions(config: RunConfig, known: tuple[int, int]) -> list[Question]:
     facts = facts_of(**asdict(config.data))
-    return known_questions(facts.known[slice(*known)], facts.wordings) + new_questions(facts.new, facts.wordings)
+    new = [question for lesson in lessons_of(config) for question in lesson.ask]
+    return known_questions(facts.known[slice(*known)], facts.wordings) + new
 
 
 def run_trials(trials: Sequence[Trial], workers: int, progress: Callable[[Trial], object]) -> None:

@@ -14,9 +14,11 @@ from memlayer.jobs.sections import (
     CountConfig,
     DataConfig,
     FullConfig,
+    LessonsConfig,
     LoraConfig,
     ModelConfig,
     PretrainConfig,
+    PromptsConfig,
     RetrofitConfig,
     SparseMemoryConfig,
     TextConfig,
@@ -77,12 +79,21 @@ class RetrofitRun(RunConfig):
     base: str
     memory: MemoryConfig = field(default_factory=_memory)
     text: TextConfig
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
     retrofit: RetrofitConfig = field(default_factory=RetrofitConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.retrofit.steps and self.memory.start != "values_zero":
+            raise ValueError(
+                f"retrofit.steps is 0, and memory of mode {self.memory.mode!r} and start {self.memory.start!r} has to "
+                "heal: with memory.mode=add and memory.start=values_zero it need not"
+            )
 
 
 @dataclass(kw_only=True)
 class LearnRun(RunConfig):
-    """Teach a decoder with memory new facts.
+    """Teach a decoder with memory new facts or lessons.
 
     Attributes:
         checkpoint: folder of a pretrained or healed memory model.
@@ -91,7 +102,14 @@ class LearnRun(RunConfig):
     job: Literal["learn"] = "learn"
     checkpoint: str
     data: DataConfig = field(default_factory=DataConfig)
+    lessons: LessonsConfig = field(default_factory=LessonsConfig)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
     learn: SparseMemoryConfig | FullConfig | LoraConfig = field(default_factory=SparseMemoryConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.lessons.files and self.data != DataConfig():
+            raise ValueError("lessons.files and settings of data are both there: a run teaches lessons or facts")
 
 
 ANY_RUN = PretrainRun | RetrofitRun | LearnRun

@@ -1,22 +1,23 @@
-"""The learning job: teach a checkpoint new facts, one after the other, by any method of the table.
+"""The learning job: teach a checkpoint new facts or lessons, in order, by any method of the table.
 
 What it writes, and what is read of that again, is taught.py.
 """
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from accelerate import PartialState
-from datasets import Dataset
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from memlayer.data.facts import facts_of, taught_anew
-from memlayer.data.qa import Example, collate, encode, teaching_examples
+from memlayer.data.qa import collate, encode, pad_token
 from memlayer.decoders import files
 from memlayer.decoders.attach import memory_tables
 from memlayer.decoders.fingerprint import fingerprint, product_key_fingerprints, state_fingerprint
@@ -24,6 +25,7 @@ from memlayer.evaluation.qa import check_answers
 from memlayer.files import sha256_of
 from memlayer.jobs.checkpoints import checkpoint_to_resume, step_of
 from memlayer.jobs.config import PretrainRun, RunConfig, load_config
+from memlayer.jobs.lessons import lessons_of, prompts_of
 from memlayer.jobs.preflight import check_checkpoint, check_lengths, check_output, training_arguments
 from memlayer.jobs.run_folder import claimed, is_done
 from memlayer.jobs.taught import Learned, files_of, provenance, save_learned
@@ -35,31 +37,32 @@ log = logging.getLogger(__name__)
 
 
 class _ProtectTaught(TrainerCallback):
-    """Count each fact as background once its last step is done."""
+    """Count each lesson as background once its last step is done; in rounds, all of them after the last round."""
 
     def __init__(self, finetuner, settings):
         self.finetuner, self.settings = finetuner, settings
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.settings.protect and state.global_step % self.settings.steps_per_fact == 0:
+        every = self.settings.steps_per_fact if self.settings.order == "depth_first" else state.max_steps
+        if self.settings.protect and state.global_step % every == 0:
             self.finetuner.protect(self.settings.protect)
 
 
 @dataclass
-class _Lesson:
+class _Prepared:
     """All that a learning run needs, loaded and checked."""
 
     config: RunConfig
     arguments: TrainingArguments
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
-    encoded: list[dict]
+    micro_batches: list[list[dict]]
     background: dict[str, SlotCounts] | None
     sha256: dict[str, str]
 
 
 def learn(config: RunConfig) -> Learned:
-    """Teach the new facts one after the other; see ``save_learned`` for writing the outcome.
+    """Teach the new facts or lessons; see ``save_learned`` for writing the outcome.
 
     Goes on from the newest checkpoint that an interrupted run of this very config left, where there is one.
 
@@ -67,41 +70,44 @@ def learn(config: RunConfig) -> Learned:
         FileNotFoundError, ValueError: the checkpoint, its background counts, the facts or a setting do not fit, or
             the output holds what another run wrote.
     """
-    lesson = _prepare(config)
-    is_done(config.output, config, lesson.sha256)  # refuses what another run wrote
-    return _teach(lesson)
+    prepared = _prepare(config)
+    is_done(config.output, config, prepared.sha256)  # refuses what another run wrote
+    return _teach(prepared)
 
 
 def learn_into_output(config: RunConfig) -> None:
     """``learn`` and ``save_learned``, unless that is done already."""
-    lesson = _prepare(config)
-    with claimed(config, lesson.sha256) as done:
+    prepared = _prepare(config)
+    with claimed(config, prepared.sha256) as done:
         if not done:
-            save_learned(_teach(lesson), config.output)
+            save_learned(_teach(prepared), config.output)
 
 
-def _prepare(config: RunConfig) -> _Lesson:
+def _prepare(config: RunConfig) -> _Prepared:
     set_seed(config.seed)
     settings = config.learn
     if Path(config.output).resolve() == Path(config.checkpoint).resolve():
         raise ValueError(f"output and checkpoint are both {config.output}: a run would overwrite what it starts from")
-    lessons = _lessons(config)
+    lessons, prompts = lessons_of(config), prompts_of(config)
     arguments = training_arguments(
         config,
         num_train_epochs=1,
-        per_device_train_batch_size=settings.statements + settings.questions,
         lr_scheduler_type="constant",
         train_sampling_strategy="sequential",
         max_grad_norm=0.0,
     )
     check_checkpoint(config.checkpoint)
     model, tokenizer = files.load(config.checkpoint)
-    _tell_taught_anew(config)
-    encoded = encode(tokenizer, lessons)
-    check_lengths(encoded, model.config.max_position_embeddings, lessons)
-    check_answers(tokenizer, lessons)
+    if not config.lessons.files:
+        _tell_taught_anew(config)
+    examples = [[prompts.apply(example, tokenizer) for example in lesson.teach] for lesson in lessons]
+    encoded = [encode(tokenizer, each) for each in examples]
+    check_lengths(list(chain(*encoded)), model.config.max_position_embeddings, list(chain(*examples)))
+    check_answers(tokenizer, chain(*examples))
+    steps = in_order(encoded, settings.steps_per_fact, settings.order, settings.batch_size)
+    micro_batches = shared_out(steps, arguments.world_size * arguments.gradient_accumulation_steps)
     inputs = _inputs(config, state_fingerprint(model))
-    return _Lesson(config, arguments, model, tokenizer, encoded, _background(config, model), inputs)
+    return _Prepared(config, arguments, model, tokenizer, micro_batches, _background(config, model), inputs)
 
 
 def _background(config: RunConfig, model: nn.Module) -> dict[str, SlotCounts] | None:
@@ -113,7 +119,7 @@ def _background(config: RunConfig, model: nn.Module) -> dict[str, SlotCounts] | 
     return load_counts(path, tables, product_key_fingerprints(model))
 
 
-def _teach(lesson: _Lesson) -> Learned:
+def _teach(lesson: _Prepared) -> Learned:
     config, arguments, model, tokenizer = lesson.config, lesson.arguments, lesson.model, lesson.tokenizer
     settings, checkpoint = config.learn, None
     if arguments.save_strategy != "no":
@@ -127,8 +133,8 @@ def _teach(lesson: _Lesson) -> Learned:
         finetuner=prepared.finetuner,
         callbacks=[_ProtectTaught(prepared.finetuner, settings)] if prepared.finetuner else None,
         optimizers=(prepared.optimizer, None),
-        train_dataset=Dataset.from_list(lesson.encoded),
-        data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id, loss_on=settings.loss_on),
+        train_dataset=lesson.micro_batches,
+        data_collator=partial(_collate, pad_token_id=pad_token(tokenizer), loss_on=settings.loss_on),
     )
     if arguments.disable_tqdm:
         trainer.remove_callback(PrinterCallback)  # what stands in for the bar would print a line a run
@@ -156,7 +162,7 @@ def inputs_of(config: RunConfig) -> dict[str, str]:
 
 def _inputs(config: RunConfig, checkpoint_sha256: str) -> dict[str, str]:
     counts = Path(config.checkpoint) / COUNTS_FILE
-    paths = files_of(config.data) | ({"background_counts": counts} if counts.is_file() else {})
+    paths = files_of(config) | ({"background_counts": counts} if counts.is_file() else {})
     return {"checkpoint": checkpoint_sha256} | {name: sha256_of(path) for name, path in paths.items()}
 
 
@@ -181,12 +187,36 @@ def _tell_taught_anew(config: RunConfig) -> None:
         )
 
 
-def _lessons(config: RunConfig) -> list[Example]:
-    """What is taught in order: the batch of each fact, as often as it has steps."""
-    facts, settings = facts_of(**asdict(config.data)), config.learn
-    if not facts.new:
-        raise ValueError("data.num_new is 0: there are no new facts to teach")
-    batches = [
-        teaching_examples(fact, facts.wordings, settings.statements, settings.questions) for fact in facts.new
-    ]
-    return [example for batch in batches for example in batch * settings.steps_per_fact]
+def in_order(lessons: Sequence[list], steps: int, order: str, batch_size: int | None) -> list[list]:
+    """The examples of each optimizer step: ``steps`` of each lesson, one lesson after the other or in rounds.
+
+    A step takes all examples of its lesson, or ``batch_size`` of them, going on where the step before it stopped.
+    """
+
+    def batch(lesson: list, step: int) -> list:
+        if batch_size is None or len(lesson) <= batch_size:
+            return lesson
+        return [lesson[(step * batch_size + place) % len(lesson)] for place in range(batch_size)]
+
+    if order == "rounds":
+        return [batch(lesson, step) for step in range(steps) for lesson in lessons]
+    return [batch(lesson, step) for lesson in lessons for step in range(steps)]
+
+
+def shared_out(batches: Sequence[list], parts: int) -> list[list]:
+    """Each batch in ``parts`` micro-batches, over all processes, as nearly alike as can be.
+
+    Raises:
+        ValueError: a batch has fewer examples than that.
+    """
+    if (smallest := min(map(len, batches))) < parts:
+        raise ValueError(
+            f"a batch of {smallest} examples cannot be shared by processes and trainer.gradient_accumulation_steps in "
+            f"{parts} parts: take fewer"
+        )
+    return [batch[part::parts] for batch in batches for part in range(parts)]
+
+
+def _collate(micro_batches: Sequence[list[dict]], **settings) -> dict[str, Tensor]:
+    (examples,) = micro_batches
+    return collate(examples, **settings)

@@ -15,13 +15,16 @@ from memlayer.jobs.trainer_settings import DECIDED, check_reporters, check_train
 from memlayer.machine import best_device, use_threads
 
 
-def training_arguments(config: RunConfig, folder: str = "trainer", **ours) -> TrainingArguments:
+def training_arguments(
+    config: RunConfig, folder: str = "trainer", batch_size: int | None = None, **ours
+) -> TrainingArguments:
     """The Trainer's arguments: defaults of ours, those of the job, and the config's ``trainer`` section.
 
     Args:
         folder: where in the output the Trainer keeps its checkpoints.
-        ours: of the job; ``per_device_train_batch_size`` is the batch of one optimizer step and is shared out
-            among all processes and micro-batches, so that their number does not change what is learned.
+        batch_size: of one optimizer step; it is shared out among all processes and micro-batches, so that their number
+            does not change what is learned. None where an item of the dataset is a micro-batch.
+        ours: of the job.
 
     Raises:
         ValueError: a setting that the job does not leave open or the Trainer refuses, a package that is not
@@ -40,6 +43,7 @@ def training_arguments(config: RunConfig, folder: str = "trainer", **ours) -> Tr
         "output_dir": str(Path(config.output) / folder),
         "remove_unused_columns": False,
         "seed": config.seed,
+        "per_device_train_batch_size": batch_size or 1,
     }
     check_trainer(config.job, config.trainer)
     _refuse_engines()
@@ -49,7 +53,8 @@ def training_arguments(config: RunConfig, folder: str = "trainer", **ours) -> Tr
     except (TypeError, ValueError, ImportError, RuntimeError) as error:
         raise ValueError(f"trainer: {' '.join(str(error).split())}") from error
     _refuse_devices(arguments, trains_tables=config.job != "learn" or config.learn.method == "full")
-    _share_batch(arguments)
+    if batch_size is not None:
+        _share_batch(arguments)
     use_threads()
     return arguments
 

@@ -39,14 +39,14 @@ def pretrain(config: RunConfig) -> Path:
     arguments = training_arguments(
         config,
         max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch_size,
+        batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
         warmup_steps=settings.warmup_steps,
         lr_scheduler_type="cosine",
         train_sampling_strategy="group_by_length",  # a third fewer padding positions
     )
-    inputs = {name: sha256_of(path) for name, path in files_of(config.data).items()}
+    inputs = {name: sha256_of(path) for name, path in files_of(config).items()}
     with claimed(config, inputs) as done:
         if not done:
             _pretrain(config, inputs, arguments, examples)

@@ -1,5 +1,8 @@
 """The retrofit job: attach memory to a pretrained decoder and heal it on text, all other weights frozen.
 
+Memory beside a block that starts with empty values changes no logit and hears what is written at once: with no steps
+it is attached, and the reads of the text are counted.
+
 A model is healed when its validation loss is within a margin of the base model's: the gate. Two controls stand
 beside it in the report: the base model as it was, and the same model with a dense block where the memory
 is, of as many parameters as a token touches there, trained on the same batches.
@@ -22,6 +25,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from memlayer.data.lessons import load_lessons
+from memlayer.data.qa import collate, encode, pad_token
 from memlayer.data.text import collate_windows, load_documents, windows
 from memlayer.data.tokenizer import load_tokenizer
 from memlayer.decoders import files
@@ -34,6 +39,7 @@ from memlayer.files import write_file
 from memlayer.jobs.checkpoints import checkpoint_to_resume, step_of
 from memlayer.jobs.config import RunConfig
 from memlayer.jobs.count import count
+from memlayer.jobs.lessons import prompts_of
 from memlayer.jobs.preflight import check_output, training_arguments
 from memlayer.jobs.run_folder import check_finite, claimed, trained_model, write_result, write_trained
 from memlayer.jobs.trainer import MemoryTrainer, StepwiseTrainer, restore, train_to_end
@@ -136,9 +142,9 @@ def _retrofit(
     where = f"the model is in {trained_model(config.output)}"
     assert before == after, f"healing moved frozen weights: SHA-256 {before} before, {after} after; {where}"
     trained = {MEMORY: healing}
-    counts = _count(config, model, text) if PartialState().is_main_process else {}
+    counts = _count(config, model, tokenizer, text) if PartialState().is_main_process else {}
     PartialState().wait_for_everyone()
-    if config.retrofit.dense_control:
+    if config.retrofit.dense_control and config.retrofit.steps:
         model.to("cpu")  # the control has its place on the accelerator
         trained[DENSE], parameters[DENSE] = _train_dense(config, inputs, text, touched[0])
     results = _results(config, base_loss, trained, parameters, frozen, text)
@@ -213,8 +219,8 @@ def _arguments(config: RunConfig, folder: str):
     return training_arguments(
         config,
         folder,
-        max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch_size,
+        max_steps=settings.steps or 1,  # of none, the Trainer makes as many as the text has
+        batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
         warmup_steps=settings.warmup_steps,
@@ -288,6 +294,8 @@ def _train(
         data_collator=collate_windows,
     )
     before = _validation_loss(trainer, f"base {config.base} as it goes into {folder}")
+    if not config.retrofit.steps:
+        return Trained(before, before, _curves(before, []), 0.0, 0)
     start = time.perf_counter()
     train_to_end(trainer, checkpoint, f"retrofit.learning_rate={config.retrofit.learning_rate:g}")
     seconds = time.perf_counter() - start
@@ -305,10 +313,19 @@ def _curves(before: float, log: list[dict]) -> dict[str, list]:
     return {name: [list(point) for point in curve.items()] for name, curve in curves.items()}
 
 
-def _count(config: RunConfig, model: PreTrainedModel, text: Text) -> dict[str, SlotCounts]:
-    documents = [[window_L] for window_L in text.train_WL[: config.retrofit.num_background]]
+def _count(
+    config: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: Text
+) -> dict[str, SlotCounts]:
+    windows = text.train_WL[: config.retrofit.num_background].tolist()
+    documents = [{"input_ids": ids, "answer_start": 1, "length": len(ids)} for ids in windows]
     words = f"a window of {config.text.length} tokens of the text that the memory healed on"
-    return count(model, documents, collate_windows, words, config.retrofit.batch_size)
+    if files_named := config.retrofit.background_lessons:
+        prompts, lessons = prompts_of(config), load_lessons(files_named)
+        examples = [prompts.apply(example, tokenizer) for lesson in lessons for example in lesson.teach]
+        documents += sorted(encode(tokenizer, examples), key=lambda each: each["length"])
+        words += f", or one of {len(examples)} examples of lessons"
+    make_batch = partial(collate, pad_token_id=pad_token(tokenizer))
+    return count(model, [[each] for each in documents], make_batch, words, config.retrofit.batch_size)
 
 
 def _results(

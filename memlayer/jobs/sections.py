@@ -60,6 +60,50 @@ class DataConfig:
 
 
 @dataclass
+class LessonsConfig:
+    """Lessons to teach in place of the facts of ``data``.
+
+    Attributes:
+        files: lessons, question sets or documents, see ``memlayer.data.lessons``; none is the facts of ``data``.
+        chunk_words: about how many words of a document make a lesson.
+        first: where among the lessons to start.
+        number: lessons to teach; None is all from there on.
+    """
+
+    files: list[str] = field(default_factory=list)
+    chunk_words: int = 200
+    first: int = 0
+    number: int | None = None
+
+    def __post_init__(self):
+        check_at_least(1, "lessons", self, "chunk_words", "number")
+        check_at_least(0, "lessons", self, "first")
+
+
+@dataclass
+class PromptsConfig:
+    """How the model is asked, in teaching and in evaluation.
+
+    Attributes:
+        style: plain asks in the frame; few_shot puts answered questions before; chat uses the tokenizer's template.
+        frame: text around a question, which stands for {question} in it.
+        end: text that ends an answer; None is the tokenizer's end token.
+        shots: with style few_shot, a question set to take the answered questions from; None is four of our own.
+        num_shots: answered questions before each, with style few_shot.
+    """
+
+    style: Literal["plain", "few_shot", "chat"] = "plain"
+    frame: str = "{question}"
+    end: str | None = None
+    shots: str | None = None
+    num_shots: int = 4
+
+    def __post_init__(self):
+        check_choices("prompts", self)
+        check_at_least(1, "prompts", self, "num_shots")
+
+
+@dataclass
 class PretrainConfig:
     """Pretraining from nothing on the known facts.
 
@@ -106,27 +150,31 @@ class CountConfig:
 
 @dataclass
 class LearnConfig:
-    """How new facts are taught, one fact after the other, with any method.
+    """How new facts or lessons are taught, with any method.
 
     Attributes:
         method: how the model is changed; it decides which other settings there are.
         learning_rate: of the method's optimizer; constant.
-        steps_per_fact: optimizer steps on a fact before the next one.
-        statements: seen statements of the fact in each step's batch.
-        questions: seen questions about the fact in each step's batch.
-        loss_on: tokens that are trained on.
+        steps_per_fact: optimizer steps on a fact or lesson.
+        order: depth_first takes all steps of a lesson before the next one; rounds takes one step of each, and again.
+        statements: of a fact, seen statements in each step's batch.
+        questions: of a fact, seen questions in each step's batch.
+        batch_size: examples of a lesson that a step trains on, the next ones in its next step; None is all of them.
+        loss_on: tokens that are trained on; of a text, all.
     """
 
     method: str
     learning_rate: float
     steps_per_fact: int = 5
+    order: Literal["depth_first", "rounds"] = "depth_first"
     statements: int = 3
     questions: int = 3
+    batch_size: int | None = None
     loss_on: LossOn = "answer"
 
     def __post_init__(self):
         check_choices("learn", self)
-        check_at_least(1, "learn", self, "steps_per_fact")
+        check_at_least(1, "learn", self, "steps_per_fact", "batch_size")
         check_at_least(0, "learn", self, "learning_rate", "statements", "questions")
         if not self.statements + self.questions:
             raise ValueError("learn.statements and learn.questions are both 0: there is nothing to teach a fact with")
@@ -236,7 +284,7 @@ class RetrofitConfig:
     Attributes:
         revision: of a base on the hub; None is its main branch.
         dtype: of the weights; bfloat16 and float16 lose small steps, so prefer ``trainer.bf16`` with float32.
-        steps: optimizer steps.
+        steps: optimizer steps; with 0 memory is attached, its background is counted, and nothing is trained.
         batch_size: windows of one step, over all processes and micro-batches.
         learning_rate: of all but the tables; it warms up and falls along a cosine.
         table_learning_rate: of the tables; constant.
@@ -246,6 +294,9 @@ class RetrofitConfig:
             0.05 in mode "replace", where the memory has to relearn what its layer's block did.
         dense_control: train a dense block of as many parameters on the same batches too, for comparison.
         num_background: training windows whose reads are counted as background, each of them one document.
+        background_lessons: files of lessons or question sets whose examples are counted as background too, asked as
+            ``prompts`` says, each of them one document. Without any, the slots of a prompt's own words look rare, and
+            teaching in that prompt writes into them.
     """
 
     revision: str | None = None
@@ -259,9 +310,10 @@ class RetrofitConfig:
     margin: float | None = None
     dense_control: bool = True
     num_background: int = 4000
+    background_lessons: list[str] = field(default_factory=list)
 
     def __post_init__(self):
         check_choices("retrofit", self)
-        check_at_least(1, "retrofit", self, "steps", "batch_size", "num_background")
-        check_at_least(0, "retrofit", self, "learning_rate", "table_learning_rate", "weight_decay", "warmup_steps")
-        check_at_least(0, "retrofit", self, "margin")
+        check_at_least(1, "retrofit", self, "batch_size", "num_background")
+        check_at_least(0, "retrofit", self, "steps", "learning_rate", "table_learning_rate", "weight_decay")
+        check_at_least(0, "retrofit", self, "warmup_steps", "margin")

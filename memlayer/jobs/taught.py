@@ -21,7 +21,7 @@ from memlayer.decoders import files
 from memlayer.decoders.fingerprint import state_fingerprint
 from memlayer.evaluation.provenance import commit
 from memlayer.files import sha256_of, write_file
-from memlayer.jobs.config import DataConfig, RunConfig, load_config
+from memlayer.jobs.config import RunConfig, load_config
 from memlayer.jobs.run_folder import check_finite, is_done, write_result
 from memlayer.patch import MemoryPatch, patches
 
@@ -72,7 +72,7 @@ class Taught:
         Raises:
             ValueError: a file has changed, or is gone.
         """
-        for name, path in files_of(self.config.data).items():
+        for name, path in files_of(self.config).items():
             if not path.is_file() or sha256_of(path) != self.sha256[name]:
                 raise ValueError(
                     f"the {name} in {path} are not what {self.folder} was taught: bring that file back, or teach again"
@@ -160,7 +160,7 @@ def read_taught(folder: str | Path) -> Taught:
     folder = Path(folder)
     config = load_config(folder / "config.yaml")
     record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    if not {"checkpoint", "facts", "wordings"} <= record.get("sha256", {}).keys():
+    if not {"checkpoint", *files_of(config)} <= record.get("sha256", {}).keys():
         raise ValueError(f"{folder} does not say which checkpoint and facts it was taught from: teach again")
     return Taught(folder, config, record["seconds"], record["parameters_changed"], record["sha256"])
 
@@ -182,8 +182,11 @@ def load_learned(checkpoint: str | Path, folder: str | Path) -> tuple[nn.Module,
     return model, tokenizer
 
 
-def files_of(data: DataConfig) -> dict[str, Path]:
-    """The facts and the wordings that a run reads."""
+def files_of(config: RunConfig) -> dict[str, Path]:
+    """The facts and the wordings that a run reads, or the lessons in their place."""
+    if lessons := getattr(config, "lessons", None) and config.lessons.files:
+        return {f"lessons {number}": Path(path) for number, path in enumerate(lessons, start=1)}
+    data = config.data
     return {"facts": Path(data.facts or BUILTIN_FACTS), "wordings": Path(data.wordings or BUILTIN_WORDINGS)}
 
 
@@ -192,6 +195,8 @@ def provenance(config: RunConfig, sha256: Mapping[str, str]) -> dict:
     return {
         "checkpoint": config.checkpoint,
         "data": asdict(config.data),
+        "lessons": asdict(config.lessons),
+        "prompts": asdict(config.prompts),
         "learn": asdict(config.learn),
         "seed": config.seed,
         "sha256": dict(sha256),

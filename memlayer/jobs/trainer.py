@@ -274,12 +274,16 @@ class MemoryTrainer(StepwiseTrainer):
 
     def _clip_grad_norm(self, model):
         """Clip the dense gradients; a table's sparse gradient is left to its own optimizer rule."""
-        return self.accelerator.clip_grad_norm_(_dense(model), self.args.max_grad_norm)
+        return self.accelerator.clip_grad_norm_(self._dense(), self.args.max_grad_norm)
 
     def _get_grad_norm(self, model, grad_norm=None):
         if grad_norm is None:
-            grad_norm = self.accelerator.clip_grad_norm_(_dense(model), float("inf"))
+            grad_norm = self.accelerator.clip_grad_norm_(self._dense(), float("inf"))
         return super()._get_grad_norm(model, grad_norm=grad_norm)
+
+    def _dense(self) -> list[nn.Parameter]:
+        stepped = (p for group in self.optimizer.param_groups for p in group["params"])
+        return [p for p in stepped if p.grad is not None and not p.grad.is_sparse]
 
 
 @torch.no_grad()
@@ -291,10 +295,6 @@ def restore(model: PreTrainedModel, folder: str | Path) -> None:
     """
     saved = type(model).from_pretrained(folder, config=deepcopy(model.config), dtype="auto")
     model.load_state_dict(saved.state_dict())
-
-
-def _dense(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.grad is not None and not p.grad.is_sparse]
 
 
 def _constant(_step: int) -> float:

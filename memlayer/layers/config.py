@@ -7,6 +7,7 @@ from typing import Any
 
 from memlayer.checks import check_at_least, check_choice
 
+STARTS = ("values_zero", "output_zero")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 MAX_KEYS = 46340  # the largest n with n * n < 2 ** 31
 
@@ -23,6 +24,9 @@ class MemoryConfig:
         value_width: width of a value; None is the model width.
         key_width: width of a query; None is half the value width.
         mode: "replace" the feed-forward block, or "add" beside it.
+        start: how memory beside a block says nothing until it has learned: with "values_zero" a value that is written
+            is heard at once, so the model needs no healing; with "output_zero" it is heard when the output has healed.
+            None is "values_zero" with mode "add"; in a block's place there is no such start.
         share: one table for all layers instead of one each.
         dtype: of tables, product keys, gates and outputs, whatever the decoder around them computes in. In half
             precision most steps of a learning run would be rounded away.
@@ -38,6 +42,7 @@ class MemoryConfig:
     value_width: int | None = None
     key_width: int | None = None
     mode: str = "replace"
+    start: str | None = None
     share: bool = True
     dtype: str = "float32"
 
@@ -49,6 +54,12 @@ class MemoryConfig:
             )
         check_choice("memory.mode", self.mode, ("replace", "add"))
         check_choice("memory.dtype", self.dtype, DTYPES)
+        if self.start is not None:
+            check_choice("memory.start", self.start, STARTS)
+            if self.mode != "add":
+                raise ValueError(f"memory.start is {self.start!r}: memory in a block's place says something at once")
+        elif self.mode == "add":
+            self.start = STARTS[0]
         check_at_least(1, "memory", self, "num_keys", "num_heads", "top_k", "value_width")
         check_at_least(2, "memory", self, "key_width")
         if self.num_keys > MAX_KEYS:

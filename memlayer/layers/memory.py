@@ -6,6 +6,7 @@ a plain list, because a parameter registered twice is re-initialised on loading 
 Shapes: T tokens, H heads, N slots, K slots read, V value width, D model width, R rows.
 """
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -103,6 +104,20 @@ class MemoryLayer(nn.Module):
         """The table this layer reads; owned by the model."""
         return self._table[0]
 
+    def silence(self, start: str) -> None:
+        """Make the output zero whatever is read, in one of two ways.
+
+        "values_zero" empties the table and makes the output projection orthogonal: a value is heard at the size that it
+        is written with. "output_zero" makes the projection zero: no value is heard until it has been trained.
+        """
+        if start == "values_zero":
+            nn.init.zeros_(self.table.weight)
+            orthogonal_DV = nn.init.orthogonal_(torch.empty_like(self.out.weight, dtype=torch.float32))
+            with torch.no_grad():
+                self.out.weight.copy_(orthogonal_DV)  # a half-precision one could not be made
+        else:
+            nn.init.zeros_(self.out.weight)
+
     def forward(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., D) to memory output of the same shape."""
         dtype = self.gate.weight.dtype  # its own, whatever the decoder around it computes in
@@ -116,16 +131,11 @@ class MemoryLayer(nn.Module):
 
 
 class FeedForwardWithMemory(nn.Module):
-    """A feed-forward block with a memory layer beside it: ``ffn(x) + memory(x)``.
-
-    The memory's output projection starts at zero, so attaching changes no logit until something is
-    learned.
-    """
+    """A feed-forward block with a memory layer beside it: ``ffn(x) + memory(x)``."""
 
     def __init__(self, ffn: nn.Module, memory: MemoryLayer):
         super().__init__()
         self.ffn, self.memory = ffn, memory
-        nn.init.zeros_(memory.out.weight)
 
     def forward(self, hidden: Tensor) -> Tensor:
         output = self.ffn(hidden)

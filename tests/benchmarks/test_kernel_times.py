@@ -1,6 +1,7 @@
 """The benchmark compares before it times, reports what does not fit, and its last line says what it measured."""
 
 import json
+import sys
 
 import commands
 import kernel_times

@@ -4,6 +4,7 @@ import pytest
 import tiny
 import torch
 from byte_level import END, byte_level_tokenizer
+from encoded import encode_answer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +14,6 @@ from memlayer.data.qa import (
     Example,
     collate,
     encode,
-    encode_answer,
     fill,
     joint,
     known_questions,
@@ -36,10 +36,14 @@ UNSEEN_STATEMENT, UNSEEN_QUESTION = "{} first saw the light in", "Which place di
 class Letters:
     """A tokenizer whose ids can be read: one letter, one id from 10 on, and nothing for a space."""
 
-    bos_token_id, eos_token_id = 1, 2
+    bos_token_id, eos_token_id, bos_token = 1, 2, "<s>"
 
-    def encode(self, text, add_special_tokens):
-        assert not add_special_tokens
+    def __call__(self, texts, add_special_tokens=True, verbose=True):
+        if isinstance(texts, str):
+            return {"input_ids": [self.bos_token_id] * add_special_tokens + self.ids(texts)}
+        return {"input_ids": [self(text, add_special_tokens)["input_ids"] for text in texts]}
+
+    def ids(self, text):
         return [10 + ord(letter) - ord("a") for letter in text if letter != " "]
 
 
@@ -52,12 +56,12 @@ def test_an_example_is_begin_prompt_answer_end():
     assert encoded == {"input_ids": [1, 10, 11, 12, 33, 34, 2], "answer_start": 4, "length": 7}
 
 
-def test_byte_level_sequences_read_as_the_sentence_and_begin_where_there_is_a_begin_token():
+def test_byte_level_sequences_read_as_the_sentence_and_begin_as_the_tokenizer_begins_a_text():
     example = Example("Oslo is a town in", "Norway 42")
-    for special, begin in (({}, ""), ({"bos_token": "<s>"}, "<s>"), ({"bos_token": END}, END)):
+    for special in ({}, {"bos_token": "<s>"}, {"bos_token": END}):  # which it has, and does not put before texts
         tokenizer = byte_level_tokenizer(**special)
         (encoded,) = encode(tokenizer, [example])
-        assert tokenizer.decode(encoded["input_ids"]) == f"{begin}Oslo is a town in Norway 42{END}"
+        assert tokenizer.decode(encoded["input_ids"]) == f"Oslo is a town in Norway 42{END}"
         assert tokenizer.decode(encoded["input_ids"][encoded["answer_start"] :]) == f" Norway 42{END}"
 
 
@@ -109,7 +113,7 @@ def test_an_answer_is_joined_as_the_wording_has_it_and_has_the_ids_of_the_whole_
 
 def test_a_tokenizer_that_joins_words_is_refused():
     class Whole(Letters):
-        def encode(self, text, add_special_tokens):
+        def ids(self, text):
             return [len(text)]
 
     refusal = "joins answer 'xy' to the end of 'where:', so that one cannot be asked without the other: put a space"
@@ -140,7 +144,9 @@ def test_loss_on_the_answer_ignores_the_prompt():
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(
-        st.tuples(st.text("abc", max_size=6), st.text("xyz", min_size=1, max_size=4)), min_size=1, max_size=5
+        st.tuples(st.text("abc", min_size=1, max_size=6), st.text("xyz", min_size=1, max_size=4)),
+        min_size=1,
+        max_size=5,
     )
 )
 def test_answer_positions_are_those_whose_next_token_is_a_label_of_the_answer(pairs):
@@ -150,7 +156,7 @@ def test_answer_positions_are_those_whose_next_token_is_a_label_of_the_answer(pa
     assert torch.equal(batch["answer_mask"], predicts)
     for row, (_, answer) in enumerate(pairs):
         wanted = batch["labels"][row][batch["labels"][row] != IGNORED].tolist()
-        assert wanted == [*Letters().encode(answer, add_special_tokens=False), 2]
+        assert wanted == [*Letters().ids(answer), 2]
 
 
 def test_a_wording_is_filled_with_the_subject_and_cut_before_the_answer():

@@ -63,10 +63,10 @@ def test_decoding_gives_the_text_back(loaded, text):
     assert loaded.decode(loaded.encode(text, add_special_tokens=False)) == text
 
 
-def test_nothing_is_unknown_and_nothing_is_added(loaded):
+def test_nothing_is_unknown_and_a_begin_token_alone_is_added(loaded):
     ids = loaded.encode("ξένος 🦙", add_special_tokens=False)
     assert loaded.unk_token_id not in ids
-    assert loaded.encode("where is Oslo?") == loaded.encode("where is Oslo?", add_special_tokens=False)
+    assert loaded.encode("where is Oslo?") == [1, *loaded.encode("where is Oslo?", add_special_tokens=False)]
 
 
 def test_special_tokens_are_those_of_the_model(loaded, reference):
@@ -191,7 +191,7 @@ def test_the_tokenizer_of_gpt2_is_saved_and_loaded_as_it_was(tmp_path):
         again = load_tokenizer(tmp_path)
     assert again.encode("Hello world") == original.encode("Hello world") == [15496, 995]
     (encoded,) = encode(again, [Example("The capital of France is", "Paris")])
-    assert again.decode(encoded["input_ids"]) == f"{END}The capital of France is Paris{END}"
+    assert again.decode(encoded["input_ids"]) == f"The capital of France is Paris{END}"
     assert encoded["input_ids"][encoded["answer_start"] :] == [6342, again.eos_token_id]
 
 

@@ -55,15 +55,15 @@ def test_a_shared_table_is_registered_once(mode):
     model = tiny.memory_model(layers=[0, 2], mode=mode)
     (table,) = memory_tables(model).values()
     assert all(layer.table is table for layer in memory_layers(model).values())
-    assert names_of(model, table.weight) == ["memory.0.weight"]
+    assert names_of(model, table.weight) == ["model.memory.0.weight"]
 
 
 def test_separate_tables_are_registered_once_each():
     model = tiny.memory_model(layers=[0, 2], share=False)
     first, second = memory_tables(model).values()
     assert [layer.table for layer in memory_layers(model).values()] == [first, second]
-    assert names_of(model, first.weight) == ["memory.0.weight"]
-    assert names_of(model, second.weight) == ["memory.1.weight"]
+    assert names_of(model, first.weight) == ["model.memory.0.weight"]
+    assert names_of(model, second.weight) == ["model.memory.1.weight"]
     assert not torch.equal(first.weight, second.weight)
 
 
@@ -79,7 +79,7 @@ def test_memory_has_a_dtype_of_its_own_and_the_decoder_keeps_its_own(mode, dtype
     assert found.dtype == torch.bfloat16
     assert found.isfinite().all()
     model(**tiny.inputs(tiny.batch())).loss.backward()
-    assert memory["memory.0.weight"].grad.dtype == memory["memory.0.weight"].dtype
+    assert memory["model.memory.0.weight"].grad.dtype == memory["model.memory.0.weight"].dtype
 
 
 @pytest.mark.parametrize("mode", ["replace", "add"])
@@ -300,10 +300,11 @@ def test_two_layers_of_one_table_both_count():
     shared, batch = tiny.memory_model(layers=[0, 2]), tiny.batch()
     separate = tiny.memory_model(layers=[0, 2], share=False)
     separate.load_state_dict(
-        {**shared.state_dict(), "memory.1.weight": shared.state_dict()["memory.0.weight"]}
+        {**shared.state_dict(), "model.memory.1.weight": shared.state_dict()["model.memory.0.weight"]}
     )
     apart = slots_of(separate, batch)
-    assert torch.equal(slots_of(shared, batch)[tiny.TABLE], torch.cat([apart["memory.0"], apart["memory.1"]]))
+    both = torch.cat([apart["model.memory.0"], apart["model.memory.1"]])
+    assert torch.equal(slots_of(shared, batch)[tiny.TABLE], both)
 
 
 def test_two_models_in_one_process_do_not_hear_each_other():

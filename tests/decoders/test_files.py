@@ -90,7 +90,7 @@ def test_a_loaded_model_ties_its_embeddings_and_trains(tokenizer, tmp_path):
     loaded, _ = files.load(tmp_path)
     assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
     loaded(input_ids=IDS, labels=IDS).loss.backward()
-    assert not loaded.memory[0].weight.grad.is_sparse
+    assert not loaded.model.memory[0].weight.grad.is_sparse
 
 
 def test_a_checkpoint_can_be_saved_again_into_its_own_folder_and_into_another(tokenizer, tmp_path):
@@ -130,9 +130,9 @@ def set_memory(folder, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_keys": 9}, r"memory\.0\.weight is \(64, 16\), expected \(81, 16\)"),
+        ({"num_keys": 9}, r"model\.memory\.0\.weight is \(64, 16\), expected \(81, 16\)"),
         ({"layers": [2]}, r"9 missing \(.*layers\.1\.mlp\.down_proj.*9 not in the model \(.*layers\.1\.mlp\.gate"),
-        ({"share": False, "layers": [1, 2]}, r"memory\.1\.weight"),
+        ({"share": False, "layers": [1, 2]}, r"model\.layers\.2\.mlp\.gate\.weight"),
         ({"num_slots": 64}, "num_slots"),
     ],
 )
@@ -171,6 +171,6 @@ def test_a_saved_model_is_checked_against_the_one_in_memory(tokenizer, tmp_path)
     files.save(model, tokenizer, tmp_path)
     files.check_saved(model, tmp_path)
     with torch.no_grad():
-        model.memory[0].weight[3, 2] += 1
-    with pytest.raises(ValueError, match=r"does not hold this model: 1 tensors differ, memory\.0\.weight first"):
+        model.model.memory[0].weight[3, 2] += 1
+    with pytest.raises(ValueError, match=r"does not hold this model: 1 tensors differ, model\.memory\.0\.weight first"):
         files.check_saved(model, tmp_path)

@@ -117,7 +117,7 @@ def change_config(folder, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 2}, "has format 2, expected 1"),
+        ({"format_version": 1}, "has format 1, expected 2"),
         ({"memory": {"layers": [0, 1], "num_keys": 8, "num_heads": 2, "top_k": 3, "mode": "add"}}, "is in one of them"),
         (
             {"memory": {"layers": [0, 2], "num_keys": 9, "num_heads": 2, "top_k": 3, "mode": "add", "share": False}},

@@ -27,7 +27,7 @@ from families import (
 )
 from reload import FOUND, load_elsewhere
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, BitNetQuantConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BitNetQuantConfig
 
 from memlayer.decoders.attach import memory_parameters, memory_tables, remove_memory
 
@@ -54,6 +54,20 @@ def test_a_trained_model_is_the_same_to_the_bit_in_a_fresh_process(family, mode,
         dtypes = {name: tensor.dtype for name, tensor in found["state"].items()}
         assert {dtypes[name] for name in dtypes if name in memory[cell]} == {torch.float32}, cell
         assert {dtypes[name] for name in dtypes if name not in memory[cell]} == {DTYPES[dtype]}, cell
+
+
+@EVERY_FAMILY
+def test_the_base_model_alone_has_the_memory_too(family, tmp_path):
+    model = learned(with_memory(decoder(family), "add"))
+    model.save_pretrained(tmp_path / "whole")
+    alone = AutoModel.from_pretrained(tmp_path / "whole")
+    alone.save_pretrained(tmp_path / "alone")
+    with torch.no_grad():
+        expected = model.base_model(tokens(2, 10)).last_hidden_state
+        for base in (alone, AutoModel.from_pretrained(tmp_path / "alone")):
+            assert torch.equal(base(tokens(2, 10)).last_hidden_state, expected)
+    for name, table in memory_tables(model).items():
+        assert torch.equal(memory_tables(alone)[name.removeprefix(f"{model.base_model_prefix}.")].weight, table.weight)
 
 
 def attached_and_trained(family, mode, share, tied, dtype):
@@ -174,7 +188,7 @@ def test_memory_keeps_its_dtype_on_disk_and_on_loading(asked, tmp_path):
         type(model).from_pretrained(tmp_path, **asked),
     ):
         assert not differences(described(loaded), described(model))
-        assert loaded.memory[0].weight.dtype == torch.float32
+        assert loaded.model.memory[0].weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize("convert", [torch.nn.Module.bfloat16, torch.nn.Module.float])
@@ -207,8 +221,8 @@ def test_a_dtype_asked_for_is_that_of_memory_too_and_stays_so(dtype, tmp_path):
 
 def test_memory_in_two_dtypes_is_refused_before_anything_is_written(tmp_path):
     model = in_two_dtypes()
-    model.memory.bfloat16()
-    with pytest.raises(ValueError, match=r"mlp\.memory\.\S+ is torch\.float32, memory\.0\.weight torch\.bfloat16"):
+    model.model.memory.bfloat16()
+    with pytest.raises(ValueError, match=r"\S+ is torch\.float32, model\.\S+ torch\.(bfloat16|float32)"):
         model.save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
@@ -281,6 +295,7 @@ def change_weights(folder, change):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+TABLES = "model.memory."
 KEYS = "model.layers.0.mlp.keys.half_keys"
 
 
@@ -304,11 +319,11 @@ def test_a_memory_section_that_makes_no_sense_is_refused_by_name(folder, change,
     ("change", "words"),
     [
         (lambda weights: weights.pop(KEYS), [KEYS, "missing"]),
-        (lambda weights: weights.pop("memory.1.weight"), ["memory.1.weight", "missing"]),
+        (lambda weights: weights.pop("model.memory.1.weight"), ["model.memory.1.weight", "missing"]),
         (lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"), ["model.layers.1.mlp.up_proj", "missing"]),
         (lambda weights: weights.update(extra=torch.zeros(1)), ["extra", "not in the model"]),
-        (lambda weights: weights.update({"memory.2.weight": torch.zeros(3)}), ["memory.2.weight", "not in the model"]),
-        (lambda weights: weights.update({"memory.0.weight": torch.zeros(35, 12)}), ["memory.0.weight", "(35, 12)"]),
+        (lambda weights: weights.update({TABLES + "2.weight": torch.zeros(3)}), [TABLES + "2", "not in the model"]),
+        (lambda weights: weights.update({TABLES + "0.weight": torch.zeros(35, 12)}), [TABLES + "0", "(35, 12)"]),
         (lambda weights: weights.update({KEYS: torch.zeros(2, 2, 6, 4)}), [KEYS, "(2, 2, 6, 4)", "(2, 2, 6, 3)"]),
     ],
     ids=["no_keys", "no_table", "no_ffn", "foreign", "third_table", "short_table", "wide_keys"],

@@ -42,7 +42,7 @@ def test_the_trainer_of_transformers_trains_a_model_with_memory(tmp_path):
         str(tmp_path), use_cpu=True, max_steps=1, report_to="none", save_strategy="no", disable_tqdm=True
     )
     Trainer(model, arguments, train_dataset=data).train()
-    assert not torch.equal(model.state_dict()["memory.0.weight"], before["memory.0.weight"])
+    assert not torch.equal(model.state_dict()["model.memory.0.weight"], before["model.memory.0.weight"])
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
@@ -68,7 +68,7 @@ def test_patches_and_finetuners_take_a_wrapped_model(wrap):
     patch = learn(model, batches)[0].detach()
     learned, other = tiny.snapshot(model), tiny.memory_model()
     patch.apply(wrap(other))
-    assert torch.equal(memory_tables(other)[tiny.TABLE].weight, learned["memory.0.weight"])
+    assert torch.equal(memory_tables(other)[tiny.TABLE].weight, learned["model.memory.0.weight"])
     again = tiny.memory_model()
     finetuner = SparseMemoryFinetuner(wrap(again), tiny.background(again), 5)
     optimizer = finetuner.watch(OPTIMIZERS["sgd"](finetuner.parameters()))
@@ -77,12 +77,12 @@ def test_patches_and_finetuners_take_a_wrapped_model(wrap):
         optimizer.step()
         optimizer.zero_grad()
     assert torch.equal(finetuner.detach().tables[tiny.TABLE].slots, patch.tables[tiny.TABLE].slots)
-    torch.testing.assert_close(memory_tables(again)[tiny.TABLE].weight.data, learned["memory.0.weight"])
+    torch.testing.assert_close(memory_tables(again)[tiny.TABLE].weight.data, learned["model.memory.0.weight"])
 
 
 def test_an_adapter_on_a_table_is_refused():
     with pytest.raises(ValueError, match="cannot stand in for memory table 0"):
-        with_lora(tiny.memory_model(), ["memory.0"])
+        with_lora(tiny.memory_model(), ["model.memory.0"])
 
 
 @pytest.mark.parametrize("used_before", [True, pytest.param(False, marks=pytest.mark.slow)])

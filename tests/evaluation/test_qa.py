@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
+from encoded import encode_answer, encode_prompt
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from memlayer.data.qa import Example, Question, encode_answer, encode_prompt
+from memlayer.data.qa import Example, Question
 from memlayer.data.tokenizer import train_tokenizer
 from memlayer.evaluation.qa import answer_nll, answer_questions, check_answers, generate
 
@@ -174,6 +175,9 @@ def test_answers_that_the_tokenizer_does_not_give_back_are_refused(llama, tokeni
 
         def __getattr__(self, name):
             return getattr(tokenizer, name)
+
+        def __call__(self, *texts, **rest):
+            return tokenizer(*texts, **rest)
 
         def decode(self, ids, **rest):
             return "".join(letter for letter in tokenizer.decode(ids, **rest) if not letter.isdigit())

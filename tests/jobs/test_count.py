@@ -14,7 +14,7 @@ from memlayer.jobs.config import load_config
 from memlayer.slots.counts import COUNTS_FILE, load_counts
 
 __all__ = ["checkpoint"]  # a fixture
-TABLE, NUM_SLOTS = "memory.0", 64
+TABLE, NUM_SLOTS = "model.memory.0", 64
 
 
 def test_counts_leave_padding_out_and_a_document_is_that_many_sequences_in_a_row(checkpoint):

@@ -1,5 +1,6 @@
 """Facts are taught in their order by every method, each run by its seed, and no other parameter than told moves."""
 
+import json
 import logging
 import shutil
 from dataclasses import asdict
@@ -7,18 +8,25 @@ from dataclasses import asdict
 import pytest
 import torch
 from commands import LEARN, checkpoint, config_of, learned_by
+from hypothesis import given
+from hypothesis import strategies as st
 from training import batches_read, slots_read
 
 from memlayer.data.facts import facts_of
 from memlayer.data.qa import collate, encode, teaching_examples
 from memlayer.decoders import files
 from memlayer.decoders.fingerprint import state_fingerprint
-from memlayer.jobs.learn import learn
+from memlayer.jobs.learn import in_order, learn, shared_out
+from memlayer.jobs.lessons import lessons_of, prompts_of
 from memlayer.methods import METHODS
 from memlayer.slots.counts import COUNTS_FILE
 
 __all__ = ["checkpoint"]  # a fixture
-TABLE, NUM_SLOTS = "memory.0", 64
+TABLE, NUM_SLOTS = "model.memory.0", 64
+PAIRS = [
+    {"question": f"Where does {name} work?", "answers": [city]} for name, city in (("Ada", "Bonn"), ("Bo", "Rome"))
+]
+TEXT = {"id": "page", "teach": [{"text": "Ada works in Bonn."}, {"text": "Bo works in Rome."}, {"text": "So does Cy."}]}
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -77,7 +85,8 @@ def test_full_finetuning_moves_every_parameter_and_of_the_table_only_rows_it_rea
 
 
 def test_micro_batches_of_a_step_write_the_rows_of_the_whole_batch(tmp_path, checkpoint):
-    settings = {"statements": 2, "questions": 2, "positions": "answer"}
+    # The background reads all of 64 slots, so only a power of 0 leaves some to choose among.
+    settings = {"statements": 2, "questions": 2, "positions": "answer", "idf_power": 0}
     whole = learned_by(checkpoint, tmp_path / "whole", **settings)
     parts = learned_by(checkpoint, tmp_path / "parts", trainer={"gradient_accumulation_steps": 2}, **settings)
     assert parts.steps == whole.steps == 4
@@ -92,3 +101,89 @@ def test_a_run_is_repeated_by_its_seed_and_changed_by_another(tmp_path, checkpoi
     first, again = (state_fingerprint(learn(config).model) for _ in range(2))
     config.seed = 1
     assert first == again != state_fingerprint(learn(config).model)
+
+
+def lessons_config(folder, checkpoint, **sections):
+    path = folder / "lessons.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in [*PAIRS, TEXT]))
+    base = {key: value for key, value in LEARN.items() if key != "data"}
+    lessons = {"files": [str(path)], **sections.pop("lessons", {})}
+    return config_of(base, folder / "run", checkpoint=str(checkpoint), lessons=lessons, **sections)
+
+
+@pytest.mark.parametrize(("order", "expected"), [("depth_first", [0, 0, 1, 1, 2, 2]), ("rounds", [0, 1, 2, 0, 1, 2])])
+def test_question_sets_and_texts_are_lessons_of_their_own_size(tmp_path, checkpoint, order, expected):
+    frame = {"frame": "Question: {question}\nAnswer:", "end": "\n"}
+    config = lessons_config(tmp_path, checkpoint, prompts=frame, learn={"order": order})
+    with batches_read() as batches:
+        learned = learn(config)
+    texts = [
+        ["Question: Where does Ada work?\nAnswer: Bonn\n"],
+        ["Question: Where does Bo work?\nAnswer: Rome\n"],
+        ["Ada works in Bonn.", "Bo works in Rome.", "So does Cy."],
+    ]
+    for batch, lesson in zip(batches, expected, strict=True):
+        read = [learned.tokenizer.decode(ids, skip_special_tokens=True) for ids in batch]
+        assert [" ".join(text.split()) for text in read] == [" ".join(text.split()) for text in texts[lesson]]
+    assert learned.patch.num_rows
+    assert learned.sha256.keys() == {"checkpoint", "background_counts", "lessons 1"}
+
+
+def test_in_rounds_nothing_is_protected_before_the_last(tmp_path, checkpoint):
+    """Else the second round would keep away from the rows of the first."""
+    learned = []
+    for protect in (0, 10**6):
+        folder = tmp_path / str(protect)
+        folder.mkdir()
+        learned.append(learn(lessons_config(folder, checkpoint, learn={"order": "rounds", "protect": protect})))
+    ours, theirs = (run.patch.tables[TABLE] for run in learned)
+    assert torch.equal(ours.rows, theirs.rows)
+    assert len(ours.protected_slots) == 0 < len(theirs.protected_slots)
+
+
+@pytest.mark.parametrize(
+    ("sections", "sentence"),
+    [
+        ({"lessons": {"first": 3}}, "lessons 3 to 3 asked for, the files have 3"),
+        ({"lessons": {"number": 4}}, "lessons 0 to 4 asked for, the files have 3"),
+        ({"data": {"num_new": 2}}, "lessons.files and settings of data are both there"),
+        ({"learn": {"batch_size": 0}}, "learn.batch_size is 0, must be at least 1"),
+        ({"prompts": {"style": "few_shot"}}, "need an end"),
+        ({"prompts": {"style": "few_shot", "end": ".", "num_shots": 5}}, "num_shots is 5, there are 4 answered"),
+        ({"trainer": {"gradient_accumulation_steps": 2}}, "a batch of 1 examples cannot be shared"),
+    ],
+)
+def test_lessons_and_prompts_that_cannot_be_are_refused(tmp_path, checkpoint, sections, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        learn(lessons_config(tmp_path, checkpoint, **sections))
+
+
+def test_shots_are_questions_of_a_file(tmp_path, checkpoint):
+    shots = tmp_path / "shots.json"
+    shots.write_text(json.dumps(PAIRS))
+    section = {"style": "few_shot", "end": "\n", "shots": str(shots), "num_shots": 1}
+    config = lessons_config(tmp_path, checkpoint, prompts=section)
+    assert prompts_of(config).shots == (("Where does Ada work?", "Bonn"),)
+    assert [lesson.id for lesson in lessons_of(config)][-1] == "page"
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.integers(1, 4), st.none() | st.integers(1, 6))
+def test_every_order_takes_as_many_steps_of_each_lesson_and_goes_round_in_it(sizes, steps, batch_size):
+    lessons = [[(lesson, example) for example in range(size)] for lesson, size in enumerate(sizes)]
+    depth, rounds = (in_order(lessons, steps, order, batch_size) for order in ("depth_first", "rounds"))
+    assert sorted(depth) == sorted(rounds)
+    assert [batch[0][0] for batch in depth] == sorted([*range(len(sizes))] * steps)
+    assert [batch[0][0] for batch in rounds] == [*range(len(sizes))] * steps
+    for lesson in lessons:
+        taken = [example for batch in rounds if batch[0][0] == lesson[0][0] for example in batch]
+        times = [taken.count(example) for example in lesson]
+        assert max(times) - min(times) <= 1
+
+
+@given(st.lists(st.lists(st.integers(), min_size=3, max_size=8), min_size=1, max_size=4), st.integers(1, 3))
+def test_micro_batches_are_the_batch_in_parts_of_near_size(batches, parts):
+    shared = shared_out(batches, parts)
+    for number, batch in enumerate(batches):
+        mine = shared[number * parts : (number + 1) * parts]
+        assert sorted(example for part in mine for example in part) == sorted(batch)
+        assert max(map(len, mine)) - min(map(len, mine)) <= 1

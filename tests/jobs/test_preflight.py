@@ -33,7 +33,7 @@ def test_tables_are_not_trained_by_several_processes_on_gpus_but_rows_and_lora_a
         with pytest.raises(ValueError, match=r"2 processes on GPUs: .* NCCL does not reduce"):
             arguments_of(recipe, tmp_path)
     for recipe in ("learn_sparse_memory", "learn_lora"):
-        assert arguments_of(recipe, tmp_path).per_device_train_batch_size == 3
+        assert arguments_of(recipe, tmp_path).world_size == 2
 
 
 def test_engines_that_split_tables_are_refused(monkeypatch, tmp_path):

@@ -8,23 +8,25 @@ import time
 import pytest
 import torch
 from commands import config_of, is_written, refusal, run, start, write_config
+from plain_base import LENGTH, TRAIN, VALIDATION, base, text
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_pre_hook
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from memlayer.data.text import collate_windows, load_documents, windows
-from memlayer.data.tokenizer import save_tokenizer, train_tokenizer
+from memlayer.data.text import load_documents
 from memlayer.decoders import files
 from memlayer.decoders.attach import add_memory, memory_parameters
 from memlayer.decoders.fingerprint import state_fingerprint
 from memlayer.evaluation.healing import BASE, DENSE, MEMORY, gate
 from memlayer.jobs.config import load_config
+from memlayer.jobs.learn import learn
 from memlayer.jobs.retrofit import load_base, retrofit
 from memlayer.slots.counts import COUNTS_FILE, load_counts
 
-LENGTH, BATCH, STEPS, TRAIN, VALIDATION = 48, 8, 12, 64, 10
-COUNTED = {"memory.0": 256}
+BATCH, STEPS = 8, 12
+__all__ = ["base"]  # a fixture
+COUNTED = {"model.memory.0": 256}
 RETROFIT = {
     "job": "retrofit",
     "memory": {"layers": [1], "num_keys": 16, "num_heads": 2, "top_k": 4, "mode": "add"},
@@ -38,43 +40,6 @@ LEARN = {
     "learn": {"steps_per_fact": 2, "num_rows": 8, "learning_rate": 1.0},
     "trainer": {"disable_tqdm": True},
 }
-
-
-def text(tokenizer):
-    """Windows of the built-in sentences, those that RETROFIT asks for."""
-    return windows(tokenizer, load_documents(), LENGTH, TRAIN, VALIDATION)
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory):
-    """A plain Llama of three small layers that training has taught which tokens are frequent."""
-    folder = tmp_path_factory.getbasetemp() / "base"
-    if (folder / "config.json").is_file():
-        return folder
-    tokenizer = train_tokenizer(load_documents(limit=3000), 400, folder)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=3,
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    train_WL, _ = text(tokenizer)
-    for step in range(60):
-        batch = collate_windows(train_WL[step * 8 % TRAIN :][:8])
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.save_pretrained(folder)
-    save_tokenizer(tokenizer, folder)
-    return folder
 
 
 @pytest.fixture(scope="session", params=["add", "replace"])
@@ -132,6 +97,32 @@ def test_add_gives_the_logits_of_the_base_before_anything_is_learned(tmp_path, b
         assert torch.equal(add_memory(model, config.memory)(validation_WL).logits, before)
 
 
+def test_without_steps_memory_is_attached_counted_and_hears_what_is_written(tmp_path, base):
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("".join(json.dumps({"question": f"Who is {n}?", "answer": "Ada"}) + "\n" for n in range(7)))
+    settings = {"steps": 0, "background_lessons": [str(questions)]}
+    retrofitted = retrofit(config_of(RETROFIT, tmp_path / "out", base=str(base), retrofit=settings))
+    assert retrofitted.healed
+    assert retrofitted.results["losses"].keys() == {BASE, MEMORY}
+    counts = load_counts(tmp_path / "out" / COUNTS_FILE, COUNTED)["model.memory.0"]
+    assert counts.num_documents == TRAIN + 7
+    assert "or one of 7 examples of lessons" in counts.document
+    model, tokenizer = files.load(tmp_path / "out")
+    _, validation_WL = text(tokenizer)
+    with torch.no_grad():
+        untouched = AutoModelForCausalLM.from_pretrained(base)(validation_WL).logits
+        assert torch.equal(model(validation_WL).logits, untouched)
+    learned = learn(config_of(LEARN, tmp_path / "learned", checkpoint=str(tmp_path / "out")))
+    with torch.no_grad():
+        assert not torch.equal(learned.model(validation_WL).logits, untouched)
+
+
+@pytest.mark.parametrize("memory", [{"mode": "replace"}, {"start": "output_zero"}])
+def test_without_steps_memory_that_has_to_heal_is_refused(tmp_path, base, memory):
+    with pytest.raises(ValueError, match=r"retrofit.steps is 0, and memory of mode .* has to heal"):
+        config_of(RETROFIT, tmp_path / "out", base=str(base), memory=memory, retrofit={"steps": 0})
+
+
 def test_all_but_memory_keeps_the_bits_of_the_base(base, healed):
     folder, retrofitted, _ = healed
     kept = "mlp.ffn." if retrofitted.results["mode"] == "add" else None
@@ -167,7 +158,7 @@ def test_memory_and_dense_control_see_the_same_batches(healed):
 
 def test_background_is_the_training_windows_a_window_a_document(healed):
     folder, _, _ = healed
-    counts = load_counts(folder / COUNTS_FILE, COUNTED)["memory.0"]
+    counts = load_counts(folder / COUNTS_FILE, COUNTED)["model.memory.0"]
     assert counts.num_documents == TRAIN
     assert counts.reads_N.sum() == TRAIN * LENGTH * 2 * 4  # two heads, four slots each
     assert counts.document_frequency_N.max() <= TRAIN
@@ -248,8 +239,8 @@ def test_not_healed_is_status_3_and_the_result_is_written_all_the_same(tmp_path,
 def test_the_margin_follows_the_mode_unless_it_is_given(tmp_path, base, mode, margin):
     for given, expected in ((None, margin), (7.0, 7.0)):
         settings = {"steps": 1, "dense_control": False, "learning_rate": 0.0, "table_learning_rate": 0.0}
-        config = config_of(RETROFIT, tmp_path / str(given), base=str(base), retrofit={**settings, "margin": given})
-        config.memory.mode = mode
+        sections = {"memory": {"mode": mode}, "retrofit": {**settings, "margin": given}}
+        config = config_of(RETROFIT, tmp_path / str(given), base=str(base), **sections)
         results = retrofit(config).results
         assert results["margin"] == expected
         above = results["losses"][MEMORY]["after"] - results["losses"][BASE]["after"]
@@ -264,7 +255,7 @@ def test_a_loss_that_is_no_number_is_not_healed():
 def outcome(folder):
     """What a finished retrofit leaves, times left out."""
     results = json.loads((folder / "results.json").read_text())
-    counts = load_counts(folder / COUNTS_FILE, COUNTED)["memory.0"]
+    counts = load_counts(folder / COUNTS_FILE, COUNTED)["model.memory.0"]
     numbers = {key: results[key] for key in ("losses", "curves", "parameters", "frozen", "verdict")}
     return state_fingerprint(files.load(folder)[0]), counts.reads_N.tolist(), numbers
 
@@ -384,7 +375,6 @@ def longer_tokenizer(folder):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("retrofit.steps=0", "retrofit.steps is 0, must be at least 1"),
         ("retrofit.margin=-1", "retrofit.margin is -1.0, must be at least 0"),
         ("retrofit.dtype=int8", "retrofit.dtype is 'int8', must be"),
         ("text.lenght=3", "text.lenght is not a setting; did you mean text.length?"),

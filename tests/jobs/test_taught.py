@@ -12,7 +12,7 @@ from memlayer.jobs.taught import load_learned, save_learned
 from memlayer.methods import METHODS
 
 __all__ = ["checkpoint"]  # a fixture
-TABLE = "memory.0"
+TABLE = "model.memory.0"
 RATES = {"sparse_memory": 1.0, "full": 0.01, "lora": 0.01}
 
 
@@ -66,6 +66,6 @@ def test_files_that_no_run_wrote_are_refused_before_training_and_left_alone(tmp_
 def test_a_patch_of_numbers_that_are_not_finite_is_not_written(tmp_path, checkpoint):
     learned = learned_by(checkpoint, tmp_path / "run")
     learned.patch.tables[TABLE].rows[0, 0] = math.nan
-    with pytest.raises(ValueError, match=r"1 of \d+ numbers of the patch of memory.0 are nan or infinite"):
+    with pytest.raises(ValueError, match=r"1 of \d+ numbers of the patch of model.memory.0 are nan or infinite"):
         save_learned(learned, tmp_path / "run")
     assert contents(tmp_path / "run") == {}

@@ -104,11 +104,11 @@ def test_positions_before_the_first_label_get_no_logits_and_the_loss_is_the_same
 
 def test_rows_that_were_never_read_do_not_move_in_pretraining(tmp_path):
     model = tiny.memory_model(num_keys=16)
-    before = model.memory[0].weight.detach().clone()
+    before = model.model.memory[0].weight.detach().clone()
     trainer = trainer_of(model, tmp_path, examples(4), max_steps=5, weight_decay=0.1)
     trainer.train()
-    steps_N = trainer.optimizer.optimizer.state[model.memory[0].weight]["step"]
-    moved_N = (model.memory[0].weight != before).any(dim=1)
+    steps_N = trainer.optimizer.optimizer.state[model.model.memory[0].weight]["step"]
+    moved_N = (model.model.memory[0].weight != before).any(dim=1)
     assert not moved_N[steps_N == 0].any()
     assert 0 < moved_N.sum() <= (steps_N > 0).sum() < len(steps_N)
 
@@ -118,14 +118,14 @@ def test_tables_have_sparse_gradients_while_they_are_pretrained_and_dense_ones_a
 
     class Sparse(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, model=None, **_):
-            seen.append(model.memory[0].weight.grad.is_sparse)
+            seen.append(model.model.memory[0].weight.grad.is_sparse)
 
     model = tiny.memory_model()
     trainer = trainer_of(model, tmp_path, examples(), callbacks=[Sparse()], max_steps=2)
     trainer.train()
     assert seen == [True, True]
     model(**tiny.inputs(tiny.batch())).loss.backward()
-    assert not model.memory[0].weight.grad.is_sparse
+    assert not model.model.memory[0].weight.grad.is_sparse
     trainer.train()
     assert seen == [True] * 4
 
@@ -148,9 +148,9 @@ def test_a_checkpoint_that_the_trainer_did_not_restore_is_refused(tmp_path):
     trainer_of(tiny.memory_model(), tmp_path, examples(), max_steps=1, save_strategy="steps", save_steps=1).train()
     weights = tmp_path / "checkpoint-1" / "model.safetensors"
     state = load_file(weights)
-    del state["memory.0.weight"]
+    del state["model.memory.0.weight"]
     save_file(state, weights, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"1 missing \(memory\.0\.weight\)"):
+    with pytest.raises(ValueError, match=r"1 missing \(model\.memory\.0\.weight\)"):
         trainer_of(tiny.memory_model(), tmp_path, examples(), max_steps=2).train(str(weights.parent))
 
 
@@ -208,7 +208,7 @@ def norm(tensors):
 def test_clipping_scales_the_dense_gradients_and_leaves_the_table_alone(tmp_path):
     unclipped, _ = first_moments(tmp_path, max_grad_norm=0.0)
     clipped, history = first_moments(tmp_path, max_grad_norm=0.01)
-    assert torch.equal(clipped.pop("memory.0.weight"), unclipped.pop("memory.0.weight"))
+    assert torch.equal(clipped.pop("model.memory.0.weight"), unclipped.pop("model.memory.0.weight"))
     assert norm(unclipped.values()) > 0.1 * 0.02
     assert norm(clipped.values()) == pytest.approx(0.1 * 0.01, rel=1e-3)
     assert history[0]["grad_norm"] == pytest.approx(norm(unclipped.values()) / 0.1, rel=1e-4)
@@ -241,7 +241,7 @@ def taught(folder, positions="all", **settings):
     )
     trainer.train()
     assert trainer.state.global_step == 2
-    return finetuner.detach().tables[tiny.TABLE].slots, model.state_dict()["memory.0.weight"]
+    return finetuner.detach().tables[tiny.TABLE].slots, model.state_dict()["model.memory.0.weight"]
 
 
 def test_the_log_says_among_how_many_slots_a_step_chose(tmp_path):
@@ -251,8 +251,8 @@ def test_the_log_says_among_how_many_slots_a_step_chose(tmp_path):
     trainer = trainer_of(model, tmp_path, examples(4), finetuner, optimizer, max_steps=1)
     trainer.train()
     entry = trainer.state.log_history[0]
-    assert entry["memory.0.slots_selected"] == 9 < entry["memory.0.slots_read"] < 64
-    assert 0 <= entry["memory.0.slots_zero_idf"] < entry["memory.0.slots_read"]
+    assert entry["model.memory.0.slots_selected"] == 9 < entry["model.memory.0.slots_read"] < 64
+    assert 0 <= entry["model.memory.0.slots_zero_idf"] < entry["model.memory.0.slots_read"]
 
 
 @pytest.mark.parametrize("positions", ["all", "answer"])
@@ -279,7 +279,7 @@ def test_a_finetuner_in_the_trainer_takes_the_steps_it_takes_in_a_plain_loop(tmp
         optimizer.step()
         optimizer.zero_grad()
     assert torch.equal(finetuner.detach().tables[tiny.TABLE].slots, slots)
-    torch.testing.assert_close(model.state_dict()["memory.0.weight"], table, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model.state_dict()["model.memory.0.weight"], table, rtol=1e-5, atol=1e-6)
 
 
 def test_a_finetuner_has_no_best_model_to_go_back_to(tmp_path):
@@ -297,7 +297,7 @@ def test_a_finetuner_survives_clipping_and_activation_checkpointing(tmp_path):
     )
     assert torch.equal(slots, again)
     assert torch.equal(table, checkpointed)
-    before = tiny.memory_model().state_dict()["memory.0.weight"]
+    before = tiny.memory_model().state_dict()["model.memory.0.weight"]
     assert float((table - before).norm()) <= 2 * 0.001 * 1.01, "two steps of SGD at rate 1, each clipped"
 
 

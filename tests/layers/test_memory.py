@@ -105,9 +105,19 @@ def test_a_table_of_another_size_is_refused():
         MemoryLayer(16, MemoryTable(60, 12), num_keys=8, top_k=3)
 
 
-def test_memory_beside_a_feed_forward_block_changes_nothing_at_first_and_learns():
+@pytest.mark.parametrize(("start", "learns_first"), [("values_zero", "values"), ("output_zero", "output")])
+def test_memory_beside_a_feed_forward_block_changes_nothing_at_first_and_learns(start, learns_first):
     ffn, hidden = torch.nn.Linear(16, 16), torch.randn(5, 16)
     block = FeedForwardWithMemory(ffn, layer())
+    block.memory.silence(start)
     assert torch.equal(block(hidden), ffn(hidden))
     block(hidden).sum().backward()
-    assert block.memory.out.weight.grad.abs().sum() > 0
+    learned = {"values": block.memory.table.weight, "output": block.memory.out.weight}
+    assert [name for name, weight in learned.items() if weight.grad.any()] == [learns_first]
+
+
+def test_a_value_written_into_an_empty_table_is_heard_at_its_own_size():
+    memory = layer()
+    memory.silence("values_zero")
+    values_RV = torch.randn(9, memory.table.embedding_dim)
+    torch.testing.assert_close(memory.out(values_RV).norm(dim=1), values_RV.norm(dim=1))

@@ -43,7 +43,7 @@ def test_the_model_handed_in_has_learned_and_is_an_ordinary_one_again(method):
     assert [type(m) for m in model.modules()] == kinds
     model(**tiny.inputs(batch)).loss.backward()
     assert all(p.grad is not None for p in model.parameters())
-    assert not model.memory[0].weight.grad.is_sparse
+    assert not model.model.memory[0].weight.grad.is_sparse
 
 
 def changed(before, model):
@@ -54,7 +54,7 @@ def test_sparse_memory_changes_the_table_alone_and_returns_the_patch():
     model = tiny.memory_model()
     before, fingerprint = tiny.snapshot(model), state_fingerprint(model)
     patch = learn(model, "sparse_memory")
-    assert changed(before, model) == {"memory.0.weight"}
+    assert changed(before, model) == {"model.memory.0.weight"}
     patch.revert(model)
     assert state_fingerprint(model) == fingerprint
 

@@ -58,7 +58,7 @@ def test_a_state_of_another_model_or_other_tables_is_refused_and_changes_nothing
     with torch.no_grad():
         memory_tables(other)[tiny.TABLE].weight[slot] += 1
     for model, named in [
-        (other, f"1 of 5 rows of table 'memory.0' are not the patch's originals, at slot {slot}"),
+        (other, f"1 of 5 rows of table 'model.memory.0' are not the patch's originals, at slot {slot}"),
         (tiny.memory_model(seed=1), "other product keys"),
         (tiny.memory_model(layers=[0, 2], share=False), "the state is of tables"),
         (tiny.memory_model(num_keys=16), "the patch changes 64 slots"),
@@ -89,8 +89,8 @@ def test_a_state_over_another_background_is_refused():
     finetuner, _ = learn(tiny.memory_model(), [tiny.batch()])
     model = tiny.memory_model()
     for background, named in (
-        (tiny.background(model, num_documents=50), "the background of table 'memory.0' had num_documents 20, here"),
-        (tiny.background(model, seed=1), "the background of table 'memory.0' had document_frequency"),
+        (tiny.background(model, num_documents=50), "table 'model.memory.0' had num_documents 20, here"),
+        (tiny.background(model, seed=1), "the background of table 'model.memory.0' had document_frequency"),
     ):
         other = SparseMemoryFinetuner(model, background, 5)
         with pytest.raises(ValueError, match=named):

@@ -35,11 +35,11 @@ def test_only_selected_rows_move_under_any_optimizer(make):
     finetuner.detach()
     after = model.state_dict()
     assert after.keys() == before.keys()
-    moved = changed_slots(before["memory.0.weight"], after["memory.0.weight"])
+    moved = changed_slots(before["model.memory.0.weight"], after["model.memory.0.weight"])
     assert torch.equal(moved, torch.cat([s[tiny.TABLE] for s in selected]).unique())
     assert len(moved) >= 5
     for name in before:
-        assert name == "memory.0.weight" or torch.equal(before[name], after[name]), name
+        assert name == "model.memory.0.weight" or torch.equal(before[name], after[name]), name
 
 
 def test_one_step_selects_as_many_slots_as_asked_for_and_moves_them_all():
@@ -226,7 +226,7 @@ def test_padding_does_not_take_part_in_the_choice():
 def test_as_many_rows_as_slots_read_warns_once():
     model = tiny.memory_model()
     with pytest.warns(
-        UserWarning, match=r"may change 60 slots of table 'memory\.0' and its batch reads only \d+"
+        UserWarning, match=r"may change 60 slots of table 'model\.memory\.0' and its batch reads only \d+"
     ) as seen:
         learn(model, [tiny.batch(), tiny.batch(seed=1)], num_rows=60)
     assert len([w for w in seen if "may change 60" in str(w.message)]) == 1
@@ -247,7 +247,7 @@ def test_activation_checkpointing_takes_the_same_step():
 def test_a_second_finetuner_on_the_same_table_is_refused_and_the_first_works_on():
     model = tiny.memory_model()
     first = finetuner_of(model)
-    with pytest.raises(ValueError, match=r"table 'memory\.0' has a finetuner already; detach it first"):
+    with pytest.raises(ValueError, match=r"table 'model\.memory\.0' has a finetuner already; detach it first"):
         finetuner_of(model)
     optimizer = first.watch(OPTIMIZERS["sgd"](first.parameters()))
     before = table_of(model).clone()
@@ -290,10 +290,10 @@ def test_an_answer_mask_that_is_missing_is_asked_for():
         ({"positions": "odd"}, "positions is 'odd', must be 'all' or 'answer'"),
         ({"num_rows": 0}, "num_rows is 0, must be between 1 and the table's 64 slots"),
         ({"num_rows": 65}, "num_rows is 65, must be between 1 and the table's 64 slots"),
-        ({"background": {}}, r"no background counts of table 'memory\.0'; there are \[\]"),
+        ({"background": {}}, r"no background counts of table 'model\.memory\.0'; there are \[\]"),
         (
             {"background": tiny.background(tiny.memory_model(num_keys=4))},
-            r"background counts of table 'memory\.0' have 16 slots, the table has 64",
+            r"background counts of table 'model\.memory\.0' have 16 slots, the table has 64",
         ),
     ],
 )

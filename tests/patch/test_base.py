@@ -17,7 +17,7 @@ from memlayer.methods.sparse_memory import SparseMemoryFinetuner
 from memlayer.patch import Base, MemoryPatch, patches
 from memlayer.patch import base as base_module
 
-OTHERS = [name for name in tiny.memory_model().state_dict() if not name.startswith("memory.")]
+OTHERS = [name for name in tiny.memory_model().state_dict() if "memory." not in name]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -86,7 +86,7 @@ def test_rows_are_not_rounded_for_a_model_that_is_not_known():
     patch = odd_patch(model)
     model.bfloat16()
     for asked in (patch, MemoryPatch(patch.tables)):
-        with pytest.raises(ValueError, match=r"the patch is in torch\.float32, table 'memory\.0' in torch\.bfloat16"):
+        with pytest.raises(ValueError, match=r"is in torch\.float32, table 'model\.memory\.0' in torch\.bfloat16"):
             asked.apply(model, any_base=asked is patch)
 
 
@@ -94,7 +94,7 @@ def test_float32_memory_in_a_half_precision_model_is_told_by_the_precision_of_th
     model = tiny.memory_model()
     patch = odd_patch(model)
     for name, module in model.named_modules():
-        if not name.startswith("memory") and "mlp" not in name and not list(module.children()):
+        if "memory" not in name and "mlp" not in name and not list(module.children()):
             module.bfloat16()
     assert table_of(model).dtype == torch.float32
     patch.apply(model)
@@ -125,7 +125,7 @@ def test_the_table_is_not_read():
     base = Base.of(model)
     with torch.no_grad():
         table_of(model).fill_(float("nan"))
-    model.memory.append(MemoryTable(4, 4))
+    model.model.memory.append(MemoryTable(4, 4))
     assert Base.of(model) == base
 
 

@@ -72,7 +72,7 @@ def test_the_model_card_names_the_base_model_and_the_numbers(tmp_path):
     head = text.split("---")[1]
     for line in ("base_model: someone/decoder", "library_name: memlayer", "- memory-patch"):
         assert line in head
-    assert "memory.0: 1 of 64 rows" in text
+    assert "model.memory.0: 1 of 64 rows" in text
     text = (tmp_path / "folder" / "README.md").read_text()
     assert "base_model" not in text.split("---")[1], "the Hub refuses a card that names a folder"
     assert "the memory of `runs/pretrain`" in text
@@ -143,7 +143,7 @@ def test_500_rows_of_1024_bfloat16_numbers_and_their_originals_take_less_than_2_
     rows = torch.randn(2, 500, 1024).bfloat16()
     slots = torch.randperm(1024**2)[:500].sort().values
     keys = product_key_fingerprints(tiny.memory_model())[tiny.TABLE]
-    MemoryPatch({"memory.0": TablePatch(slots, rows[0], rows[1], 1024**2, keys)}).save(tmp_path)
+    MemoryPatch({"model.memory.0": TablePatch(slots, rows[0], rows[1], 1024**2, keys)}).save(tmp_path)
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 2.2e6
 
 
@@ -310,11 +310,11 @@ def not_safetensors(folder):
         (edit(mode="delta"), r"unknown keys \['mode'\] and lacks \[\]"),
         (edit(provenance=None), r"unknown keys \[\] and lacks \['provenance'\]"),
         (edit(provenance={"seed": 4}), "was altered"),
-        (edit(tables={}), rf"has no table for memory\.0\.originals, .* of {ROWS_FILE}"),
+        (edit(tables={}), rf"has no table for model\.memory\.0\.originals, .* of {ROWS_FILE}"),
         (edit(tables=[]), r"tables is \[\], must be an object"),
         (edit(provenance=[]), r"provenance is \[\], must be an object"),
-        (edit(tables={tiny.TABLE: 5}), r"table 'memory\.0' is 5, must be an object"),
-        (edit(table={"num_rows": 5}), r"table 'memory\.0' has num_rows 5, memory_patch\.safetensors has 4"),
+        (edit(tables={tiny.TABLE: 5}), r"table 'model\.memory\.0' is 5, must be an object"),
+        (edit(table={"num_rows": 5}), r"table 'model\.memory\.0' has num_rows 5, memory_patch\.safetensors has 4"),
         (edit(table={"width": 15}), "has width 15"),
         (edit(table={"dtype": "float16"}), "has dtype 'float16'"),
         (edit(table={"originals_sha256": "0"}), "has originals_sha256 '0'"),
@@ -326,9 +326,9 @@ def not_safetensors(folder):
         (edit(table={"product_keys": {}}), "was altered"),
         (edit(table={"product_keys": None}), "has product_keys None, must be of type dict"),
         (with_rows(rows=torch.zeros(3, 16)), r"rows of shape \(3, 16\) for 4 slots"),
-        (with_rows(originals=None), r"needs memory\.0\.originals"),
+        (with_rows(originals=None), r"needs model\.memory\.0\.originals"),
         (with_rows(originals=torch.zeros(4, 16)), "has originals_sha256"),
-        (with_rows(extra=torch.zeros(1)), r"has no table for memory\.0\.extra"),
+        (with_rows(extra=torch.zeros(1)), r"has no table for model\.memory\.0\.extra"),
         (with_rows(rows=torch.zeros(4, 16)), "was altered"),
         (not_safetensors, "is not a safetensors file"),
     ],

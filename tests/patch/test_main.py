@@ -143,7 +143,7 @@ def make_full(folder):
         (("merge", "{one}", "{out}"), "is nothing to merge"),
         (("squash", "{one}", "{out}"), "is nothing to squash"),
         (("squash", "{one}", "{other}", "{out}"), "patch 2 was not made on top of the ones before it"),
-        (("merge", "{one}", "{other}", "{out}"), "different rows for 1 slots of table 'memory.0', at slot 40"),
+        (("merge", "{one}", "{other}", "{out}"), "different rows for 1 slots of table 'model.memory.0', at slot 40"),
         (("merge", "{one}", "{other}", "{full}"), "{full} exists already"),
         (("merge", "{one}", "{other}", "{out}", "--on-conflict=ties", "--density=2"), "density is 2.0"),
     ],

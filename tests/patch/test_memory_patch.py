@@ -26,7 +26,7 @@ def test_apply_and_revert_are_exact_to_the_bit(dtype):
     assert torch.equal(bits(table_of(model)[SLOTS]), bits(patch.tables[tiny.TABLE].rows))
     others = torch.ones(64, dtype=torch.bool)
     others[SLOTS] = False
-    assert torch.equal(table_of(model)[others], state_before["memory.0.weight"][others])
+    assert torch.equal(table_of(model)[others], state_before["model.memory.0.weight"][others])
     patch.revert(model)
     assert state_fingerprint(model) == before
     assert all(torch.equal(bits(t), bits(state_before[name])) for name, t in model.state_dict().items())
@@ -63,19 +63,19 @@ def test_between_covers_every_table_and_looks_at_no_other_number():
     before = tiny.memory_model(layers=[0, 2], share=False)
     after = copy.deepcopy(before)
     with torch.no_grad():
-        memory_tables(after)["memory.1"].weight[5] += 1
+        memory_tables(after)["model.memory.1"].weight[5] += 1
         after.model.embed_tokens.weight.add_(1)
     patch = MemoryPatch.between(before, after)
-    assert {name: t.slots.tolist() for name, t in patch.tables.items()} == {"memory.0": [], "memory.1": [5]}
+    assert {name: t.slots.tolist() for name, t in patch.tables.items()} == {"model.memory.0": [], "model.memory.1": [5]}
 
 
 @pytest.mark.parametrize(
     ("memory", "message"),
     [
-        ({"layers": [1, 2], "share": False}, r"tables \['memory\.0'\], the other \['memory\.0', 'memory\.1'\]"),
+        ({"layers": [1, 2], "share": False}, r"tables \['model\.memory\.0'\], the other .*, 'model\.memory\.1'\]"),
         ({"num_heads": 1}, "other product keys at .*half_keys"),
         ({"layers": [2]}, r"layers\.1\.mlp\.keys\.half_keys, .*layers\.2\.mlp\.keys"),
-        ({"value_width": 20, "key_width": 8}, r"'memory\.0' is \(64, 16\) torch\.float32 .* \(64, 20\)"),
+        ({"value_width": 20, "key_width": 8}, r"'model\.memory\.0' is \(64, 16\) torch\.float32 .* \(64, 20\)"),
     ],
 )
 def test_between_models_of_other_tables_or_keys_is_refused(memory, message):
@@ -132,7 +132,7 @@ def another_model_in_another_dtype(model, _patch):
 
 
 def other_table(_model, patch):
-    patch.tables["memory.1"] = patch.tables.pop(tiny.TABLE)
+    patch.tables["model.memory.1"] = patch.tables.pop(tiny.TABLE)
 
 
 def other_width(_model, patch):
@@ -145,23 +145,23 @@ def more_slots(_model, patch):
 
 
 def second_table_unfit(_model, patch):
-    patch.tables["memory.1"] = copy.deepcopy(patch.tables[tiny.TABLE])
+    patch.tables["model.memory.1"] = copy.deepcopy(patch.tables[tiny.TABLE])
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (other_rows, r"1 of 4 rows of table 'memory\.0' are not the patch's originals, at slot 40:"),
+        (other_rows, r"1 of 4 rows of table 'model\.memory\.0' are not the patch's originals, at slot 40:"),
         (other_sign_of_zero, "1 of 4 rows .* at slot 7:"),
         (many_other_rows, "12 of 20 rows .* at slots 3, 4, 5, 6, 7 and 7 more:"),
         (other_half_key, r"made for other product keys at model\.layers\.1\.mlp\.keys\.half_keys:"),
         (other_query, r"made for other product keys at model\.layers\.1\.mlp\.keys\.query\.weight:"),
         (other_norm, r"made for other product keys at model\.layers\.1\.mlp\.keys\.norm\.bias:"),
         (another_model_in_another_dtype, r"other weights outside the memory \(in bfloat16\): any_base=True"),
-        (other_table, r"the patch changes table 'memory\.1', the model has \['memory\.0'\]"),
-        (other_width, r"64 slots of width 5, table 'memory\.0' is \(64, 16\)"),
-        (more_slots, r"81 slots of width 16, table 'memory\.0' is \(64, 16\)"),
-        (second_table_unfit, r"the patch changes table 'memory\.1'"),
+        (other_table, r"the patch changes table 'model\.memory\.1', the model has \['model\.memory\.0'\]"),
+        (other_width, r"64 slots of width 5, table 'model\.memory\.0' is \(64, 16\)"),
+        (more_slots, r"81 slots of width 16, table 'model\.memory\.0' is \(64, 16\)"),
+        (second_table_unfit, r"the patch changes table 'model\.memory\.1'"),
     ],
 )
 def test_a_model_that_does_not_fit_is_refused_and_not_written_to(spoil, message):
@@ -244,7 +244,7 @@ def test_patches_are_reverted_when_the_body_raises():
 def test_rows_changed_inside_stay_and_every_other_row_is_taken_back():
     model = tiny.memory_model()
     before = table_of(model).clone()
-    changed = "rows changed while the patches were applied, 1 of table 'memory.0' at slot 8: they stay as they are"
+    changed = r"rows changed while .* applied, 1 of table 'model.memory.0' at slot 8: they stay as they are"
     with pytest.raises(ValueError, match=changed), patches(model, chain(model)):
         table_of(model)[8] = 7.0
     before[8] = 7.0
@@ -262,7 +262,7 @@ def test_the_error_of_the_body_is_raised_though_rows_changed_inside():
 
     with pytest.raises(KeyError, match="mine") as raised:
         fail_inside()
-    assert "1 of table 'memory.0' at slot 3" in raised.value.__notes__[0]
+    assert "1 of table 'model.memory.0' at slot 3" in raised.value.__notes__[0]
     before[3] = 7.0
     assert torch.equal(bits(table_of(model)), bits(before))
 
@@ -296,7 +296,7 @@ def test_the_description_has_what_a_person_asks_for():
     patch = patch_of(model, [1, 62], rows, {"seed": 3, "facts": "mine.jsonl"})
     text = patch.describe()
     assert "2 rows, 272 bytes" in text  # two slots of 8 bytes, rows and originals of 2 * 16 * 4
-    assert "memory.0: 2 of 64 rows of width 16, float32, slots 1 to 62" in text
+    assert "model.memory.0: 2 of 64 rows of width 16, float32, slots 1 to 62" in text
     assert "largest 12, all together 13" in text  # the norms are 5 and 12
     assert '"facts": "mine.jsonl"' in text
     weights = patch.base.weights_sha256["float32"][:12]
@@ -332,4 +332,4 @@ def test_an_empty_patch_can_be_described():
     model = tiny.memory_model()
     text = MemoryPatch.between(model, model).describe()
     assert "0 rows, 0 bytes" in text
-    assert "memory.0: 0 of 64 rows" in text
+    assert "model.memory.0: 0 of 64 rows" in text

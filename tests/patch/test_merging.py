@@ -63,7 +63,7 @@ def test_identical_rows_are_no_conflict_under_any_policy(model):
 
 def test_a_conflict_names_the_first_slots_and_how_many(model):
     one, other = patch_of(model, range(9), rows(*range(9))), patch_of(model, range(9), rows(*range(8), 5))
-    with pytest.raises(ValueError, match=r"different rows for 1 slots of table 'memory\.0', at slot 8$"):
+    with pytest.raises(ValueError, match=r"different rows for 1 slots of table 'model\.memory\.0', at slot 8$"):
         merge([one, other])
     other = patch_of(model, range(2, 9), rows(*range(7)))
     with pytest.raises(ValueError, match=r"for 7 slots .* at slots 2, 3, 4, 5, 6 and 2 more$"):
@@ -143,10 +143,10 @@ def test_patches_of_several_tables_are_merged_table_by_table():
     model = tiny.memory_model(layers=[0, 2], share=False)
     after = copy.deepcopy(model)
     with torch.no_grad():
-        after.memory[1].weight[4] += 1
+        after.model.memory[1].weight[4] += 1
     other = patch_of(model, [6], torch.ones(1, V))
     both = merge([MemoryPatch.between(model, after), other])
-    assert {name: t.slots.tolist() for name, t in both.tables.items()} == {"memory.0": [6], "memory.1": [4]}
+    assert {name: t.slots.tolist() for name, t in both.tables.items()} == {"model.memory.0": [6], "model.memory.1": [4]}
 
 
 def test_the_provenance_lists_the_parents_and_keeps_the_base_they_share(model, tmp_path):
@@ -184,7 +184,7 @@ def other_size(_model, patch):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (other_base, r"different originals of 2 rows of table 'memory\.0', at slots 3, 4: .* the same base"),
+        (other_base, r"different originals of 2 rows of table 'model\.memory\.0', at slots 3, 4: .* the same base"),
         (other_keys, r"different product keys at model\.layers\.1\.mlp\.keys\.half_keys"),
         (other_dtype, r"\(64, 16, torch\.float32\) in one patch, \(64, 16, torch\.float16\) in another"),
         (other_size, r"\(64, 16, torch\.float32\) in one patch, \(81, 16, torch\.float32\) in another"),

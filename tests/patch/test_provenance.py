@@ -35,6 +35,8 @@ def test_a_learning_run_writes_where_its_patch_comes_from(checkpoint, tmp_path):
     assert patch.provenance == {
         "checkpoint": str(checkpoint),
         "data": asdict(config.data),
+        "lessons": asdict(config.lessons),
+        "prompts": asdict(config.prompts),
         "learn": asdict(config.learn),
         "seed": 5,
         "sha256": {

@@ -63,7 +63,7 @@ def test_what_was_made_on_top_of_a_chain_goes_on_top_of_it_squashed(models_and_c
 def test_every_table_is_squashed():
     model = tiny.memory_model(layers=[0, 2], share=False)
     states, made = [copy.deepcopy(model)], []
-    for name in ("memory.0", "memory.1", "memory.0"):
+    for name in ("model.memory.0", "model.memory.1", "model.memory.0"):
         after = copy.deepcopy(states[-1])
         memory_tables(after)[name].weight.data[4] += 1
         made.append(MemoryPatch.between(states[-1], after))

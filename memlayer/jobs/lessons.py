@@ -1,0 +1,50 @@
+"""What a run teaches and how it asks: its settings as lessons and prompts."""
+
+from dataclasses import asdict
+
+from memlayer.data.facts import facts_of
+from memlayer.data.lessons import Lesson, lessons_of_facts, load_lessons
+from memlayer.data.prompts import BUILTIN_SHOTS, Prompts
+from memlayer.jobs.config import RunConfig
+
+
+def lessons_of(config: RunConfig) -> list[Lesson]:
+    """What a learning run teaches.
+
+    Raises:
+        FactsError: a bad file.
+        ValueError: there is nothing to teach, or more is asked for than there is.
+    """
+    told, settings = config.lessons, config.learn
+    if not told.files:
+        facts = facts_of(**asdict(config.data))
+        if not facts.new:
+            raise ValueError("data.num_new is 0: there are no new facts to teach")
+        return lessons_of_facts(facts.new, facts.wordings, settings.statements, settings.questions)
+    lessons = load_lessons(told.files, told.chunk_words)
+    last = len(lessons) if told.number is None else told.first + told.number
+    if not told.first < last <= len(lessons):
+        raise ValueError(f"lessons {told.first} to {last} asked for, the files have {len(lessons)}")
+    lessons = lessons[told.first : last]
+    if asked_only := [lesson.id for lesson in lessons if not lesson.teach]:
+        raise ValueError(f"{len(asked_only)} lessons have nothing to teach, {asked_only[0]!r} first")
+    return lessons
+
+
+def prompts_of(config: RunConfig) -> Prompts:
+    """How a run asks.
+
+    Raises:
+        FactsError: a bad file of answered questions.
+        ValueError: settings that do not go together.
+    """
+    told, shots = config.prompts, ()
+    if told.style == "few_shot":
+        shots = BUILTIN_SHOTS
+        if told.shots:
+            asked = [lesson.ask[0] for lesson in load_lessons([told.shots]) if lesson.ask]
+            shots = [(question.prompt, question.answers[0]) for question in asked]
+        if len(shots) < told.num_shots:
+            raise ValueError(f"prompts.num_shots is {told.num_shots}, there are {len(shots)} answered questions")
+        shots = tuple(shots[: told.num_shots])
+    return Prompts(told.style, told.frame, told.end or "", shots)
