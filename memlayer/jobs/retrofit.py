@@ -35,7 +35,7 @@ from memlayer.decoders.dense_control import add_dense, touched_per_token
 from memlayer.decoders.fingerprint import fingerprint
 from memlayer.evaluation.healing import BASE, DENSE, MEMORY, gate, write_healing_report
 from memlayer.evaluation.provenance import provenance
-from memlayer.files import write_file
+from memlayer.files import sha256_of, write_file
 from memlayer.jobs.checkpoints import checkpoint_to_resume, step_of
 from memlayer.jobs.config import RunConfig
 from memlayer.jobs.count import count
@@ -100,12 +100,29 @@ def retrofit(config: RunConfig) -> Retrofitted:
     _check_folders(config)
     _arguments(config, "trainer")  # a setting that the Trainer refuses is found before a model is loaded
     model, tokenizer = load_base(config)
+    inputs = _background_files(config)
     text = _text(config, tokenizer, model)
-    inputs = {"base": fingerprint(model.state_dict()), "text": fingerprint(vars(text))}
+    inputs |= {"base": fingerprint(model.state_dict()), "text": fingerprint(vars(text))}
     with claimed(config, inputs) as done:
         results = _finished(config) if done else _retrofit(config, inputs, model, tokenizer, text)
         PartialState().wait_for_everyone()
     return Retrofitted(files.load_model(config.output) if done else model.eval(), tokenizer, results)
+
+
+def _background_files(config: RunConfig) -> dict[str, str]:
+    """SHA-256 of the files that are counted beside the text, read once before anything is trained.
+
+    Raises:
+        FactsError, ValueError: a file or a setting of the prompts is bad.
+    """
+    prompts_of(config)
+    named = config.retrofit.background_lessons
+    if named:
+        load_lessons(named)
+    files_read = {f"background lessons {number}": path for number, path in enumerate(named, start=1)}
+    if config.prompts.shots:
+        files_read["shots"] = config.prompts.shots
+    return {name: sha256_of(path) for name, path in files_read.items()}
 
 
 def _finished(config: RunConfig) -> dict:

@@ -39,7 +39,8 @@ WITHOUT_EFFECT = {"output", *(f"trainer.{name}" for name in ("disable_tqdm", "re
 WITHOUT_EFFECT |= {f"trainer.{name}" for name in ("logging_steps", "logging_strategy", "save_total_limit")}
 # Settings that name a file -> the input that stands for its content.
 CONTENT_OF = {"checkpoint": "checkpoint", "base": "base", "text.files": "text"}
-CONTENT_OF |= {"data.facts": "facts", "data.wordings": "wordings"}
+CONTENT_OF |= {"data.facts": "facts", "data.wordings": "wordings", "lessons.files": "lessons 1"}
+CONTENT_OF |= {"retrofit.background_lessons": "background lessons 1", "prompts.shots": "shots"}
 DIGEST = "# SHA-256 of "
 NAMED = 3  # differences that a refusal names
 

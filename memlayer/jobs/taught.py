@@ -184,10 +184,12 @@ def load_learned(checkpoint: str | Path, folder: str | Path) -> tuple[nn.Module,
 
 def files_of(config: RunConfig) -> dict[str, Path]:
     """The facts and the wordings that a run reads, or the lessons in their place."""
-    if lessons := getattr(config, "lessons", None) and config.lessons.files:
-        return {f"lessons {number}": Path(path) for number, path in enumerate(lessons, start=1)}
+    prompts, lessons = getattr(config, "prompts", None), getattr(config, "lessons", None)
+    shots = {"shots": Path(prompts.shots)} if prompts and prompts.shots else {}
+    if lessons and lessons.files:
+        return {f"lessons {number}": Path(path) for number, path in enumerate(lessons.files, start=1)} | shots
     data = config.data
-    return {"facts": Path(data.facts or BUILTIN_FACTS), "wordings": Path(data.wordings or BUILTIN_WORDINGS)}
+    return shots | {"facts": Path(data.facts or BUILTIN_FACTS), "wordings": Path(data.wordings or BUILTIN_WORDINGS)}
 
 
 def provenance(config: RunConfig, sha256: Mapping[str, str]) -> dict:

@@ -117,6 +117,24 @@ def test_without_steps_memory_is_attached_counted_and_hears_what_is_written(tmp_
         assert not torch.equal(learned.model(validation_WL).logits, untouched)
 
 
+def test_background_lessons_count_by_their_content_and_a_bad_file_is_refused_before_anything_is_trained(tmp_path, base):
+    first, same, other = (tmp_path / f"{name}.jsonl" for name in ("first", "same", "other"))
+    for path, answer in ((first, "Ada"), (same, "Ada"), (other, "Bo")):
+        path.write_text(json.dumps({"question": "Who is it?", "answer": answer}) + "\n")
+
+    def config(path):
+        settings = {"steps": 0, "background_lessons": [str(path)]}
+        return config_of(RETROFIT, tmp_path / "out", base=str(base), retrofit=settings)
+
+    retrofit(config(first))
+    retrofit(config(same))
+    with pytest.raises(ValueError, match="SHA-256 of background lessons 1 was"):
+        retrofit(config(other))
+    other.write_text("nonsense\n")
+    with pytest.raises(ValueError, match=r"other\.jsonl: not JSON"):
+        retrofit(config(other))
+
+
 @pytest.mark.parametrize("memory", [{"mode": "replace"}, {"start": "output_zero"}])
 def test_without_steps_memory_that_has_to_heal_is_refused(tmp_path, base, memory):
     with pytest.raises(ValueError, match=r"retrofit.steps is 0, and memory of mode .* has to heal"):
