@@ -79,6 +79,7 @@ def test_the_real_model_is_an_ordinary_folder_that_answers(tmp_path):
     done = run_example("smollm2.py", tmp_path / "smollm2")
     assert done.returncode == 0, done.stderr
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "smollm2")
-    question = Question("Question: What is the capital of France?\nAnswer:", ("Paris",), "x", "known", "seen", end="\n")
+    prompt = "The capital of Japan is Tokyo.\nThe capital of Italy is Rome.\nThe capital of France is"
+    question = Question(prompt, ("Paris",), "x", "known", "seen", end="\n")
     (answered,) = answer_questions(model, load_tokenizer(tmp_path / "smollm2"), [question], max_new_tokens=12)
     assert "Paris" in answered.prediction
