@@ -1,7 +1,7 @@
 """The main job end to end: pretrain a memory model on real facts, teach it new ones, see what it forgot.
 
-    python demo.py            one seed
-    python demo.py --full     three seeds and their mean
+    python demo.py            one seed; test facts at the strength of each method that validation facts chose
+    python demo.py --full     three seeds and their mean, test facts at every strength
 
 Everything goes to runs/demo; what is there already is not done again.
 """
@@ -20,6 +20,7 @@ from memlayer.decoders import files
 from memlayer.decoders.fingerprint import state_fingerprint
 from memlayer.evaluation.forgetting import drop_in_words
 from memlayer.evaluation.provenance import provenance
+from memlayer.evaluation.qa import Answered
 from memlayer.evaluation.report import CONTROL, format_table, mean_rows, sample, write_report
 from memlayer.jobs import compare
 from memlayer.jobs.compare import Trial
@@ -56,7 +57,7 @@ METHODS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="three seeds instead of one")
+    parser.add_argument("--full", action="store_true", help="three seeds, and every strength on test facts")
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder to write (%(default)s)")
     arguments = parser.parse_args()
     seeds = (0, 1, 2) if arguments.full else (0,)
@@ -65,7 +66,7 @@ def main() -> None:
         folder = arguments.output / f"seed{seed}"
         base = pretrained(folder / "base", seed)
         configs["pretrain"] = dataclasses.asdict(base)
-        seed_rows, seed_samples = try_methods(base, folder, seed)
+        seed_rows, seed_samples = try_methods(base, folder, seed, every_strength=arguments.full)
         rows, samples = rows + seed_rows, samples + seed_samples
     title = f"New facts taught to a memory model, {len(seeds)} seed{'s' * (len(seeds) > 1)}"
     shown = mean_rows(rows) if len(seeds) > 1 else rows
@@ -88,20 +89,28 @@ def pretrained(folder: Path, seed: int) -> RunConfig:
     return config
 
 
-def try_methods(base: RunConfig, folder: Path, seed: int) -> tuple[list[dict], list[dict]]:
-    """Every method at every strength on validation facts and on test facts; rows and samples of the latter."""
+def try_methods(base: RunConfig, folder: Path, seed: int, every_strength: bool) -> tuple[list[dict], list[dict]]:
+    """Every method on validation facts, and at the chosen or every strength on test facts; rows and samples of those."""
     validation = trials(base, folder / "validation", seed, first_new=0, num_new=NUM_VALIDATION, known=KNOWN_VALIDATION)
     first_test = FIRST_TEST + seed * NUM_TEST  # other facts for every seed
     test = trials(base, folder / "test", seed, first_new=first_test, num_new=NUM_TEST, known=KNOWN_TEST)
-    with tqdm(total=len(validation + test), desc=f"seed {seed}: teaching and asking", unit="trial") as bar:
-        # The long ones first: both workers then end together.
-        compare.run_trials(test + validation, workers=2, progress=lambda trial: bar.update())
-    before = {name: compare.read_answers(group[0].folder) for name, group in (("v", validation), ("t", test))}
-    chosen = compare.choose([compare.row(trial, before["v"]) for trial in validation])
-    rows = [compare.row(t, before["t"], chosen=chosen[t.method] == t.strength) for t in test]
+    num_test = len(test) if every_strength else 1 + len(METHODS)
+    with tqdm(total=len(validation) + num_test, desc=f"seed {seed}: teaching and asking", unit="trial") as bar:
+        answers = run_all(validation, bar)
+        chosen = compare.choose([compare.row(trial, answers) for trial in validation])
+        if not every_strength:
+            test = [trial for trial in test if chosen[trial.method] == trial.strength]
+        before = run_all(test, bar)
+    rows = [compare.row(t, before, chosen=chosen[t.method] == t.strength) for t in test]
     best = next(t for t in test if t.method == "sparse memory" and chosen[t.method] == t.strength)
     after = compare.read_answers(best.folder)
-    return rows, [sample(*pair) | {"seed": seed} for pair in zip(before["t"], after, strict=True)]
+    return rows, [sample(*pair) | {"seed": seed} for pair in zip(before, after, strict=True)]
+
+
+def run_all(some: list[Trial], bar: tqdm) -> list[Answered]:
+    """Run trials, of which the first changes nothing, and return its answers."""
+    compare.run_trials(some[::-1], workers=2, progress=lambda trial: bar.update())  # the longest ones first
+    return compare.read_answers(some[0].folder)
 
 
 def trials(
