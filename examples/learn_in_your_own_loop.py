@@ -31,19 +31,20 @@ product_keys = product_key_fingerprints(model)
 background = load_counts(options.checkpoint / "background_counts.safetensors", num_slots, product_keys)
 before = state_fingerprint(model)
 
-finetuner = SparseMemoryFinetuner(model, background, num_rows=400, idf_power=8)
+# A fact stays away from the rows of the others: they count as read by 10 more background documents.
+finetuner = SparseMemoryFinetuner(model, background, num_rows=400, idf_power=8, protect=10)
 optimizer = finetuner.watch(torch.optim.SGD(finetuner.parameters(), lr=10.0))
 for fact in facts:
     examples = teaching_examples(fact, wordings, statements=3, questions=3)
     batch = collate(encode(tokenizer, examples), tokenizer.pad_token_id, loss_on="answer")
     losses = []
+    finetuner.begin(fact.key)
     for _ in range(5):
         loss = finetuner.loss(batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    finetuner.protect(10)  # later facts stay away from these rows
     print(f"{fact.key}: loss {losses[0]:.2f} -> {losses[-1]:.2f}")
 
 patch = finetuner.detach()

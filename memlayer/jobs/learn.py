@@ -14,7 +14,7 @@ from pathlib import Path
 from accelerate import PartialState
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
 
 from memlayer.data.facts import facts_of, taught_anew
 from memlayer.data.qa import collate, encode, pad_token
@@ -36,18 +36,6 @@ from memlayer.slots.counts import COUNTS_FILE, SlotCounts, load_counts
 log = logging.getLogger(__name__)
 
 
-class _ProtectTaught(TrainerCallback):
-    """Count each lesson as background once its last step is done; in rounds, all of them after the last round."""
-
-    def __init__(self, finetuner, settings):
-        self.finetuner, self.settings = finetuner, settings
-
-    def on_step_end(self, args, state, control, **kwargs):
-        every = self.settings.steps_per_fact if self.settings.order == "depth_first" else state.max_steps
-        if self.settings.protect and state.global_step % every == 0:
-            self.finetuner.protect(self.settings.protect)
-
-
 @dataclass
 class _Prepared:
     """All that a learning run needs, loaded and checked."""
@@ -57,6 +45,7 @@ class _Prepared:
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     micro_batches: list[list[dict]]
+    lesson_of_step: list[str]
     background: dict[str, SlotCounts] | None
     sha256: dict[str, str]
 
@@ -106,8 +95,10 @@ def _prepare(config: RunConfig) -> _Prepared:
     check_answers(tokenizer, chain(*examples))
     steps = in_order(encoded, settings.steps_per_fact, settings.order, settings.batch_size)
     micro_batches = shared_out(steps, arguments.world_size * arguments.gradient_accumulation_steps)
+    ids = chain(*in_order([[lesson.id] for lesson in lessons], settings.steps_per_fact, settings.order, None))
     inputs = _inputs(config, state_fingerprint(model))
-    return _Prepared(config, arguments, model, tokenizer, micro_batches, _background(config, model), inputs)
+    background = _background(config, model)
+    return _Prepared(config, arguments, model, tokenizer, micro_batches, list(ids), background, inputs)
 
 
 def _background(config: RunConfig, model: nn.Module) -> dict[str, SlotCounts] | None:
@@ -131,7 +122,8 @@ def _teach(lesson: _Prepared) -> Learned:
         prepared.model,
         arguments,
         finetuner=prepared.finetuner,
-        callbacks=[_ProtectTaught(prepared.finetuner, settings)] if prepared.finetuner else None,
+        lessons=lesson.lesson_of_step,
+        skip_below=settings.skip_below,
         optimizers=(prepared.optimizer, None),
         train_dataset=lesson.micro_batches,
         data_collator=partial(_collate, pad_token_id=pad_token(tokenizer), loss_on=settings.loss_on),
@@ -141,6 +133,10 @@ def _teach(lesson: _Prepared) -> Learned:
     start = time.perf_counter()
     train_to_end(trainer, checkpoint, f"learn.learning_rate={settings.learning_rate:g}")
     seconds = time.perf_counter() - start
+    capacity = prepared.finetuner.capacity() if prepared.finetuner else {}
+    if not arguments.disable_tqdm and trainer.is_world_process_zero():
+        for name, full in capacity.items():
+            print(f"{name}: {full}")
     patch = prepared.finish()
     if patch is not None:
         patch.provenance = told
@@ -150,8 +146,19 @@ def _teach(lesson: _Prepared) -> Learned:
                 f"learn.learning_rate={settings.learning_rate:g}; the model may read the chosen rows with a weight of 0"
             )
     changed = files.numbers_changed(model, config.checkpoint)
-    steps, resumed_at = trainer.state.global_step, step_of(checkpoint)
-    return Learned(config, model.eval(), tokenizer, patch, seconds, steps, resumed_at, changed, lesson.sha256)
+    return Learned(
+        config,
+        model.eval(),
+        tokenizer,
+        patch,
+        seconds,
+        trainer.state.global_step,
+        step_of(checkpoint),
+        changed,
+        lesson.sha256,
+        trainer.steps_left_out,
+        {name: asdict(full) for name, full in capacity.items()},
+    )
 
 
 def inputs_of(config: RunConfig) -> dict[str, str]:

@@ -161,6 +161,8 @@ class LearnConfig:
         questions: of a fact, seen questions in each step's batch.
         batch_size: examples of a lesson that a step trains on, the next ones in its next step; None is all of them.
         loss_on: tokens that are trained on; of a text, all.
+        skip_below: a step is left out where its loss is below so many nats a token: the lesson is learned. In rounds it
+            is taught again when it has slipped. None leaves out none.
     """
 
     method: str
@@ -171,11 +173,12 @@ class LearnConfig:
     questions: int = 3
     batch_size: int | None = None
     loss_on: LossOn = "answer"
+    skip_below: float | None = None
 
     def __post_init__(self):
         check_choices("learn", self)
         check_at_least(1, "learn", self, "steps_per_fact", "batch_size")
-        check_at_least(0, "learn", self, "learning_rate", "statements", "questions")
+        check_at_least(0, "learn", self, "learning_rate", "statements", "questions", "skip_below")
         if not self.statements + self.questions:
             raise ValueError("learn.statements and learn.questions are both 0: there is nothing to teach a fact with")
 
@@ -188,8 +191,9 @@ class SparseMemoryConfig(LearnConfig):
         num_rows: slots of a table that one step may change.
         idf_power: 1 ranks slots as the paper does; more avoids those that background text reads.
         positions: whose reads count: all positions, or those that predict the answer.
-        protect: how many background documents a fact counts as once it is taught; later facts then choose its
-            rows less. 0 is the paper's rule.
+        protect: how many background documents a row counts as read by, for each lesson that wrote it, when another
+            one chooses. 0 is the paper's rule.
+        max_norm: how long the change of a row may become; None is no bound, as in the paper.
         optimizer: sgd is the paper's, without momentum.
     """
 
@@ -199,12 +203,13 @@ class SparseMemoryConfig(LearnConfig):
     idf_power: float = 8.0
     positions: Literal["all", "answer"] = "all"
     protect: int = 10
+    max_norm: float | None = None
     optimizer: Literal["sgd", "adam"] = "sgd"
 
     def __post_init__(self):
         super().__post_init__()
         check_at_least(1, "learn", self, "num_rows")
-        check_at_least(0, "learn", self, "idf_power", "protect")
+        check_at_least(0, "learn", self, "idf_power", "protect", "max_norm")
 
 
 @dataclass

@@ -26,6 +26,7 @@ from memlayer.jobs.run_folder import check_finite, is_done, write_result
 from memlayer.patch import MemoryPatch, patches
 
 RECORD = "learned.json"
+RECORDED = ("seconds", "steps", "resumed_at", "steps_left_out", "parameters_changed", "capacity", "sha256")
 
 
 @dataclass
@@ -38,6 +39,8 @@ class Learned:
         seconds: time of the learning alone, from step ``resumed_at``.
         parameters_changed: numbers in the model that are not what they were.
         sha256: name and SHA-256 of what the run started from: checkpoint, facts, wordings, background counts.
+        steps_left_out: of those since ``resumed_at``, the steps whose loss was below ``learn.skip_below``.
+        capacity: per table how full it is, where the method writes into one; see ``methods.open_table.Capacity``.
     """
 
     config: RunConfig
@@ -49,6 +52,8 @@ class Learned:
     resumed_at: int
     parameters_changed: int
     sha256: dict[str, str] = field(default_factory=dict)
+    steps_left_out: int = 0
+    capacity: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -141,7 +146,7 @@ def write_learned(learned: Learned, folder: Path, with_model: bool) -> None:
     elif with_model:
         check_finite(dict(learned.model.named_parameters()))
         files.save(learned.model, learned.tokenizer, folder / "model")
-    took = {key: getattr(learned, key) for key in ("seconds", "steps", "resumed_at", "parameters_changed", "sha256")}
+    took = {key: getattr(learned, key) for key in RECORDED}
     write_file(folder / RECORD, json.dumps(took, indent=2) + "\n")
 
 

@@ -7,14 +7,15 @@ Trainer's own.
 
 import inspect
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -114,10 +115,13 @@ class MemoryTrainer(StepwiseTrainer):
     Args:
         table_learning_rate: constant learning rate of the tables when the Trainer makes the optimizer.
         finetuner: what chooses the rows of each step; its optimizer is passed as ``optimizers``.
+        lessons: the lesson of each step, which a finetuner is told.
+        skip_below: a step whose loss is below is left out, and changes nothing.
         **kwargs: transformers.Trainer's own arguments.
 
     Raises:
-        ValueError: the best of several models is asked for while a finetuner writes into one.
+        ValueError: the best of several models is asked for while a finetuner writes into one, or steps are to be left
+            out that several processes or micro-batches share.
     """
 
     def __init__(
@@ -125,9 +129,17 @@ class MemoryTrainer(StepwiseTrainer):
         *args,
         table_learning_rate: float = 1e-3,
         finetuner: Finetuner | None = None,
+        lessons: Sequence[str] = (),
+        skip_below: float | None = None,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
+        self._lessons, self._skip_below, self.steps_left_out = lessons, skip_below, 0
+        if skip_below is not None and self.args.world_size * self.args.gradient_accumulation_steps > 1:
+            raise ValueError(
+                "learn.skip_below needs one process and trainer.gradient_accumulation_steps=1: it looks at the loss of "
+                "a whole step"
+            )
         self._makes_optimizer = self.optimizer is None
         self.table_learning_rate, self.finetuner = table_learning_rate, finetuner
         decoder = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
@@ -219,6 +231,8 @@ class MemoryTrainer(StepwiseTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Fetch the micro-batches of one optimizer step; with several, choose the top slots over all of them."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.finetuner is not None and batches and self._lessons:
+            self.finetuner.begin(self._lessons[self.state.global_step])
         if self.finetuner is not None and len(batches) > 1:
             self.finetuner.select([self._prepare_inputs(batch) for batch in batches])
         return batches, num_items
@@ -230,10 +244,16 @@ class MemoryTrainer(StepwiseTrainer):
         if not return_outputs:
             self._leave_out_prompts(inputs)
         kwargs = {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
-        if self.finetuner is None:
-            return super().compute_loss(model, inputs, **kwargs)
-        with self.finetuner.selecting(counted):
-            return super().compute_loss(model, inputs, **kwargs)
+        with nullcontext() if self.finetuner is None else self.finetuner.selecting(counted):
+            found = super().compute_loss(model, inputs, **kwargs)
+        return found if return_outputs else self._unless_learned(found)
+
+    def _unless_learned(self, loss: Tensor) -> Tensor:
+        """The loss, cut off from the model where it is low already: its backward pass then reaches no parameter."""
+        if self._skip_below is None or not loss.requires_grad or loss.item() >= self._skip_below:
+            return loss
+        self.steps_left_out += 1
+        return loss.detach().requires_grad_()
 
     def _leave_out_prompts(self, inputs: dict) -> None:
         """Have no logits computed for the positions before the first that a label of the batch asks for."""
@@ -247,10 +267,12 @@ class MemoryTrainer(StepwiseTrainer):
             inputs["labels"] = inputs["labels"][:, first:]
 
     def log(self, logs, *args, **kwargs):
-        """The Trainer's; with a finetuner, also what the latest choice was made among."""
+        """The Trainer's; with a finetuner, also what the latest choice was made among and how full the tables are."""
         if self.finetuner is not None and "loss" in logs:
             for table, found in self.finetuner.last_selection.items():
                 logs |= {f"{table}.slots_{key}": number for key, number in vars(found).items()}
+            for table, full in self.finetuner.capacity().items():
+                logs |= {f"{table}.slots_{key}": getattr(full, key) for key in ("written", "shared", "free")}
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir=None, _internal_call=False):

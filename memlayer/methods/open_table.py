@@ -22,7 +22,8 @@ from memlayer.patch import TablePatch
 from memlayer.slots.counts import SlotCounts
 from memlayer.slots.selection import tf_idf, top_slots
 
-SLOTS, ORIGINALS, ROWS, UNPROTECTED = "slots", "originals", "rows", "unprotected"  # columns of the store
+# Columns of the store; the last two: how many lessons wrote a slot, and whether the one that is taught is among them.
+SLOTS, ORIGINALS, ROWS, WRITERS, MINE = "slots", "originals", "rows", "writers", "mine"
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,39 @@ class Selection:
     selected: int
 
 
+@dataclass(frozen=True)
+class Capacity:
+    """How full one table is.
+
+    Attributes:
+        slots: N.
+        live: slots that the background reads.
+        written: slots that were written since the finetuner was made.
+        shared: written slots that several lessons wrote.
+        free: slots that neither the background reads nor anybody wrote.
+        lessons: how many lessons wrote.
+    """
+
+    slots: int
+    live: int
+    written: int
+    shared: int
+    free: int
+    lessons: int
+
+    @property
+    def lessons_left(self) -> int | None:
+        """For about how many more lessons there are free slots, if they need as many each; None before the first."""
+        return self.free * self.lessons // self.written if self.written else None
+
+    def __str__(self):
+        left = "" if self.lessons_left is None else f", enough for about {self.lessons_left:,} more lessons like these"
+        return (
+            f"{self.written:,} of {self.slots:,} slots are written, {self.shared:,} of them by several lessons; "
+            f"background text reads {self.live:,}; {self.free:,} are free{left}"
+        )
+
+
 class OpenTable:
     """One table while it is being learned into: the rows of this step and the originals of all steps.
 
@@ -47,10 +81,18 @@ class OpenTable:
     stepped before -2 less its place in the store.
     """
 
-    def __init__(self, name: str, table: MemoryTable, background: SlotCounts, num_rows: int):
-        self.name, self.table = name, table
+    def __init__(
+        self,
+        name: str,
+        table: MemoryTable,
+        background: SlotCounts,
+        num_rows: int,
+        protect: int,
+        max_norm: float | None,
+    ):
+        self.name, self.table, self._protect, self._max_norm = name, table, protect, max_norm
         weight = table.weight
-        self.background = self._background_before = background.to(weight.device)
+        self.background = background.to(weight.device)
         # DistributedDataParallel expects sparse gradients of every parameter of a sparse embedding, rows included.
         self._was_sparse, table.sparse = table.sparse, False
         dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -61,6 +103,7 @@ class OpenTable:
         self.selection: Selection | None = None
         self._store = SlotStore()
         self._steps = SlotSteps(self._store)
+        self._lesson, self._slots_of_lesson = "", {}
         self._warned = self._has_gradient = False
 
     @property
@@ -71,8 +114,8 @@ class OpenTable:
     def choose(self, slots: Tensor, idf_power: float) -> None:
         """Make the top slots of these reads, int32 and sorted here in place, the rows of this step."""
         slots_U, reads_U = _over_ranks(*_count_reads(slots))
-        scores_U = tf_idf(slots_U, reads_U, self.background, idf_power)
         self.drop()
+        scores_U = tf_idf(slots_U, reads_U, self.background, idf_power, self._protected(slots_U))
         self.slots_R = top_slots(slots_U, scores_U, len(self.rows))
         count = len(self.slots_R)
         self.selection = Selection(len(slots_U), int((scores_U == 0).sum()), count)
@@ -83,6 +126,24 @@ class OpenTable:
             rows_RV[stepped_R] = self._store.get(ROWS, self._at_R[stepped_R])
         self.rows[:count] = rows_RV
         self.table.row_of_slot[self.slots_R] = torch.arange(count, dtype=torch.int32, device=slots_U.device)
+
+    def _protected(self, slots_U: Tensor) -> Tensor | int:
+        """As read by how many more background documents each slot counts, for the lessons that wrote it but this."""
+        if not self._protect or not self._store.num_slots:
+            return 0
+        at_U = -2 - self.table.row_of_slot[slots_U].long()
+        others_U, there_U = torch.zeros_like(at_U), at_U >= 0
+        writers, mine = (self._store.get(name, at_U[there_U]) for name in (WRITERS, MINE))
+        others_U[there_U] = writers - mine.long()
+        return self._protect * others_U
+
+    def begin(self, lesson: str) -> None:
+        """Write for this lesson from now on."""
+        if lesson != self._lesson and self._store.num_slots:
+            self._store.column(MINE).zero_()
+            slots = self._slots_of_lesson.get(lesson, self.slots_R[:0])
+            self._store.put(MINE, -2 - self.table.row_of_slot[slots].long(), torch.ones_like(slots, dtype=torch.bool))
+        self._lesson = lesson
 
     def warn_of_few(self) -> None:
         """Say once that a step had fewer slots to choose among than it may change."""
@@ -120,6 +181,7 @@ class OpenTable:
         rows_RV = self.rows.detach()[:count]
         if self.rows.grad is not None and count:
             self._steps.step(optimizer, group_of(optimizer, self.rows), rows_RV, self.rows.grad[:count], self._at_R)
+            self._shorten(rows_RV)
         if weight.dtype != self.rows.dtype:
             self._store.put(ROWS, self._at_R, rows_RV)
         weight.index_copy_(0, self.slots_R, rows_RV.to(weight.dtype))
@@ -133,13 +195,32 @@ class OpenTable:
         self._at_R[new_R] = at_F
         self._store.put(SLOTS, at_F, self.slots_R[new_R])
         self._store.put(ORIGINALS, at_F, self.table.weight[self.slots_R[new_R]])
-        self._store.put(UNPROTECTED, self._at_R, torch.ones_like(new_R))
+        for name, dtype in ((WRITERS, torch.int64), (MINE, torch.bool)):
+            self._store.put(name, at_F, torch.zeros_like(at_F, dtype=dtype))
+        first_R = ~self._store.get(MINE, self._at_R)
+        at_F, slots_F = self._at_R[first_R], self.slots_R[first_R]
+        self._store.put(WRITERS, at_F, self._store.get(WRITERS, at_F) + 1)
+        self._store.put(MINE, at_F, torch.ones_like(at_F, dtype=torch.bool))
+        mine = self._slots_of_lesson.get(self._lesson, slots_F[:0])
+        self._slots_of_lesson[self._lesson] = torch.cat([mine, slots_F]).sort().values
 
-    def protect(self, documents: int) -> None:
-        if UNPROTECTED in self._store:
-            unprotected_W = self._store.column(UNPROTECTED)
-            self.background = self.background.with_documents(self._store.column(SLOTS)[unprotected_W], documents)
-            unprotected_W.zero_()
+    def _shorten(self, rows_RV: Tensor) -> None:
+        """Take rows back, along their change, to within the bound on its norm."""
+        if self._max_norm is None:
+            return
+        originals_RV = self._store.get(ORIGINALS, self._at_R).to(rows_RV.dtype)
+        change_RV = rows_RV - originals_RV
+        far_R = torch.linalg.vector_norm(change_RV, dim=1) > self._max_norm
+        rows_RV[far_R] = originals_RV[far_R] + torch.renorm(change_RV[far_R], 2, 0, self._max_norm)
+
+    def capacity(self) -> Capacity:
+        live_N = self.background.reads_N > 0
+        live, slots, lessons = int(live_N.sum()), len(self.table.weight), len(self._slots_of_lesson)
+        if not self._store.num_slots:
+            return Capacity(slots, live, 0, 0, slots - live, lessons)
+        slots_W, writers_W = self._store.column(SLOTS), self._store.column(WRITERS)
+        free = slots - live - int((~live_N[slots_W]).sum())
+        return Capacity(slots, live, len(slots_W), int((writers_W > 1).sum()), free, lessons)
 
     def patch(self, product_keys: dict[str, str]) -> TablePatch:
         """What was changed; rows that were selected and did not move are left out."""
@@ -153,17 +234,27 @@ class OpenTable:
         if self._store.num_slots:
             slots_W, at_W = self._store.column(SLOTS).sort()
             originals = self._store.get(ORIGINALS, at_W)
-        raised_N = self.background.document_frequency_N - self._background_before.document_frequency_N
-        slots_P = raised_N.nonzero().flatten()
-        parts = (slots_W, weight[slots_W], originals), (slots_P, raised_N[slots_P])
+        parts = (slots_W, weight[slots_W], originals), self._protected_by_patch(slots_W, at_W)
         changed, protected = ([part.cpu() for part in each] for each in parts)
-        return TablePatch(*changed, len(weight), product_keys, *protected), at_W
+        lessons = {name: slots.cpu() for name, slots in self._slots_of_lesson.items() if name}
+        return TablePatch(*changed, len(weight), product_keys, *protected, lessons), at_W
+
+    def _protected_by_patch(self, slots_W: Tensor, at_W: Tensor) -> tuple[Tensor, Tensor]:
+        """What a later run is to keep away from: slots, and by how many documents their frequency rises."""
+        if not self._protect or not len(slots_W):
+            return slots_W[:0], slots_W[:0]
+        seen_W = self.background.document_frequency_N[slots_W]
+        more_W = self._protect * self._store.get(WRITERS, at_W)
+        raised_W = (seen_W + more_W).clamp(max=self.background.num_documents) - seen_W
+        return slots_W[raised_W > 0], raised_W[raised_W > 0]
 
     def state_dict(self, product_keys: dict[str, str]) -> dict:
         written, at_W = self._written(product_keys)
         columns = {name: self._store.get(name, at_W).cpu() for name in self._store if name not in (SLOTS, ORIGINALS)}
         return {
             **vars(written),
+            "lessons": {name: slots.cpu() for name, slots in self._slots_of_lesson.items()},
+            "lesson": self._lesson,
             "columns": columns,
             "numbers": dict(self._steps.numbers),
             "background": self._told_background(),
@@ -171,9 +262,8 @@ class OpenTable:
 
     def _told_background(self) -> dict:
         """The background that the finetuner was made with, in a few words."""
-        before = self._background_before
-        frequency = fingerprint({"document_frequency": before.document_frequency_N})
-        return {"num_documents": before.num_documents, "document_frequency": frequency}
+        frequency = fingerprint({"document_frequency": self.background.document_frequency_N})
+        return {"num_documents": self.background.num_documents, "document_frequency": frequency}
 
     def check_state_dict(self, state: Mapping, product_keys: dict[str, str]) -> None:
         _rows_of(state).check(self.name, self.table, product_keys, "originals")
@@ -194,8 +284,8 @@ class OpenTable:
         for name, column in columns.items():
             self._store.put(name, at_W, column.to(device))
         self.table.row_of_slot[slots_W] = (-2 - at_W).int()
-        protected = written.protected_slots.to(device), written.protected_documents.to(device)
-        self.background = self._background_before.raised(*protected)
+        self._slots_of_lesson = {name: slots.to(device) for name, slots in state["lessons"].items()}
+        self._lesson = state["lesson"]
 
     def close(self) -> None:
         self.table.rows, self.table.row_of_slot = None, None

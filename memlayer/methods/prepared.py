@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from memlayer.methods.open_table import Selection
+from memlayer.methods.open_table import Capacity, Selection
 from memlayer.patch import MemoryPatch
 
 
@@ -27,8 +27,11 @@ class Finetuner(Protocol):
     def selecting(self, batch: Mapping[str, Tensor]) -> AbstractContextManager[None]:
         """A context around a forward pass on ``batch``, for which it chooses."""
 
-    def protect(self, documents: int) -> None:
-        """Keep what was written since the last call from later steps, as so many background documents would."""
+    def begin(self, lesson: str) -> None:
+        """Teach this lesson from now on."""
+
+    def capacity(self) -> Mapping[str, Capacity]:
+        """How full each table is."""
 
     def state_dict(self) -> dict[str, dict]:
         """What later steps depend on, for a checkpoint."""

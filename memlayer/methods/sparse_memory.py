@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from memlayer.decoders.attach import Reads, in_backward, memory_tables, record_reads
 from memlayer.decoders.fingerprint import product_key_fingerprints
 from memlayer.layers.memory import MemoryTable
-from memlayer.methods.open_table import OpenTable, Selection
+from memlayer.methods.open_table import Capacity, OpenTable, Selection
 from memlayer.methods.prepared import Prepared
 from memlayer.patch import Base, MemoryPatch
 from memlayer.patch.base import mark
@@ -53,6 +53,9 @@ class SparseMemoryFinetuner:
         positions: which reads count: "all" that are not padding, as the paper has it, or those of the
             positions that predict the "answer" (the batch's ``answer_mask``). A batch without ``attention_mask``
             has no padding, as for the model.
+        protect: as read by how many more background documents a slot counts for each lesson that wrote it, when
+            another one chooses; 0 is the paper's rule.
+        max_norm: how long the change of a row may become; a step that takes it further is shortened. None is no bound.
 
     Attributes:
         last_selection: per table, how many slots the latest batch read, and how many were selected; for a log.
@@ -70,9 +73,15 @@ class SparseMemoryFinetuner:
         num_rows: int = 500,
         idf_power: float = 1.0,
         positions: str = "all",
+        protect: int = 0,
+        max_norm: float | None = None,
     ):
         if not idf_power >= 0:
             raise ValueError(f"idf_power is {idf_power}, must be at least 0")
+        if protect < 0:
+            raise ValueError(f"protect is {protect}, must not be negative")
+        if max_norm is not None and not max_norm > 0:
+            raise ValueError(f"max_norm is {max_norm}, must be above 0")
         if positions not in ("all", "answer"):
             raise ValueError(f"positions is {positions!r}, must be 'all' or 'answer'")
         self.model = model
@@ -81,10 +90,11 @@ class SparseMemoryFinetuner:
             _check_table(name, table, background, num_rows)
             background[name].check_keys(name, product_keys[name])
         self._settings = {"num_rows": num_rows, "idf_power": float(idf_power), "positions": positions}
+        self._settings |= {"protect": protect, "max_norm": max_norm}
         self._trainable = [p for p in model.parameters() if p.requires_grad]
         model.requires_grad_(False)
         self._tables = {
-            name: OpenTable(name, table, background[name], num_rows) for name, table in tables.items()
+            name: OpenTable(name, table, background[name], num_rows, protect, max_norm) for name, table in tables.items()
         }
         self._listening = [t.table.register_forward_hook(self._follow) for t in self._tables.values()]
         self.last_selection: dict[str, Selection] = {}
@@ -186,20 +196,19 @@ class SparseMemoryFinetuner:
         """The slots this step may change, ascending, per table."""
         return {name: t.slots_R for name, t in self._tables.items()}
 
-    def protect(self, documents: int) -> None:
-        """Count the slots written since the last call as read by so many more background documents.
+    def begin(self, lesson: str) -> None:
+        """Teach this lesson from now on, for the first time or again.
 
-        Called when a fact is learned, it keeps later facts from overwriting it, and spreads what is written
-        over more rows. The caller's background counts are not changed; the patch says what was protected, and its
-        ``protect`` gives the counts for a later run over the patched model.
-
-        Raises:
-            ValueError: ``documents`` is negative.
+        What other lessons wrote is protected from it, by as many documents as ``protect`` says, and the patch tells
+        apart what each lesson wrote. The caller's background counts are not changed; ``MemoryPatch.protect`` gives
+        those for a later run over the patched model.
         """
-        if documents < 0:
-            raise ValueError(f"protect is {documents}, must not be negative")
         for table in self._tables.values():
-            table.protect(documents)
+            table.begin(lesson)
+
+    def capacity(self) -> dict[str, Capacity]:
+        """How full each table is."""
+        return {name: table.capacity() for name, table in self._tables.items()}
 
     def detach(self) -> MemoryPatch:
         """Give the model back as an ordinary one and return what was changed."""
@@ -222,8 +231,8 @@ class SparseMemoryFinetuner:
     def state_dict(self) -> dict[str, dict]:
         """What later steps depend on, beside the model that the first one began with and the optimizer's own state.
 
-        Of each table the rows ever selected and their originals, the optimizer's state of these slots, and the
-        background as ``protect`` has left it: tensors and strings, for ``torch.save``.
+        Of each table the rows ever selected and their originals, the optimizer's state of these slots, and which
+        lesson wrote which: tensors and strings, for ``torch.save``.
         """
         product_keys = product_key_fingerprints(self.model)
         tables = {name: table.state_dict(product_keys[name]) for name, table in self._tables.items()}
@@ -337,6 +346,8 @@ class SparseMemoryFinetuner:
     def _step(self, optimizer: torch.optim.Optimizer) -> None:
         if self._choice is None:
             raise ValueError("optimizer.step() before any batch was read: call loss(batch) or select(batches) first")
+        if all(rows.grad is None for rows in self.parameters()):  # no backward pass: the step is left out
+            return self._forget()
         for table in self._tables.values():
             table.step(optimizer)
         self._forget()
@@ -370,7 +381,13 @@ def prepare(model: nn.Module, background: Mapping[str, SlotCounts], settings) ->
     if settings.optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer is {settings.optimizer!r}, must be one of {sorted(OPTIMIZERS)}")
     finetuner = SparseMemoryFinetuner(
-        model, background, settings.num_rows, settings.idf_power, settings.positions
+        model,
+        background,
+        settings.num_rows,
+        settings.idf_power,
+        settings.positions,
+        settings.protect,
+        settings.max_norm,
     )
     optimizer = OPTIMIZERS[settings.optimizer](finetuner.parameters(), lr=settings.learning_rate)
     return Prepared(model, finetuner.watch(optimizer), finetuner.detach, finetuner)

@@ -4,6 +4,7 @@
 """
 
 from memlayer.patch.base import Base
+from memlayer.patch.deleting import delete_lessons
 from memlayer.patch.files import CONFIG_FILE, ROWS_FILE
 from memlayer.patch.memory_patch import MemoryPatch, patches
 from memlayer.patch.merging import merge
@@ -16,6 +17,7 @@ __all__ = [
     "Base",
     "MemoryPatch",
     "TablePatch",
+    "delete_lessons",
     "merge",
     "patches",
     "squash",

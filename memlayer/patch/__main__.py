@@ -5,8 +5,10 @@
     python -m memlayer.patch revert runs/learn/patch runs/patched runs/as_before
     python -m memlayer.patch merge runs/one/patch runs/two/patch runs/merged --on-conflict ties
     python -m memlayer.patch squash runs/yesterday/patch runs/today/patch runs/both
+    python -m memlayer.patch delete runs/learn/patch "ada lovelace" runs/without_ada
 
 merge takes patches that were learned from the same model; squash takes a chain, each learned on top of the one before.
+delete takes a lesson back out of a patch; `show` lists the lessons that a patch tells apart.
 
 OUT is a new folder, and complete once it is there.
 """
@@ -22,6 +24,7 @@ from pathlib import Path
 
 from memlayer.decoders import files
 from memlayer.decoders.attach import memory_tables
+from memlayer.patch.deleting import delete_lessons
 from memlayer.patch.files import CARD_FILE, CONFIG_FILE, ROWS_FILE
 from memlayer.patch.memory_patch import MemoryPatch
 from memlayer.patch.merging import POLICIES, merge
@@ -76,6 +79,11 @@ def parse_options() -> argparse.Namespace:
     squashing.add_argument("patches", type=Path, nargs="+", metavar="PATCH", help="folders of patches, oldest first")
     squashing.add_argument("out", type=Path, metavar="OUT", help="folder to write, new or empty")
     squashing.set_defaults(run=lambda options: combine(options, squash))
+    deleting = commands.add_parser("delete", help="a patch without some of its lessons")
+    deleting.add_argument("patch", type=Path, metavar="PATCH", help="folder of a patch")
+    deleting.add_argument("lessons", nargs="+", metavar="LESSON", help="ids of lessons, as show lists them")
+    deleting.add_argument("out", type=Path, metavar="OUT", help="folder to write, new or empty")
+    deleting.set_defaults(run=delete)
     return parser.parse_args()
 
 
@@ -128,6 +136,14 @@ def combine(options: argparse.Namespace, combined: Callable[[list[MemoryPatch]],
         raise ValueError(f"one patch, {options.patches[0]}, is nothing to {options.command}")
     combined([MemoryPatch.load(folder) for folder in options.patches]).save(options.out)
     print(f"wrote {options.out}")
+
+
+def delete(options: argparse.Namespace) -> None:
+    """Write the patch without the lessons, and say what became of their rows."""
+    check_new(options.out)
+    deleted = delete_lessons(MemoryPatch.load(options.patch), options.lessons)
+    deleted.patch.save(options.out)
+    print(f"wrote {options.out}: {deleted}")
 
 
 def check_new(out: Path) -> None:

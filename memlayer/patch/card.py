@@ -51,7 +51,7 @@ def describe(tables: dict[str, TablePatch], provenance: dict, base: Base | None)
     lines = [f"memory patch: {_num_rows(tables):,} rows, {num_bytes:,} bytes with their originals"]
     for name, table in tables.items():
         lines += [f"  {line}" for line in _table_lines(name, table)]
-    lines += [_base_line(provenance, base), *_taught_lines(provenance)]
+    lines += [_base_line(provenance, base), *_taught_lines(provenance), *_lesson_lines(tables)]
     lines += ["provenance:", *(f"  {line}" for line in _json(provenance).splitlines())]
     return "\n".join(lines)
 
@@ -84,6 +84,15 @@ def _taught_lines(provenance: dict) -> list[str]:
         f"taught: {number} new facts from number {data.get('first_new', 0)} of {facts}, by "
         f"{learn.get('method')} with {', '.join(how)}"
     ]
+
+
+def _lesson_lines(tables: dict[str, TablePatch]) -> list[str]:
+    """The lessons that the patch tells apart, each with its rows."""
+    rows: dict[str, int] = {}
+    for table in tables.values():
+        for lesson, slots in table.lessons.items():
+            rows[lesson] = rows.get(lesson, 0) + len(slots)
+    return [f"lessons told apart: {len(rows)}", *(f"  {lesson}: {rows[lesson]:,} rows" for lesson in rows)] if rows else []
 
 
 def model_card(tables: dict[str, TablePatch], provenance: dict) -> ModelCard:

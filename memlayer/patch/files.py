@@ -11,6 +11,7 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
@@ -23,7 +24,8 @@ from memlayer.patch.table import PARTS, PROTECTED, TablePatch
 # Not adapter_config.json: transformers would hand the folder to peft.
 CONFIG_FILE, ROWS_FILE, CARD_FILE = "memory_patch_config.json", "memory_patch.safetensors", "README.md"
 WAITING_FILE = f"{ROWS_FILE}.new"
-PATCH_TYPE, FORMAT_VERSION = "MEMORY_PATCH", 3
+PATCH_TYPE, FORMAT_VERSION = "MEMORY_PATCH", 4
+LESSONS = "lesson_slots"  # the slots of all lessons, one after the other as the config lists them
 CONFIG_KEYS = {"patch_type", "format_version", "sha256", "tables", "provenance", "base"}
 METADATA = "__metadata__"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -37,14 +39,19 @@ def tensors_of(tables: dict[str, TablePatch]) -> dict[str, Tensor]:
 
 
 def _all_tensors(tables: dict[str, TablePatch]) -> dict[str, Tensor]:
-    """Those of ``tensors_of`` and, where a table has any, its protected slots."""
+    """Those of ``tensors_of`` and, where a table has any, its protected slots and those of its lessons."""
     protected = {
         f"{name}.{part}": getattr(patch, part)
         for name, patch in tables.items()
         for part in PROTECTED
         if len(patch.protected_slots)
     }
-    return tensors_of(tables) | protected
+    lessons = {
+        f"{name}.{LESSONS}": torch.cat([patch.lessons[lesson] for lesson in sorted(patch.lessons)])
+        for name, patch in tables.items()
+        if patch.lessons
+    }
+    return tensors_of(tables) | protected | lessons
 
 
 def write(folder: Path, tables: dict[str, TablePatch], provenance: dict, base: Base | None, card: str) -> None:
@@ -96,6 +103,7 @@ def _table_entry(patch: TablePatch) -> dict:
         "num_rows": len(patch.slots),
         "originals_sha256": fingerprint({"originals": patch.originals}),
         "product_keys": patch.product_keys,
+        "lessons": {lesson: len(patch.lessons[lesson]) for lesson in sorted(patch.lessons)},
     }
 
 
@@ -125,7 +133,7 @@ def _read_config(path: Path) -> dict:
     if not isinstance(config, dict) or config.get("patch_type") != PATCH_TYPE:
         raise ValueError(f"{path} is not a memory patch's: it lacks patch_type {PATCH_TYPE!r}")
     version = config.get("format_version")
-    if version in (1, 2):
+    if version in (1, 2, 3):
         raise ValueError(f"{path} is of format {version}, from before the first release: make the patch again")
     if version != FORMAT_VERSION:
         raise ValueError(f"{path} is of format {version!r}, this version of memlayer reads format {FORMAT_VERSION}")
@@ -181,11 +189,23 @@ def _bytes_missing(data: bytes) -> int:
     return max(8 + size + max(ends, default=0) - len(data), 0)
 
 
+def _lessons(sizes: dict[str, int], slots: Tensor | None) -> dict[str, Tensor]:
+    """The slots of each lesson.
+
+    Raises:
+        ValueError: there are not as many as the config says.
+    """
+    there = 0 if slots is None else len(slots)
+    if not all(isinstance(size, int) and size > 0 for size in sizes.values()) or sum(sizes.values()) != there:
+        raise ValueError(f"lessons of {sum(sizes.values())} slots, {ROWS_FILE} has {there}")
+    return dict(zip(sorted(sizes), slots.split([sizes[lesson] for lesson in sorted(sizes)]))) if sizes else {}
+
+
 def _table(where: str, name: str, entry: dict, tensors: dict[str, Tensor]) -> TablePatch:
     """The table that a config's entry and the tensors describe, if they agree."""
     if not isinstance(entry, dict):
         raise ValueError(f"{where} is {entry!r}, must be an object")
-    for key, kind in (("num_slots", int), ("product_keys", dict)):
+    for key, kind in (("num_slots", int), ("product_keys", dict), ("lessons", dict)):
         if not isinstance(entry.get(key), kind):
             raise ValueError(f"{where} has {key} {entry.get(key)!r}, must be of type {kind.__name__}")
     missing = [f"{name}.{part}" for part in PARTS if f"{name}.{part}" not in tensors]
@@ -193,7 +213,8 @@ def _table(where: str, name: str, entry: dict, tensors: dict[str, Tensor]) -> Ta
         raise ValueError(f"{where} needs {', '.join(missing)}, not in {ROWS_FILE}")
     parts = {part: tensors[f"{name}.{part}"] for part in (*PARTS, *PROTECTED) if f"{name}.{part}" in tensors}
     try:
-        patch = TablePatch(**parts, num_slots=entry["num_slots"], product_keys=entry["product_keys"])
+        lessons = _lessons(entry["lessons"], tensors.get(f"{name}.{LESSONS}"))
+        patch = TablePatch(**parts, **{key: entry[key] for key in ("num_slots", "product_keys")}, lessons=lessons)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     found = _table_entry(patch)

@@ -108,6 +108,7 @@ def _merge_table(name: str, parts: list[TablePatch], on_conflict: str, density: 
         originals_UV,
         num_slots=first.num_slots,
         product_keys=first.product_keys,
+        lessons=lessons_of(parts),
         **protection(parts, "amax"),
     )
 
@@ -118,6 +119,15 @@ def protection(parts: list[TablePatch], of_several: str) -> dict[str, Tensor]:
     documents = torch.cat([part.protected_documents for part in parts])
     documents_P = torch.zeros_like(slots_P).scatter_reduce_(0, at, documents, of_several)
     return {"protected_slots": slots_P, "protected_documents": documents_P}
+
+
+def lessons_of(parts: list[TablePatch]) -> dict[str, Tensor]:
+    """The slots that each lesson wrote in any of the parts."""
+    written: dict[str, list[Tensor]] = {}
+    for part in parts:
+        for lesson, slots in part.lessons.items():
+            written.setdefault(lesson, []).append(slots)
+    return {lesson: torch.cat(slots).unique() for lesson, slots in written.items()}
 
 
 def check_same_table(name: str, one: TablePatch, other: TablePatch) -> None:

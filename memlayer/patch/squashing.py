@@ -7,8 +7,8 @@ import torch
 
 from memlayer.decoders.fingerprint import bits
 from memlayer.patch.memory_patch import MemoryPatch
-from memlayer.patch.merging import base_without, check_same_table, protection, shared_provenance
-from memlayer.patch.table import TablePatch, named
+from memlayer.patch.merging import base_without, check_same_table, lessons_of, protection, shared_provenance
+from memlayer.patch.table import TablePatch, named, within
 
 
 def squash(patches: Sequence[MemoryPatch]) -> MemoryPatch:
@@ -51,4 +51,5 @@ def _on_top(name: str, below: TablePatch, above: TablePatch, number: int) -> Tab
     rows_UV[at_above] = above.rows
     changed = (bits(rows_UV) != bits(originals_UV)).any(dim=1)
     parts = {"slots": slots_U[changed], "rows": rows_UV[changed], "originals": originals_UV[changed]}
-    return replace(below, **parts, **protection([below, above], "sum"))
+    lessons = within(lessons_of([below, above]), parts["slots"])
+    return replace(below, **parts, lessons=lessons, **protection([below, above], "sum"))

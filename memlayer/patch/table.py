@@ -31,6 +31,8 @@ class TablePatch:
             other keys a slot means something else.
         protected_slots: slots that the learning run protected from later writes, int64, shape (P,), ascending.
         protected_documents: by how many background documents it raised the document frequency of each, int64.
+        lessons: of each lesson that the run told apart, by its id, the slots that it wrote, int64, ascending. A slot
+            may be of several; of what nobody told apart there is no lesson.
 
     Raises:
         ValueError: the parts do not fit each other.
@@ -43,10 +45,12 @@ class TablePatch:
     product_keys: dict[str, str]
     protected_slots: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     protected_documents: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    lessons: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self):
         slots, rows, originals = self.slots, self.rows, self.originals
-        for name, some in (("slots", slots), ("protected_slots", self.protected_slots)):
+        of_lessons = ((f"slots of lesson {lesson!r}", written) for lesson, written in self.lessons.items())
+        for name, some in (("slots", slots), ("protected_slots", self.protected_slots), *of_lessons):
             if some.dtype != torch.int64 or some.dim() != 1 or not (some[1:] > some[:-1]).all():
                 raise ValueError(f"{name} must be int64, ascending and distinct, are {some}")
             if len(some) and not 0 <= int(some[0]) <= int(some[-1]) < self.num_slots:
@@ -54,6 +58,9 @@ class TablePatch:
         documents = self.protected_documents
         if documents.dtype != torch.int64 or documents.shape != self.protected_slots.shape or (documents < 1).any():
             raise ValueError(f"protected_documents must be int64 and positive, one a protected slot, are {documents}")
+        for lesson, written in self.lessons.items():
+            if not torch.isin(written, slots).all():
+                raise ValueError(f"lesson {lesson!r} wrote slots that are not among the patch's")
         if rows.dim() != 2 or len(rows) != len(slots):
             raise ValueError(f"rows of shape {tuple(rows.shape)} for {len(slots)} slots")
         if (rows.shape, rows.dtype) != (originals.shape, originals.dtype):
@@ -62,10 +69,13 @@ class TablePatch:
             )
 
     @classmethod
-    def of_changed(cls, slots: Tensor, rows: Tensor, originals: Tensor, **table) -> "TablePatch":
+    def of_changed(
+        cls, slots: Tensor, rows: Tensor, originals: Tensor, lessons: dict[str, Tensor], **table
+    ) -> "TablePatch":
         """Leave out the rows that are their originals to the bit: a step may select a row and not move it."""
         changed = (bits(rows) != bits(originals)).any(dim=1)
-        return cls(slots[changed], rows[changed], originals[changed], **table)
+        parts = (part[changed] for part in (slots, rows, originals))
+        return cls(*parts, lessons=within(lessons, slots[changed]), **table)
 
     @classmethod
     def between(cls, before_NV: Tensor, after_NV: Tensor, product_keys: dict[str, str]) -> "TablePatch":
@@ -149,6 +159,12 @@ class TablePatch:
         weight = table.weight
         slots, rows = self.slots[where_R], getattr(self, part)[where_R]
         weight.index_copy_(0, slots.to(weight.device), rows.to(weight.device))
+
+
+def within(lessons: dict[str, Tensor], slots: Tensor) -> dict[str, Tensor]:
+    """The slots of each lesson that are among these; a lesson without any is left out."""
+    kept = {lesson: written[torch.isin(written, slots)] for lesson, written in lessons.items()}
+    return {lesson: written for lesson, written in kept.items() if len(written)}
 
 
 def named(slots: Tensor) -> str:

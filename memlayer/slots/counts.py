@@ -73,16 +73,6 @@ class SlotCounts:
         """The same counts with other document frequencies."""
         return replace(self, document_frequency_N=document_frequency_N)
 
-    def with_documents(self, slots_W: Tensor, documents: int) -> "SlotCounts":
-        """Counts as if ``documents`` of the background's documents, more than before, had read these slots too.
-
-        The number of documents stays, so no slot's document frequency exceeds it.
-        """
-        document_frequency_N = self.document_frequency_N.clone()
-        more_W = document_frequency_N[slots_W] + documents
-        document_frequency_N[slots_W] = more_W.clamp(max=self.num_documents)
-        return self.with_frequency(document_frequency_N)
-
     def raised(self, slots_P: Tensor, documents_P: Tensor) -> "SlotCounts":
         """Counts in which these slots were read by so many more background documents, or fewer if negative; exactly.
 

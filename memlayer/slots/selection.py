@@ -13,7 +13,13 @@ from torch import Tensor
 from memlayer.slots.counts import SlotCounts
 
 
-def tf_idf(slots_U: Tensor, reads_U: Tensor, background: SlotCounts, idf_power: float = 1.0) -> Tensor:
+def tf_idf(
+    slots_U: Tensor,
+    reads_U: Tensor,
+    background: SlotCounts,
+    idf_power: float = 1.0,
+    protected_U: Tensor | int = 0,
+) -> Tensor:
     """Term frequency in the batch times a power of the inverse document frequency in the background.
 
     Source: arXiv:2510.15103, section 4, whose rule is ``idf_power=1``; 0 is its ablation, term frequency alone. A
@@ -25,6 +31,7 @@ def tf_idf(slots_U: Tensor, reads_U: Tensor, background: SlotCounts, idf_power: 
         reads_U: reads of each, int64; padding already excluded.
         background: counts over background documents of the same table.
         idf_power: at least 0.
+        protected_U: by how many more background documents each slot counts as read, up to all of them.
 
     Returns:
         scores_U: float64, at least zero; with a positive power, zero where every background document reads the slot.
@@ -35,7 +42,7 @@ def tf_idf(slots_U: Tensor, reads_U: Tensor, background: SlotCounts, idf_power: 
     if not idf_power >= 0:
         raise ValueError(f"idf_power is {idf_power}, must be at least 0")
     frequency_U = reads_U.double() / reads_U.sum().clamp(min=1)
-    seen_U = background.document_frequency_N[slots_U].double()
+    seen_U = (background.document_frequency_N[slots_U] + protected_U).clamp(max=background.num_documents).double()
     return frequency_U * torch.log((background.num_documents + 1) / (seen_U + 1)) ** idf_power
 
 

@@ -129,16 +129,60 @@ def test_question_sets_and_texts_are_lessons_of_their_own_size(tmp_path, checkpo
     assert learned.sha256.keys() == {"checkpoint", "background_counts", "lessons 1"}
 
 
-def test_in_rounds_nothing_is_protected_before_the_last(tmp_path, checkpoint):
-    """Else the second round would keep away from the rows of the first."""
-    learned = []
+def test_in_rounds_a_lesson_keeps_its_own_rows_and_away_from_those_of_others(tmp_path, checkpoint):
+    learned = {}
     for protect in (0, 10**6):
         folder = tmp_path / str(protect)
         folder.mkdir()
-        learned.append(learn(lessons_config(folder, checkpoint, learn={"order": "rounds", "protect": protect})))
-    ours, theirs = (run.patch.tables[TABLE] for run in learned)
-    assert torch.equal(ours.rows, theirs.rows)
+        settings = {"order": "rounds", "protect": protect, "num_rows": 3, "steps_per_fact": 3, "loss_on": "all"}
+        learned[protect] = learn(lessons_config(folder, checkpoint, learn=settings))
+    ours, theirs = (run.patch.tables[TABLE] for run in learned.values())
     assert len(ours.protected_slots) == 0 < len(theirs.protected_slots)
+    assert all(0 < len(slots) <= 3 for slots in theirs.lessons.values()), "the same rows in every round"
+    assert learned[0].capacity[TABLE]["shared"] > learned[10**6].capacity[TABLE]["shared"] == 0
+
+
+def test_what_each_lesson_wrote_is_told_apart_and_how_full_the_table_is(tmp_path, checkpoint):
+    learned = learn(lessons_config(tmp_path, checkpoint, learn={"protect": 0}))
+    table, full = learned.patch.tables[TABLE], learned.capacity[TABLE]
+    assert len(table.lessons) == full["lessons"] == 3
+    assert torch.equal(torch.cat(list(table.lessons.values())).unique(), table.slots)
+    assert full["written"] >= len(table.slots)
+    assert full["slots"] >= full["written"] + full["free"]
+
+
+def test_a_step_whose_loss_is_low_already_is_left_out(tmp_path, checkpoint):
+    whole, partly, none = (
+        learned_by(checkpoint, tmp_path / str(limit), {"num_new": 2}, order="rounds", skip_below=limit)
+        for limit in (0.0, 4.0, 100.0)
+    )
+    assert whole.steps == partly.steps == none.steps == none.steps_left_out
+    assert none.patch.num_rows == none.parameters_changed == whole.steps_left_out == 0 < whole.patch.num_rows
+    assert 0 <= partly.steps_left_out < partly.steps
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_baseline_leaves_steps_out_as_well(tmp_path, checkpoint, method):
+    learned = learned_by(checkpoint, tmp_path / "run", {"num_new": 2}, method=method, skip_below=100.0)
+    assert learned.steps == learned.steps_left_out
+    assert not learned.parameters_changed
+
+
+def test_the_loss_of_half_a_step_is_none_to_look_at(tmp_path, checkpoint):
+    trainer = {"gradient_accumulation_steps": 2}
+    config = config_of(LEARN, tmp_path / "run", checkpoint=str(checkpoint), learn={"skip_below": 1.0}, trainer=trainer)
+    with pytest.raises(ValueError, match="learn.skip_below needs one process and trainer.gradient_accumulation_steps=1"):
+        learn(config)
+
+
+def test_no_row_moves_further_than_it_may(tmp_path, checkpoint):
+    changes = {}
+    for bound in (None, 0.5):
+        settings = {"max_norm": bound, "learning_rate": 50.0}
+        table = learned_by(checkpoint, tmp_path / str(bound), {"num_new": 2}, **settings).patch.tables[TABLE]
+        changes[bound] = torch.linalg.vector_norm(table.rows - table.originals, dim=1).max().item()
+    assert changes[0.5] == pytest.approx(0.5, rel=1e-5)
+    assert changes[None] > 1
 
 
 @pytest.mark.parametrize(

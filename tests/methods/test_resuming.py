@@ -11,12 +11,12 @@ from memlayer.methods.sparse_memory import SparseMemoryFinetuner
 
 
 def steps(finetuner, optimizer, batches):
-    """A step a batch, which is then counted as background."""
-    for batch in batches:
+    """A step a batch, each a lesson of its own."""
+    for number, batch in enumerate(batches):
+        finetuner.begin(f"lesson {number % 3}")
         finetuner.loss(batch).backward()
         optimizer.step()
         optimizer.zero_grad()
-        finetuner.protect(3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -30,9 +30,7 @@ def test_a_run_that_goes_on_from_its_state_ends_with_the_same_bits(tmp_path, mak
     finetuner.loss(batches[4]).backward()
     optimizer.step()
     optimizer.zero_grad()
-    # In the middle of a fact: what is written since the last one is not protected yet.
     torch.save([finetuner.state_dict(), optimizer.state_dict()], tmp_path / "state.pt")
-    finetuner.protect(3)
     steps(finetuner, optimizer, batches[5:])
 
     resumed = tiny.memory_model(layers=[0, 2], share=False).to(dtype)
@@ -41,13 +39,15 @@ def test_a_run_that_goes_on_from_its_state_ends_with_the_same_bits(tmp_path, mak
     state, optimizer_state = torch.load(tmp_path / "state.pt", weights_only=True)
     goes_on.load_state_dict(state)
     other.load_state_dict(optimizer_state)
-    goes_on.protect(3)
     steps(goes_on, other, batches[5:])
     ours, theirs = finetuner.detach(), goes_on.detach()
     assert state_fingerprint(resumed) == state_fingerprint(whole)
     for name, table in ours.tables.items():
         for part in ("slots", "rows", "originals"):
             assert torch.equal(getattr(table, part), getattr(theirs.tables[name], part)), (name, part)
+        assert table.lessons.keys() == theirs.tables[name].lessons.keys()
+        assert all(torch.equal(slots, theirs.tables[name].lessons[id]) for id, slots in table.lessons.items())
+        assert torch.equal(table.protected_documents, theirs.tables[name].protected_documents)
 
 
 def test_a_state_of_another_model_or_other_tables_is_refused_and_changes_nothing():

@@ -24,16 +24,16 @@ def background(model):
 
 
 def taught(model, counts, seeds):
-    """Learn a batch a seed and protect what was written, by more documents than there are."""
-    finetuner = SparseMemoryFinetuner(model, counts, 5)
+    """Learn a batch a seed, each protected from the next by more documents than there are."""
+    finetuner = SparseMemoryFinetuner(model, counts, 5, protect=15)
     optimizer = finetuner.watch(OPTIMIZERS["sgd"](finetuner.parameters()))
     selected = []
     for seed in seeds:
+        finetuner.begin(str(len(selected)))
         finetuner.loss(tiny.batch(seed=seed)).backward()
         selected.append(finetuner.selected[tiny.TABLE].tolist())
         optimizer.step()
         optimizer.zero_grad()
-        finetuner.protect(15)
     return finetuner.detach(), selected
 
 
