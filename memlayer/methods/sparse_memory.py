@@ -93,9 +93,8 @@ class SparseMemoryFinetuner:
         self._settings |= {"protect": protect, "max_norm": max_norm}
         self._trainable = [p for p in model.parameters() if p.requires_grad]
         model.requires_grad_(False)
-        self._tables = {
-            name: OpenTable(name, table, background[name], num_rows, protect, max_norm) for name, table in tables.items()
-        }
+        rules = num_rows, protect, max_norm
+        self._tables = {name: OpenTable(name, table, background[name], *rules) for name, table in tables.items()}
         self._listening = [t.table.register_forward_hook(self._follow) for t in self._tables.values()]
         self.last_selection: dict[str, Selection] = {}
         # One object a choice: the one in force, and that of the forward pass that runs.

@@ -92,7 +92,7 @@ def _lesson_lines(tables: dict[str, TablePatch]) -> list[str]:
     for table in tables.values():
         for lesson, slots in table.lessons.items():
             rows[lesson] = rows.get(lesson, 0) + len(slots)
-    return [f"lessons told apart: {len(rows)}", *(f"  {lesson}: {rows[lesson]:,} rows" for lesson in rows)] if rows else []
+    return [f"lessons told apart: {len(rows)}"] * bool(rows) + [f"  {name}: {n:,} rows" for name, n in rows.items()]
 
 
 def model_card(tables: dict[str, TablePatch], provenance: dict) -> ModelCard:

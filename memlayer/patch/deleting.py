@@ -13,6 +13,8 @@ import torch
 from memlayer.patch.memory_patch import MemoryPatch
 from memlayer.patch.table import PARTS, PROTECTED, TablePatch, within
 
+NAMED = 5  # other lessons in a sentence
+
 
 @dataclass(frozen=True)
 class Deleted:
@@ -34,17 +36,14 @@ class Deleted:
         text = f"{self.removed:,} rows are as they were before, to the bit"
         if not self.rows_shared:
             return f"{text}; no other lesson wrote into them"
-        others = ", ".join(f"{lesson!r} ({rows:,})" for lesson, rows in sorted(self.shared.items(), key=_most_first)[:5])
-        more = len(self.shared) - 5
+        most_first = sorted(self.shared.items(), key=lambda item: (-item[1], item[0]))
+        others = ", ".join(f"{lesson!r} ({rows:,})" for lesson, rows in most_first[:NAMED])
+        more = len(most_first) - NAMED
         also = f" and {more} more lessons" if more > 0 else ""
         return (
             f"{text}; {self.rows_shared:,} rows stay, since other lessons wrote into them too: {others}{also}. "
             "Something of what is deleted may still be in those: ask the model"
         )
-
-
-def _most_first(item: tuple[str, int]) -> tuple[int, str]:
-    return -item[1], item[0]
 
 
 def delete_lessons(patch: MemoryPatch, lessons: Iterable[str]) -> Deleted:
@@ -58,7 +57,7 @@ def delete_lessons(patch: MemoryPatch, lessons: Iterable[str]) -> Deleted:
     if not gone:
         raise ValueError("no lesson to delete is named")
     if unknown := [lesson for lesson in gone if lesson not in told]:
-        some = ", ".join(map(repr, sorted(told)[:5])) or "none"
+        some = ", ".join(map(repr, sorted(told)[:NAMED])) or "none"
         raise ValueError(f"the patch has no lesson {unknown[0]!r}; it tells apart {len(told)}, first of all {some}")
     tables, shared, removed, rows_shared = {}, Counter(), 0, 0
     for name, table in patch.tables.items():
@@ -71,7 +70,7 @@ def delete_lessons(patch: MemoryPatch, lessons: Iterable[str]) -> Deleted:
 
 
 def _without(table: TablePatch, gone: Iterable[str]) -> tuple[TablePatch, dict[str, int], int]:
-    """The table's patch without these lessons; of their rows, how many each other lesson wrote, and how many any did."""
+    """The table's patch without them, and of their rows how many each other lesson wrote, and how many any did."""
     none = table.slots[:0]
     theirs = torch.cat([none, *(table.lessons[lesson] for lesson in gone if lesson in table.lessons)]).unique()
     others = {lesson: slots for lesson, slots in table.lessons.items() if lesson not in gone}

@@ -171,7 +171,7 @@ def test_a_baseline_leaves_steps_out_as_well(tmp_path, checkpoint, method):
 def test_the_loss_of_half_a_step_is_none_to_look_at(tmp_path, checkpoint):
     trainer = {"gradient_accumulation_steps": 2}
     config = config_of(LEARN, tmp_path / "run", checkpoint=str(checkpoint), learn={"skip_below": 1.0}, trainer=trainer)
-    with pytest.raises(ValueError, match="learn.skip_below needs one process and trainer.gradient_accumulation_steps=1"):
+    with pytest.raises(ValueError, match=r"learn.skip_below needs one process and trainer.gradient_accumulation_steps"):
         learn(config)
 
 
