@@ -90,7 +90,7 @@ def pretrained(folder: Path, seed: int) -> RunConfig:
 
 
 def try_methods(base: RunConfig, folder: Path, seed: int, every_strength: bool) -> tuple[list[dict], list[dict]]:
-    """Every method on validation facts, then on test facts at chosen or at every strength; rows and samples of these."""
+    """Every method on validation facts, then on test facts at chosen strengths or all; rows and samples of these."""
     validation = trials(base, folder / "validation", seed, first_new=0, num_new=NUM_VALIDATION, known=KNOWN_VALIDATION)
     first_test = FIRST_TEST + seed * NUM_TEST  # other facts for every seed
     test = trials(base, folder / "test", seed, first_new=first_test, num_new=NUM_TEST, known=KNOWN_TEST)

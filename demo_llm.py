@@ -105,7 +105,7 @@ class Measured:
 
 def measure(model, tokenizer, learning: RunConfig, text_WL: Tensor, known: Sequence[Question], when: str) -> Measured:
     """Ask about the new facts and about what is known, and measure the text."""
-    prompts = prompts_of(learning)
+    prompts = prompts_of(learning.prompts)
     new = [prompts.apply(question, tokenizer) for question in new_questions_of(learning)]
     with tqdm(total=len(new) + len(known), desc=f"asking {when}", unit="question") as bar:
         asked = [answer_questions(model, tokenizer, each, batch_size=32, progress=bar.update) for each in (new, known)]

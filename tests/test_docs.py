@@ -1,4 +1,4 @@
-"""docs/retrofit.md is run from its first command to its last snippet, in a folder of its own."""
+"""The guides are run from their first command to their last snippet, each in a folder of its own."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from memlayer.decoders import files
 from memlayer.decoders.fingerprint import state_fingerprint
 from memlayer.patch import MemoryPatch
 
-GUIDE = REPO / "docs" / "retrofit.md"
+GUIDE, LESSONS = REPO / "docs" / "retrofit.md", REPO / "docs" / "teach_your_model.md"
 BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -29,15 +29,29 @@ def steps(text):
     return found
 
 
-@pytest.fixture(scope="module")
-def walked(tmp_path_factory):
-    """A folder in which the whole guide was followed."""
-    folder = tmp_path_factory.mktemp("guide")
+def walk(guide, folder):
+    """Follow a whole guide in a folder; returns where its runs are."""
     (folder / "configs").symlink_to(REPO / "configs")
-    for step in steps(GUIDE.read_text()):
+    for step in steps(guide.read_text()):
         done = run(*step, cwd=folder, timeout=400)
         assert done.returncode == 0, f"{step}\n{done.stderr[-2000:]}"
     return folder / "runs"
+
+
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory):
+    """A folder in which the guide to retrofitting was followed."""
+    return walk(GUIDE, tmp_path_factory.mktemp("guide"))
+
+
+@pytest.mark.timeout(1800)
+def test_the_guide_to_lessons_teaches_them_and_takes_one_back(tmp_path):
+    runs = walk(LESSONS, tmp_path)
+    before, after = json.loads((runs / "report_lessons" / "results.json").read_text())["rows"]
+    assert before["learning_seen_nll"] > after["learning_seen_nll"] + 1
+    assert [probe["name"] for probe in after["probes"]] == ["background_questions", "background"]
+    patch = MemoryPatch.load(runs / "without_bo")
+    assert {lesson for table in patch.tables.values() for lesson in table.lessons} == {"Ada Quill", "Cy Marsh"}
 
 
 @pytest.mark.timeout(1800)
@@ -58,6 +72,7 @@ def test_what_the_guide_says_of_patches_is_so(walked):
 
 @pytest.mark.timeout(1800)
 def test_the_tiny_base_recalls_taught_wordings(walked):
-    control, learned = json.loads((walked / "report_tiny" / "results.json").read_text())["rows"]
+    control, healing, learned = json.loads((walked / "report_tiny" / "results.json").read_text())["rows"]
     assert control["learning_seen"] == 0
+    assert healing["method"] == "attach and heal"
     assert learned["learning_seen"] >= 0.4

@@ -1,19 +1,62 @@
-"""Probes: questions and text on which forgetting is measured, since the untouched model could do them.
+"""Probes: questions, text and tasks on which forgetting is measured, since the untouched model could do them.
 
 Questions are asked by ``qa.answer_questions``; which of them the model knew is what it answered before anything was
-changed (``known_before``). Text is measured in nats per token, window by window, so that two models are compared on
-the same ones.
+changed (``known_before``). Text is measured in nats per token, window by window. Tasks are those of harness.py. Two
+models are compared on the same items, pair by pair (``compared``).
 
 Shapes: W windows, L tokens of a window.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from memlayer.evaluation.qa import Answered, evaluating
+from memlayer.evaluation.statistics import bootstrap_interval, flips
+
+
+@dataclass(frozen=True)
+class Probed:
+    """One probe of one model.
+
+    Attributes:
+        name: of the probe.
+        measure: "right", where a value is 1 for a right answer and 0 for a wrong one, or "nats" a token.
+        values: one an item, in the order of the items.
+    """
+
+    name: str
+    measure: Literal["right", "nats"]
+    values: list[float]
+
+
+def compared(before: Probed, after: Probed) -> dict:
+    """What became of a probe, as a flat dict.
+
+    Returns:
+        ``name``, ``measure``, ``n``, the means ``before`` and ``after``, and ``change`` of the mean with its 95 %
+        bootstrap interval ``low`` and ``high``; of answers also how many were ``kept``, ``lost``, ``gained`` and
+        ``neither``, the ``share_kept`` of those that were right, and McNemar's exact ``p_value``.
+
+    Raises:
+        ValueError: they are not of the same items.
+    """
+    if (before.name, before.measure) != (after.name, after.measure):
+        raise ValueError(f"probe {before.name!r} before and {after.name!r} after are not the same")
+    change = [other - one for one, other in zip(before.values, after.values, strict=True)]
+    low, high = bootstrap_interval(change)
+    row = {"name": before.name, "measure": before.measure, "n": len(change)}
+    row |= {"before": fmean(before.values), "after": fmean(after.values), "change": fmean(change)}
+    row |= {"low": low, "high": high}
+    if before.measure == "right":
+        turned = flips([value > 0.5 for value in before.values], [value > 0.5 for value in after.values])
+        row |= asdict(turned) | {"share_kept": turned.share_kept, "p_value": turned.p_value}
+    return row
 
 
 def known_before(answered: Sequence[Answered]) -> list[int]:

@@ -18,6 +18,7 @@ their counterparts with ``_f1`` are mean token F1.
     forgetting_seen, forgetting_unseen                     relative drop of the known facts, nan from 0
     seconds                time of the learning alone
     parameters_changed     numbers in the model that differ afterwards
+    probes                 where other things were measured: a list of ``probes.compared``
 
 A score of a group without questions is nan. A mean over seeds carries each deviation under ``KEY_std``. Other keys are
 kept in results.json and shown nowhere.
@@ -93,7 +94,7 @@ def result_row(
     """A row from the ``forgetting.scores`` of known and new questions before and after learning."""
     row = {"method": method, "strength": strength, "chosen": chosen, "seed": seed}
     for wording in WORDINGS:
-        new = after[f"new_{wording}"]
+        new = after.get(f"new_{wording}", NOT_ASKED)
         known = [scores.get(f"known_{wording}", NOT_ASKED) for scores in (before, after)]
         for measure, suffix in SUFFIXES.items():
             row[f"learning_{wording}{suffix}"] = new[measure]
@@ -177,6 +178,49 @@ def format_table(rows: Sequence[Mapping]) -> str:
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
+PROBE_HEADER = ("method", "strength", "probe", "items", "before", "after", "95 % of the change")
+PROBE_HEADER += ("kept", "right to wrong", "wrong to right", "McNemar p")
+PROBE_NOTES = """\
+Other things, measured on the same items before and after: shares of right answers, or nats a token of text. The
+interval is of the mean change, by resampling the items. Kept is the share of right answers that stayed right; McNemar's
+exact test says how often chance alone would turn answers so unevenly."""
+
+
+def format_probes(rows: Sequence[Mapping]) -> str:
+    """What the probes of the rows say, as a plain text table that ends in a new line; empty where there are none."""
+    cells = _probe_cells(rows)
+    if not cells:
+        return ""
+    table = [PROBE_HEADER, *cells]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in table]
+    return "\n".join(["", lines[0], "-" * max(map(len, lines)), *lines[1:], ""])
+
+
+def _share(kept: float) -> str:
+    return "-" if math.isnan(kept) else f"{kept:.3f}"
+
+
+def _probe_cells(rows: Sequence[Mapping]) -> list[list[str]]:
+    return [
+        [
+            row["method"],
+            row["strength"],
+            probe["name"],
+            str(probe["n"]),
+            *(f"{probe[when]:.4f}" if probe["measure"] == "nats" else f"{probe[when]:.3f}" for when in WHEN),
+            f"{probe['low']:+.4f} to {probe['high']:+.4f}",
+            *(
+                ("-", "-", "-", "-")
+                if probe["measure"] == "nats"
+                else (_share(probe["share_kept"]), str(probe["lost"]), str(probe["gained"]), f"{probe['p_value']:.3g}")
+            ),
+        ]
+        for row in rows
+        for probe in row.get("probes", ())
+    ]
+
+
 def _markdown(title: str, rows: Sequence[Mapping], provenance: Mapping) -> str:
     table = [HEADER, *(_cells(row, short=False) for row in rows)]
     if _replaced(rows):
@@ -189,6 +233,7 @@ def _markdown(title: str, rows: Sequence[Mapping], provenance: Mapping) -> str:
         NOTES,
         *([OLD_ANSWER_NOTES] if _replaced(rows) else []),
         picture,
+        *(["## Probes", PROBE_NOTES, _markdown_table([PROBE_HEADER, *cells])] if (cells := _probe_cells(rows)) else []),
         "## The same by SQuAD's rule",
         "Exact match (EM) and token F1 as papers report them. It takes 3.14 for 314, -5 for 5 and C++ for C.",
         _markdown_table([SQUAD_HEADER, *map(_squad_cells, rows)]),

@@ -55,7 +55,7 @@ def ask(
     model, tokenizer, config: RunConfig, known: tuple[int, int], progress: Callable | None = None
 ) -> list[Answered]:
     """Ask about known facts ``known`` (first, last) and the config's new facts."""
-    prompts = prompts_of(config)
+    prompts = prompts_of(config.prompts)
     questions = [prompts.apply(question, tokenizer) for question in _questions(config, known)]
     return answer_questions(model, tokenizer, questions, progress=progress)
 

@@ -77,7 +77,7 @@ def _prepare(config: RunConfig) -> _Prepared:
     settings = config.learn
     if Path(config.output).resolve() == Path(config.checkpoint).resolve():
         raise ValueError(f"output and checkpoint are both {config.output}: a run would overwrite what it starts from")
-    lessons, prompts = lessons_of(config), prompts_of(config)
+    lessons, prompts = lessons_of(config), prompts_of(config.prompts)
     arguments = training_arguments(
         config,
         num_train_epochs=1,

@@ -6,6 +6,7 @@ from memlayer.data.facts import facts_of
 from memlayer.data.lessons import Lesson, lessons_of_facts, load_lessons
 from memlayer.data.prompts import BUILTIN_SHOTS, Prompts
 from memlayer.jobs.config import RunConfig
+from memlayer.jobs.sections import PromptsConfig
 
 
 def lessons_of(config: RunConfig) -> list[Lesson]:
@@ -31,14 +32,14 @@ def lessons_of(config: RunConfig) -> list[Lesson]:
     return lessons
 
 
-def prompts_of(config: RunConfig) -> Prompts:
+def prompts_of(told: PromptsConfig) -> Prompts:
     """How a run asks.
 
     Raises:
         FactsError: a bad file of answered questions.
         ValueError: settings that do not go together.
     """
-    told, shots = config.prompts, ()
+    shots = ()
     if told.style == "few_shot":
         shots = BUILTIN_SHOTS
         if told.shots:

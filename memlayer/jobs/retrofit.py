@@ -115,7 +115,7 @@ def _background_files(config: RunConfig) -> dict[str, str]:
     Raises:
         FactsError, ValueError: a file or a setting of the prompts is bad.
     """
-    prompts_of(config)
+    prompts_of(config.prompts)
     named = config.retrofit.background_lessons
     if named:
         load_lessons(named)
@@ -337,7 +337,7 @@ def _count(
     documents = [{"input_ids": ids, "answer_start": 1, "length": len(ids)} for ids in windows]
     words = f"a window of {config.text.length} tokens of the text that the memory healed on"
     if files_named := config.retrofit.background_lessons:
-        prompts, lessons = prompts_of(config), load_lessons(files_named)
+        prompts, lessons = prompts_of(config.prompts), load_lessons(files_named)
         examples = [prompts.apply(example, tokenizer) for lesson in lessons for example in lesson.teach]
         documents += sorted(encode(tokenizer, examples), key=lambda each: each["length"])
         words += f", or one of {len(examples)} examples of lessons"

@@ -103,6 +103,48 @@ class PromptsConfig:
         check_at_least(1, "prompts", self, "num_shots")
 
 
+def _as_a_base_model_is_asked() -> PromptsConfig:
+    return PromptsConfig(style="few_shot", frame="Question: {question}\nAnswer:", end="\n\n")
+
+
+@dataclass
+class ProbesConfig:
+    """What eval.py measures beside what was taught; a file of its own.
+
+    Attributes:
+        questions: question sets or files of lessons; each file is a probe.
+        num_questions: of each file at most.
+        prompts: how they are asked.
+        texts: text, JSON or Parquet files; each file is a probe.
+        column: where a row of those holds its text.
+        length: tokens of a window.
+        num_windows: windows of each file.
+        tasks: tasks of lm-evaluation-harness, by name; needs the package lm-eval.
+        tasks_folder: task files of one's own.
+        num_examples: examples of each task at most; None is all.
+    """
+
+    questions: list[str] = field(default_factory=list)
+    num_questions: int = 500
+    prompts: PromptsConfig = field(default_factory=_as_a_base_model_is_asked)
+    texts: list[str] = field(default_factory=list)
+    column: str = "text"
+    length: int = 256
+    num_windows: int = 32
+    tasks: list[str] = field(default_factory=list)
+    tasks_folder: str | None = None
+    num_examples: int | None = None
+
+    def __post_init__(self):
+        check_at_least(1, "", self, "num_questions", "num_windows", "num_examples")
+        check_at_least(2, "", self, "length")
+
+    @property
+    def any(self) -> bool:
+        """Whether anything is to be measured."""
+        return bool(self.questions or self.texts or self.tasks)
+
+
 @dataclass
 class PretrainConfig:
     """Pretraining from nothing on the known facts.

@@ -207,7 +207,7 @@ def test_shots_are_questions_of_a_file(tmp_path, checkpoint):
     shots.write_text(json.dumps(PAIRS))
     section = {"style": "few_shot", "end": "\n", "shots": str(shots), "num_shots": 1}
     config = lessons_config(tmp_path, checkpoint, prompts=section)
-    assert prompts_of(config).shots == (("Where does Ada work?", "Bonn"),)
+    assert prompts_of(config.prompts).shots == (("Where does Ada work?", "Bonn"),)
     assert [lesson.id for lesson in lessons_of(config)][-1] == "page"
 
 

@@ -19,6 +19,7 @@ from memlayer.decoders import files
 from memlayer.decoders.attach import add_memory, memory_parameters
 from memlayer.decoders.fingerprint import state_fingerprint
 from memlayer.evaluation.healing import BASE, DENSE, MEMORY, gate
+from memlayer.evaluation.report import CONTROL
 from memlayer.jobs.config import load_config
 from memlayer.jobs.learn import learn
 from memlayer.jobs.retrofit import load_base, retrofit
@@ -236,7 +237,10 @@ def test_healed_is_status_0_and_the_folder_can_be_taught_and_asked(tmp_path, bas
     assert json.loads((tmp_path / "learned" / "learned.json").read_text())["parameters_changed"] > 0
     done = run("eval.py", checkpoint, learned, "--output", tmp_path / "report", "--num-known", 10)
     assert done.returncode == 0, done.stderr
-    assert len(json.loads((tmp_path / "report" / "results.json").read_text())["rows"]) == 2
+    rows = json.loads((tmp_path / "report" / "results.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == [CONTROL, "attach and heal", "sparse_memory"]
+    healing = rows[1]
+    assert healing["known_seen_nll_before"] != healing["known_seen_nll_after"] == rows[0]["known_seen_nll_before"]
 
 
 def test_not_healed_is_status_3_and_the_result_is_written_all_the_same(tmp_path, base):

@@ -1,0 +1,277 @@
+"""The evaluation job: what a checkpoint knows, what learning runs made of it, and what else they changed.
+
+New facts and lessons are asked as they were taught, known facts beside them where the checkpoint was pretrained on
+some, and whatever the caller names as probes, before and after. Of a checkpoint that healed the untouched base is
+measured too.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from memlayer.data.facts import Fact, facts_of
+from memlayer.data.lessons import load_lessons
+from memlayer.data.qa import Question, known_questions, new_questions
+from memlayer.data.text import load_documents, windows
+from memlayer.decoders import files
+from memlayer.decoders.fingerprint import state_fingerprint
+from memlayer.evaluation.forgetting import scores
+from memlayer.evaluation.harness import ask_tasks
+from memlayer.evaluation.probes import Probed, compared, window_nats
+from memlayer.evaluation.provenance import provenance
+from memlayer.evaluation.qa import Answered, answer_questions
+from memlayer.evaluation.report import CONTROL, result_row, sample, write_report
+from memlayer.jobs import typed, written
+from memlayer.jobs.config import PretrainRun, RetrofitRun, RunConfig, load_config
+from memlayer.jobs.lessons import lessons_of, prompts_of
+from memlayer.jobs.preflight import check_output
+from memlayer.jobs.retrofit import load_base
+from memlayer.jobs.sections import DataConfig, ProbesConfig
+from memlayer.jobs.taught import Taught, is_taught, read_taught
+from memlayer.machine import best_device
+
+
+@dataclass
+class Evaluation:
+    """What to ask of whom.
+
+    Attributes:
+        checkpoint: folder of a memory model.
+        learned: folders that learning runs wrote which began with it.
+        facts, wordings, first_new, num_new: new facts in place of those that the runs were taught.
+        num_known: known facts to ask about; None is all that the checkpoint was pretrained on.
+        probes: what else to measure.
+        batch_size: questions at a time.
+        device: where to ask; None is a GPU, if there is one.
+        max_new_tokens: where an answer that does not end is cut; None is past the longest answer.
+        output: folder to write.
+    """
+
+    checkpoint: Path
+    learned: Sequence[Path] = ()
+    facts: str | None = None
+    wordings: str | None = None
+    first_new: int | None = None
+    num_new: int | None = None
+    num_known: int | None = None
+    probes: ProbesConfig = field(default_factory=ProbesConfig)
+    batch_size: int = 256
+    device: str | None = None
+    max_new_tokens: int | None = None
+    output: Path = Path("runs/report")
+
+
+@dataclass
+class _Measured:
+    """What one model does."""
+
+    answers: list[Answered]
+    probes: list[Probed]
+
+
+def load_probes(path: str | Path) -> ProbesConfig:
+    """Read a YAML file of probes.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: an unknown key or a value of the wrong type.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no file of probes at {path}")
+    try:
+        return typed.read(ProbesConfig, written.parse(Path(path).read_text(encoding="utf-8")) or {})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def evaluate(asked: Evaluation) -> list[dict]:
+    """Ask before and after, and write the report.
+
+    Returns:
+        a row a model, as in ``evaluation.report``, with ``probes``.
+
+    Raises:
+        FileNotFoundError, ValueError: a folder, file or setting does not fit, or there is nothing to ask; nothing has
+            been asked then.
+    """
+    checkpoint = asked.checkpoint
+    if is_taught(checkpoint):
+        raise ValueError(f"{checkpoint} was written by a learning run: name the model that it was taught to first")
+    base, taught = load_config(checkpoint / "config.yaml"), [read_taught(folder) for folder in asked.learned]
+    _check_taught_alike(taught)
+    questions = questions_of(asked, base, taught[0].config if taught else None)
+    check_output(asked.output)
+    device = device_of(asked.device)
+    model, tokenizer = files.load(checkpoint)
+    prompts = prompts_of(taught[0].config.prompts) if taught else None
+    measure = _measurement(asked, tokenizer, questions, prompts, device)
+    _check_runs(taught, checkpoint, model, tokenizer)
+
+    before = measure(model, tokenizer, checkpoint)
+    rows = [_row(CONTROL, "", before, before, seed=base.seed, seconds=0.0, parameters_changed=0)]
+    if isinstance(base, RetrofitRun) and base.retrofit.steps:
+        untouched, _ = load_base(base)
+        took = {"seed": base.seed, "seconds": 0.0, "parameters_changed": 0}
+        rows.append(_row("attach and heal", "", measure(untouched, tokenizer, base.base), before, **took))
+        del untouched
+    samples = []
+    for run in taught:
+        with run.model(model, tokenizer) as learned:
+            after = measure(*learned, run.folder)
+        told = run.config.learn
+        strength = f"lr {told.learning_rate:g}, {told.steps_per_fact} steps a fact"
+        took = {"seconds": run.seconds, "parameters_changed": run.parameters_changed}
+        rows.append(_row(told.method, strength, before, after, seed=run.config.seed, **took))
+        pairs = zip(before.answers, after.answers, strict=True)
+        samples += [sample(*pair) | {"run": str(run.folder)} for pair in pairs]
+    told = json.loads(json.dumps(asdict(asked), default=str))
+    write_report(
+        asked.output,
+        f"Learning and forgetting of {checkpoint}",
+        rows,
+        provenance([run.config.seed for run in taught], {"asked": told, "checkpoint": asdict(base)}),
+        samples or [sample(each, each) for each in before.answers],
+    )
+    return rows
+
+
+def _row(method: str, strength: str, before: _Measured, after: _Measured, **took) -> dict:
+    probes = [compared(*pair) for pair in zip(before.probes, after.probes, strict=True)]
+    return result_row(method, strength, scores(before.answers), scores(after.answers), **took) | {"probes": probes}
+
+
+def _check_taught_alike(taught: Sequence[Taught]) -> None:
+    for run in taught:
+        run.check_files()
+        first = taught[0]
+        if any(getattr(run.config, part) != getattr(first.config, part) for part in ("data", "lessons", "prompts")):
+            raise ValueError(f"{run.folder} was taught other facts than {first.folder}: evaluate it apart")
+
+
+def _check_runs(taught: Sequence[Taught], checkpoint: Path, model: nn.Module, tokenizer) -> None:
+    """Refuse a run that does not fit before the first question."""
+    fingerprint = state_fingerprint(model) if taught else ""
+    for run in taught:
+        run.check_checkpoint(checkpoint, fingerprint)
+        if run.has_model:
+            files.weight_files(run.folder / "model")
+        else:
+            with run.model(model, tokenizer):
+                check_finite(model, run.folder)
+
+
+def questions_of(asked: Evaluation, base: RunConfig, taught: RunConfig | None) -> list[Question]:
+    """Known facts, where the checkpoint was told some, and what is new: the facts or the lessons of the runs.
+
+    Raises:
+        ValueError: settings of facts for runs that were taught lessons; or there is nothing to ask.
+    """
+    named = {key: getattr(asked, key) for key in ("facts", "wordings", "first_new", "num_new")}
+    named = {key: value for key, value in named.items() if value is not None}
+    if taught and taught.lessons.files:
+        if named:
+            option = next(iter(named)).replace("_", "-")
+            raise ValueError(f"--{option}: the runs were taught lessons, and are asked those")
+        new, taught_facts = [question for lesson in lessons_of(taught) for question in lesson.ask], ()
+    else:
+        data = asdict(getattr(taught or base, "data", DataConfig()))
+        taught_facts = facts_of(**data).new if taught else ()
+        learns = facts_of(**data | named)
+        told_facts = taught or named or isinstance(base, PretrainRun)
+        new = new_questions(learns.new, learns.wordings) if told_facts else []
+        if told_facts and not new and not asked.probes.any:
+            raise ValueError("there is no new fact to ask about: --num-new is 0, or the facts file has none")
+    questions = _known(asked, base, taught_facts) + new
+    if not questions and not asked.probes.any:
+        raise ValueError(f"there is nothing to ask {asked.checkpoint}, which was told no facts: name runs or --probes")
+    return questions
+
+
+def _known(asked: Evaluation, base: RunConfig, taught: Sequence[Fact]) -> list[Question]:
+    """The known facts of the checkpoint; one that was told none is asked built-in ones if their number is named."""
+    unseen_wordings = True
+    if isinstance(base, PretrainRun):
+        data, unseen_wordings = asdict(base.data), base.pretrain.unseen_wordings
+    else:
+        data = asdict(DataConfig(num_known=0))
+    if asked.num_known is not None:
+        data["num_known"] = asked.num_known
+    knows = facts_of(**data)
+    return known_questions(knows.known, knows.wordings, taught, unseen_wordings)
+
+
+def _measurement(asked: Evaluation, tokenizer, questions: list[Question], prompts, device: torch.device):
+    """A function that measures a model; whatever can be refused is refused here."""
+    probes = asked.probes
+    questions = [prompts.apply(question, tokenizer) if prompts else question for question in questions]
+    sets = {path: _probe_questions(probes, path, tokenizer) for path in probes.questions}
+    texts = {path: _probe_windows(probes, path, tokenizer) for path in probes.texts}
+    tasks = partial(ask_tasks, tasks=probes.tasks, folder=probes.tasks_folder, limit=probes.num_examples)
+
+    def measure(model, tokenizer, name: Path) -> _Measured:
+        check_finite(model, name)
+        model = model.to(device)
+        number = len(questions) + sum(map(len, sets.values()))
+        with tqdm(total=number, desc=f"asking {name}", unit="question") as bar:
+            ask = partial(answer_questions, model, tokenizer, batch_size=asked.batch_size, progress=bar.update)
+            answers = ask(questions, max_new_tokens=asked.max_new_tokens)
+            found = [
+                Probed(_name(path), "right", [float(each.exact_match) for each in ask(of_set)])
+                for path, of_set in sets.items()
+            ]
+        with tqdm(total=sum(map(len, texts.values())), desc=f"reading {name}", unit="window", disable=not texts) as bar:
+            nats = partial(window_nats, model, progress=bar.update)
+            found += [Probed(_name(path), "nats", nats(text_WL)) for path, text_WL in texts.items()]
+        return _Measured(answers, found + tasks(model, tokenizer))
+
+    return measure
+
+
+def _name(path: str) -> str:
+    """What a report calls the probe of a file: its name without endings."""
+    return Path(path).name.split(".")[0]
+
+
+def _probe_questions(probes: ProbesConfig, path: str, tokenizer) -> list[Question]:
+    """The questions of one file, as the model reads them."""
+    prompts = prompts_of(probes.prompts)
+    questions = [question for lesson in load_lessons([path]) for question in lesson.ask]
+    if not questions:
+        raise ValueError(f"{path} asks nothing")
+    return [prompts.apply(question, tokenizer) for question in questions[: probes.num_questions]]
+
+
+def _probe_windows(probes: ProbesConfig, path: str, tokenizer) -> torch.Tensor:
+    """The windows of one file of text; windows() wants one for training, which is the last here."""
+    documents = load_documents([path], column=probes.column)
+    return windows(tokenizer, documents, probes.length, 1, probes.num_windows)[1]
+
+
+def device_of(name: str | None) -> torch.device:
+    """The device of that name, or the one there is.
+
+    Raises:
+        ValueError: torch has no such device here.
+    """
+    if name is None:
+        return best_device()
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # an AssertionError where torch was built without it
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
+
+
+def check_finite(model: nn.Module, folder: Path) -> None:
+    """Refuse a model whose scores would mean nothing.
+
+    Raises:
+        ValueError: a number in it is NaN or infinite.
+    """
+    if not all(tensor.isfinite().all() for tensor in model.state_dict().values() if tensor.is_floating_point()):
+        raise ValueError(f"the model in {folder} holds numbers that are not finite")
