@@ -2,7 +2,7 @@
 
     python eval.py runs/pretrain --num-new 100
     python eval.py runs/pretrain runs/learn_sparse_memory runs/learn_lora --output runs/report
-    python eval.py runs/attach_smollm2 runs/lessons --probes configs/probes.yaml
+    python eval.py runs/attach_smollm2 runs/lessons --probes examples/probes.yaml
 
 The first folder is the model before; the others are what train.py wrote when it taught that model the same facts or
 lessons. New facts and lessons are asked in the prompts that they were taught in. Known facts are those the model was
@@ -37,7 +37,7 @@ def main() -> None:
     )
     parser.add_argument("--first-new", type=int, help="where in the new facts to start")
     parser.add_argument("--num-new", type=int, help="new facts asked about")
-    parser.add_argument("--probes", help="YAML file of what else to measure; see configs/probes.yaml")
+    parser.add_argument("--probes", help="YAML file of what else to measure; see examples/probes.yaml")
     parser.add_argument("--batch-size", type=int, default=256, help="questions at a time (%(default)s)")
     parser.add_argument("--device", help="where to ask, for example cpu or cuda:1 (default: a GPU, if any)")
     parser.add_argument(

@@ -141,4 +141,4 @@ def test_a_task_of_ones_own_is_asked_of_the_model(tmp_path, checkpoint):
 
 
 def test_probes_of_the_repository_are_readable():
-    assert load_probes("configs/probes.yaml") == ProbesConfig()
+    assert load_probes("examples/probes.yaml") == ProbesConfig()
