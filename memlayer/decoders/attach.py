@@ -106,6 +106,30 @@ def memory_tables(model: nn.Module) -> dict[str, MemoryTable]:
     return {plain_name(name): table for name, table in _found(model, MemoryTable, "memory table").items()}
 
 
+def whole_tables(model: nn.Module) -> dict[str, MemoryTable]:
+    """``memory_tables`` of a model that this process holds whole.
+
+    Raises:
+        ValueError: the model has none, or FSDP shares it out over processes.
+    """
+    check_whole(model)
+    return memory_tables(model)
+
+
+def check_whole(model: nn.Module) -> None:
+    """Refuse a model that FSDP shares out over processes: its row numbers are not those of the slots.
+
+    Raises:
+        ValueError: it is such a model.
+    """
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "device_mesh"):  # a DTensor
+            raise ValueError(
+                f"{plain_name(name)} is split over {parameter.device_mesh.size()} processes by FSDP: rows are chosen "
+                "and patches made only where each process holds the whole model, as DistributedDataParallel does"
+            )
+
+
 def plain_name(name: str) -> str:
     """A module's name without what DistributedDataParallel, torch.compile and PEFT put before it."""
     return name.replace("_orig_mod.", "").removeprefix("module.").removeprefix("base_model.model.")

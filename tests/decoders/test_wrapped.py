@@ -5,11 +5,14 @@ import pytest
 import tiny
 import torch
 from finetuning import OPTIMIZERS, finetuner_of, learn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import Trainer, TrainingArguments
 
 from memlayer.decoders.attach import memory_layers, memory_tables, record_reads
 from memlayer.decoders.fingerprint import product_key_fingerprints
 from memlayer.methods.sparse_memory import SparseMemoryFinetuner
+from memlayer.patch import MemoryPatch
 
 
 def with_lora(model, modules=("q_proj",)):
@@ -104,3 +107,23 @@ def test_reads_of_a_model_compiled_in_place_are_recorded(used_before):
     compiled_finetuner = finetuner_of(model)
     compiled_finetuner.loss(batch)
     assert torch.equal(compiled_finetuner.selected[tiny.TABLE], finetuner.selected[tiny.TABLE])
+
+
+def test_a_model_that_fsdp_has_split_is_refused(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        model = tiny.memory_model().train()
+        background = tiny.background(model)
+        early = SparseMemoryFinetuner(model, background, 5)
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        told = "embed_tokens.weight is split over 1 processes by FSDP"
+        with pytest.raises(ValueError, match=told):
+            early.loss(tiny.batch())
+        with pytest.raises(ValueError, match=told):
+            early.patch()
+        with pytest.raises(ValueError, match=told):
+            SparseMemoryFinetuner(model, background, 5)
+        with pytest.raises(ValueError, match=told):
+            MemoryPatch({}).apply(model)
+    finally:
+        torch.distributed.destroy_process_group()
