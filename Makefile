@@ -39,6 +39,7 @@ test-all: $(STAMP)  ## slow tests too, and GPU tests where there is a GPU
 
 lint: $(STAMP)  ## ruff
 	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check --quiet .
 
 bench: test  ## the benchmarks, only when the tests pass
 	@set -e; for script in $$(grep -l __main__ benchmarks/*.py); do echo "== $$script"; $(PY) "$$script"; done

@@ -23,9 +23,7 @@ from memlayer.refusals import refusals
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="folder of a memory model")
     parser.add_argument("learned", type=Path, nargs="*", help="folders that train.py wrote with job: learn")
     parser.add_argument("--facts", help="JSON Lines file with the new facts")
@@ -43,9 +41,7 @@ def main() -> None:
     parser.add_argument(
         "--max-new-tokens", type=int, help="where an answer that does not end is cut (default: past the longest answer)"
     )
-    parser.add_argument(
-        "--output", type=Path, default=Path("runs/report"), help="folder to write (%(default)s)"
-    )
+    parser.add_argument("--output", type=Path, default=Path("runs/report"), help="folder to write (%(default)s)")
     told = vars(parser.parse_args())
     with refusals("eval.py"):
         probes = told.pop("probes")

@@ -180,9 +180,7 @@ def _row_backward(problem: Problem, lookup: Callable) -> Callable:
         mask_N1 = (problem.row_of_slot_N >= 0).unsqueeze(1).to(problem.values_NV.dtype)
         return lambda: (dense()[0].mul_(mask_N1)[problem.chosen_R],)
     rows_RV = problem.values_NV[problem.chosen_R].requires_grad_()
-    reads_TV = memory_lookup(
-        problem.values_NV, problem.slots_TK, problem.weights_TK, rows_RV, problem.row_of_slot_N
-    )
+    reads_TV = memory_lookup(problem.values_NV, problem.slots_TK, problem.weights_TK, rows_RV, problem.row_of_slot_N)
     return lambda: torch.autograd.grad(reads_TV, rows_RV, problem.upstream_TV, retain_graph=True)
 
 
@@ -253,8 +251,8 @@ def _composed_adam(
     steps_U = steps_N[slots_U] + 1
     mean_UV = mean_NV[slots_U].lerp(grad_UV, 1 - BETA1)
     square_UV = square_NV[slots_U].lerp(grad_UV.square(), 1 - BETA2)
-    mean = mean_UV / (1 - BETA1 ** steps_U).unsqueeze(1)
-    root = (square_UV / (1 - BETA2 ** steps_U).unsqueeze(1)).sqrt()
+    mean = mean_UV / (1 - BETA1**steps_U).unsqueeze(1)
+    root = (square_UV / (1 - BETA2**steps_U).unsqueeze(1)).sqrt()
     rows_UV = values_NV[slots_U].to(mean_NV.dtype) - LEARNING_RATE * mean / (root + EPS)
     for table, rows in ((values_NV, rows_UV), (mean_NV, mean_UV), (square_NV, square_UV), (steps_N, steps_U)):
         table[slots_U] = rows.to(table.dtype)

@@ -50,9 +50,7 @@ arguments = TrainingArguments(
     dataloader_pin_memory=torch.accelerator.is_available(),
     remove_unused_columns=False,
 )
-trainer = Trainer(
-    model, arguments, train_dataset=train_WL, eval_dataset=validation_WL, data_collator=collate_windows
-)
+trainer = Trainer(model, arguments, train_dataset=train_WL, eval_dataset=validation_WL, data_collator=collate_windows)
 trainer.train()
 loss = trainer.evaluate()["eval_loss"]
 model.save_pretrained(options.output)

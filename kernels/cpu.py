@@ -89,9 +89,7 @@ def _sparse(bounds_S1: Tensor, tokens_M: Tensor, numbers_M: Tensor, num_tokens: 
     return torch.sparse_csr_tensor(bounds_S1, tokens_M, numbers_M, size=size, check_invariants=False)
 
 
-def read_products(
-    grad_TV: Tensor, values_NV: Tensor, reads: SortedReads, bounds_N1: Tensor | None = None
-) -> Tensor:
+def read_products(grad_TV: Tensor, values_NV: Tensor, reads: SortedReads, bounds_N1: Tensor | None = None) -> Tensor:
     """products_M[reads[m]] = <grad[tokens[m]], values[slots[m]]>, float32 (float64 for float64 values).
 
     Args:

@@ -106,7 +106,5 @@ class _GradientOfRows(torch.autograd.Function):
         rows_grad = None
         if ctx.needs_input_grad[1]:
             slots_TK, weights_TK = ctx.saved_tensors
-            rows_grad = library.row_sums(
-                grad_TV, slots_TK, weights_TK, ctx.row_of_slot_N, ctx.num_rows, ctx.rows_dtype
-            )
+            rows_grad = library.row_sums(grad_TV, slots_TK, weights_TK, ctx.row_of_slot_N, ctx.num_rows, ctx.rows_dtype)
         return grad_TV, rows_grad, None, None, None

@@ -26,9 +26,7 @@ HUGE_PAGE_BYTES = 2 << 20
 KEPT_BYTES = 256 << 20  # kept as it is: marking costs 10 us a huge page, 2 % of a lookup and its backward
 PASSES = 4  # so that up to five tables of different sizes stepped in turn have memory each
 MAY_BE_KEPT = (
-    hasattr(mmap, "MADV_HUGEPAGE")
-    and hasattr(mmap, "MADV_FREE")
-    and os.environ.get("MEMLAYER_KEEP_MEMORY", "1") != "0"
+    hasattr(mmap, "MADV_HUGEPAGE") and hasattr(mmap, "MADV_FREE") and os.environ.get("MEMLAYER_KEEP_MEMORY", "1") != "0"
 )
 
 

@@ -49,9 +49,7 @@ def memory_lookup(
         reads_TV: in the dtype of the values; sums are taken in float32 or better.
     """
     dtype = torch.promote_types(values_NV.dtype, torch.float32)
-    rows_TKV = values_NV.to(dtype)[
-        slots_TK
-    ]  # converted first, so that gradients are summed in this dtype too
+    rows_TKV = values_NV.to(dtype)[slots_TK]  # converted first, so that gradients are summed in this dtype too
     if rows_RV is not None:
         # Slots mapped to -1 take the row of zeros at the end, whose gradient goes nowhere.
         padded_RV = torch.cat([rows_RV.to(dtype), rows_RV.new_zeros(1, rows_RV.shape[1], dtype=dtype)])

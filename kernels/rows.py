@@ -30,9 +30,7 @@ def sparse_rows(grad_NV: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: the gradient is not a sparse COO tensor over rows.
     """
     if grad_NV.layout != torch.sparse_coo or grad_NV.sparse_dim() != 1:
-        raise ValueError(
-            f"gradient has layout {grad_NV.layout}, expected sparse COO over rows (sparse_dim 1)"
-        )
+        raise ValueError(f"gradient has layout {grad_NV.layout}, expected sparse COO over rows (sparse_dim 1)")
     if not ascending(grad_NV._indices()[0]):
         grad_NV = grad_NV.coalesce()
     return grad_NV._indices()[0], grad_NV._values()

@@ -16,9 +16,7 @@ WIDE_DTYPES = torch.complex128, torch.int64  # in which bits are moved as they a
 MIX1, MIX2, STEP = 0x85EBCA6B, 0xC2B2AE35, 0x9E3779B9
 
 
-def sgd_rows_(
-    values_NV: Tensor, slots_U: Tensor, grad_UV: Tensor, lr: float, rounding_seed: int | None
-) -> None:
+def sgd_rows_(values_NV: Tensor, slots_U: Tensor, grad_UV: Tensor, lr: float, rounding_seed: int | None) -> None:
     """See rows.sgd_rows_."""
     if rounding_seed is None and grad_UV.dtype == values_NV.dtype in (torch.float32, torch.float64):
         values_NV.index_add_(0, slots_U, grad_UV, alpha=-lr)  # in one pass: 6 ms for 64,000 rows of 256, blocks take 13
@@ -117,9 +115,7 @@ def _fits(tensor: Tensor, dtype: torch.dtype) -> bool:
     return all(number % dtype.itemsize == 0 for number in numbers)
 
 
-def _blocks(
-    values_NV: Tensor, slots_U: Tensor, grad_UV: Tensor, *others_U: Tensor
-) -> Iterator[tuple[Tensor, ...]]:
+def _blocks(values_NV: Tensor, slots_U: Tensor, grad_UV: Tensor, *others_U: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The part of each tensor in each block, gradients in the dtype that the step is computed in."""
     dtype = torch.promote_types(values_NV.dtype, torch.float32)
     for start in range(0, slots_U.numel(), BLOCK_ROWS):

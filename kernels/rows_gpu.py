@@ -16,9 +16,7 @@ from .rows_cpu import bias_corrections, start_of
 MIX1, MIX2, STEP = (tl.constexpr(number) for number in (rows_cpu.MIX1, rows_cpu.MIX2, rows_cpu.STEP))
 
 
-def sgd_rows_(
-    values_NV: Tensor, slots_U: Tensor, grad_UV: Tensor, lr: float, rounding_seed: int | None
-) -> None:
+def sgd_rows_(values_NV: Tensor, slots_U: Tensor, grad_UV: Tensor, lr: float, rounding_seed: int | None) -> None:
     """See rows.sgd_rows_."""
     grid, sizes = _launch(values_NV, slots_U, rounding_seed)
     if all(grid):

@@ -47,19 +47,13 @@ def segment_sums(
     chunks_CV = torch.empty(num_chunks, width, dtype=chunks_dtype, device=grad_TV.device)
     if num_chunks:
         grid = num_chunks, tiles
-        launch(
-            chunk_sums_kernel, grid, grad_TV, reads.labels_M, reads.tokens_M, weights_M, chunks_CV, width, **sizes
-        )
+        launch(chunk_sums_kernel, grid, grad_TV, reads.labels_M, reads.tokens_M, weights_M, chunks_CV, width, **sizes)
     grid = num_segments, tiles
-    launch(
-        segment_sums_kernel, grid, grad_TV, reads.tokens_M, weights_M, bounds_S1, chunks_CV, sums_SV, width, **sizes
-    )
+    launch(segment_sums_kernel, grid, grad_TV, reads.tokens_M, weights_M, bounds_S1, chunks_CV, sums_SV, width, **sizes)
     return sums_SV
 
 
-def read_products(
-    grad_TV: Tensor, values_NV: Tensor, reads: SortedReads, bounds_N1: Tensor | None = None
-) -> Tensor:
+def read_products(grad_TV: Tensor, values_NV: Tensor, reads: SortedReads, bounds_N1: Tensor | None = None) -> Tensor:
     """products_M[reads[m]] = <grad[tokens[m]], values[slots[m]]>, float32 (float64 for float64 values)."""
     num_reads = reads.reads_M.numel()
     dtype = torch.promote_types(values_NV.dtype, torch.float32)
@@ -203,12 +197,8 @@ def read_products_kernel(
     for start in range(0, width, COLUMNS):
         o_v = start + tl.arange(0, COLUMNS)
         m_mv = m_m[:, None] & (o_v < width)[None, :]
-        b_grad = tl.load(
-            grad + b_tokens[:, None] * width + o_v[None, :], mask=m_mv, other=0
-        )  # [READS, COLUMNS]
-        b_rows = tl.load(
-            values + b_slots[:, None] * row_stride + o_v[None, :], mask=m_mv, other=0
-        )  # [READS, COLUMNS]
+        b_grad = tl.load(grad + b_tokens[:, None] * width + o_v[None, :], mask=m_mv, other=0)  # [READS, COLUMNS]
+        b_rows = tl.load(values + b_slots[:, None] * row_stride + o_v[None, :], mask=m_mv, other=0)  # [READS, COLUMNS]
         b_acc += b_grad.to(ACC) * b_rows.to(ACC)
     b_reads = tl.load(reads + o_m, mask=m_m, other=0)  # [READS]
     tl.store(products + b_reads, tl.sum(b_acc, 1), mask=m_m)

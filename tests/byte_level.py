@@ -14,8 +14,6 @@ def byte_level_tokenizer(**special: str) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokens = list(dict.fromkeys([END, *special.values()]))
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=tokens, initial_alphabet=alphabet, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=tokens, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(tiny.SENTENCES, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, **special)

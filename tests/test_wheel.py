@@ -90,9 +90,7 @@ def test_the_installed_wheel_is_what_is_imported_and_finds_its_facts(clean_pytho
 
 @pytest.mark.parametrize("from_repo", [True, False], ids=["from the repository", "from elsewhere"])
 @pytest.mark.parametrize("installed", ["wheel", "editable"])
-def test_hugging_faces_kernels_wins_by_its_name(
-    from_repo, installed, hugging_face_kernels, request, tmp_path
-):
+def test_hugging_faces_kernels_wins_by_its_name(from_repo, installed, hugging_face_kernels, request, tmp_path):
     python = request.getfixturevalue("clean_python") if installed == "wheel" else sys.executable
     code = "import kernels, memlayer_kernels.ops; print(kernels.owner)"
     path = os.pathsep.join([os.environ["PYTHONPATH"], str(hugging_face_kernels)])

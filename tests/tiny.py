@@ -18,9 +18,7 @@ VOCAB, WIDTH, PAD = 50, 16, 3
 TABLE = "model.memory.0"
 TOWNS = {"Lyon": "France", "Łódź": "Poland", "Zürich": "Switzerland", "Oslo": "Norway", "Porto": "Portugal"}
 SENTENCES = tuple(
-    f"{town} is a town; where is {town}? In {land}, at number {n}."
-    for n in range(9)
-    for town, land in TOWNS.items()
+    f"{town} is a town; where is {town}? In {land}, at number {n}." for n in range(9) for town, land in TOWNS.items()
 )
 
 
@@ -107,8 +105,6 @@ def run_python(code: str, *arguments: object, modules: tuple[str, ...] = ()) -> 
     """Run code in a fresh interpreter that can import this file; returns what it prints."""
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, *modules, *(() if modules else ("-c",)), code, *map(str, arguments)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": path}
-    )
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": path})
     assert done.returncode == 0, done.stderr
     return done.stdout

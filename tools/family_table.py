@@ -261,7 +261,7 @@ def table(rows: dict[str, dict]) -> str:
         "",
         f"{len(tried)} of them build from a small config that is made for all alike. Of these, {len(accepted)} take",
         f"memory, {experts} with experts and {len(accepted) - experts} without; {len(refused)} do not.",
-        "\"yes\" says, each to the last bit: memory beside the blocks changes no logit, a saved model loads with every",
+        '"yes" says, each to the last bit: memory beside the blocks changes no logit, a saved model loads with every',
         "tensor and logit,",
         "a training that was interrupted ends as one that was not, and removing the memory gives back class, config,",
         "weights and logits.",

@@ -177,9 +177,7 @@ def check_disjoint(known: Iterable[Fact], new: Iterable[Fact]) -> None:
     known_subjects = {same_name(fact.subject) for fact in known}
     shared = [fact for fact in new if same_name(fact.subject) in known_subjects]
     if shared:
-        raise FactsError(
-            f"new fact {shared[0].key!r} is about a known subject, one of {len(shared)} such facts"
-        )
+        raise FactsError(f"new fact {shared[0].key!r} is about a known subject, one of {len(shared)} such facts")
 
 
 def taught_anew(known: Iterable[Fact], new: Iterable[Fact]) -> list[Fact]:

@@ -240,9 +240,7 @@ def encode(tokenizer, examples: Sequence[Example]) -> list[dict]:
     ]
 
 
-def collate(
-    batch: Sequence[dict], pad_token_id: int, loss_on: Literal["all", "answer"] = "all"
-) -> dict[str, Tensor]:
+def collate(batch: Sequence[dict], pad_token_id: int, loss_on: Literal["all", "answer"] = "all") -> dict[str, Tensor]:
     """Pad on the right.
 
     Returns:

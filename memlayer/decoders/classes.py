@@ -130,9 +130,7 @@ class MemoryDecoder:
                 )
             kwargs["config"] = _in_dtype(config, dtype)
         kwargs["ignore_mismatched_sizes"] = True  # reported like the others, a line below
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         if not cls.has_head:  # that of the causal language model is left in the folder
             inside = f"{cls.base_model_prefix}."
             info["unexpected_keys"] = {name for name in info["unexpected_keys"] if name.startswith(inside)}

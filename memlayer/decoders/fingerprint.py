@@ -11,9 +11,7 @@ from memlayer.decoders.attach import memory_layers, memory_tables
 
 def bits(rows: Tensor) -> Tensor:
     """The numbers as integers, so that NaN equals itself and 0.0 does not equal -0.0."""
-    return rows.contiguous().view(
-        {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()]
-    )
+    return rows.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()])
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:

@@ -130,9 +130,7 @@ def insert_memory(model: nn.Module, config: MemoryConfig) -> dict[int, nn.Module
     layers, ffn_name = decoder_layers(model)
     missing = [i for i in config.layers if not 0 <= i < len(layers)]
     if missing:
-        raise ValueError(
-            f"memory layers {list(config.layers)} asked for, the model has layers 0 to {len(layers) - 1}"
-        )
+        raise ValueError(f"memory layers {list(config.layers)} asked for, the model has layers 0 to {len(layers) - 1}")
     owner = tables_owner(model)
     if hasattr(owner, "memory"):
         raise ValueError(f"{type(owner).__name__} has a memory of its own: there is no place for tables")

@@ -71,18 +71,21 @@ def losses_figure(results: Mapping) -> Figure:
 
 def _markdown(results: Mapping) -> str:
     origin = {"frozen": results["frozen"], **results["provenance"]}
-    return "\n\n".join(
-        [
-            f"# {results['title']}",
-            f"Verdict: **{results['verdict']}**.",
-            _losses_table(results),
-            NOTES,
-            "![validation loss over steps](losses.png)",
-            _numbers_table("parameters", results["parameters"]) + "\n" + _rows("tokens", results["tokens"]),
-            "## Where the numbers come from",
-            "\n".join(f"- {key}: `{json.dumps(without_nan(value))}`" for key, value in origin.items()),
-        ]
-    ) + "\n"
+    return (
+        "\n\n".join(
+            [
+                f"# {results['title']}",
+                f"Verdict: **{results['verdict']}**.",
+                _losses_table(results),
+                NOTES,
+                "![validation loss over steps](losses.png)",
+                _numbers_table("parameters", results["parameters"]) + "\n" + _rows("tokens", results["tokens"]),
+                "## Where the numbers come from",
+                "\n".join(f"- {key}: `{json.dumps(without_nan(value))}`" for key, value in origin.items()),
+            ]
+        )
+        + "\n"
+    )
 
 
 def _losses_table(results: Mapping) -> str:

@@ -95,9 +95,7 @@ def answer_questions(
     return [answered[index] for index in range(len(questions))]
 
 
-def generate(
-    model, tokenizer, prompts: list[list[int]], max_new_tokens: int, ends: Sequence[str] = ()
-) -> list[str]:
+def generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int, ends: Sequence[str] = ()) -> list[str]:
     """The likeliest continuation of each prompt, token by token, up to an end token or the end of its answer.
 
     Args:
@@ -253,9 +251,7 @@ def _budget(questions: Sequence[Question], answers: Sequence[list[list[int]]], a
     return asked_for
 
 
-def _batches(
-    lengths: Sequence[int], batch_size: int, budget: int, positions: float
-) -> Iterator[tuple[list[int], int]]:
+def _batches(lengths: Sequence[int], batch_size: int, budget: int, positions: float) -> Iterator[tuple[list[int], int]]:
     """Indices of prompts of near lengths, and how many tokens may follow them.
 
     Where the budget passes the model's last position, prompts are asked with others of their very length: what is

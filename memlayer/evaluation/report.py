@@ -124,9 +124,7 @@ def sample(before, after) -> dict:
     """One line of samples.jsonl from a question answered before and after learning (two ``qa.Answered``)."""
     question = before.question
     if question != after.question:
-        raise ValueError(
-            f"a sample is of one question, not {question.prompt!r} and {after.question.prompt!r}"
-        )
+        raise ValueError(f"a sample is of one question, not {question.prompt!r} and {after.question.prompt!r}")
     return {
         "fact": question.fact,
         "question": question.prompt,

@@ -180,9 +180,7 @@ class MemoryTrainer(StepwiseTrainer):
             groups = {"table": [], "decay": [], "no_decay": []}
             for parameter in model.parameters():
                 if parameter.requires_grad:
-                    kind = (
-                        "table" if id(parameter) in tables else "decay" if parameter.ndim > 1 else "no_decay"
-                    )
+                    kind = "table" if id(parameter) in tables else "decay" if parameter.ndim > 1 else "no_decay"
                     groups[kind].append(parameter)
             args = self.args
             self.optimizer = RowAdamW(

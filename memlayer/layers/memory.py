@@ -39,9 +39,7 @@ class MemoryTable(nn.Embedding):
     def forward(self, slots_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Weighted sums of values, shape (T, V)."""
         slots_TK, weights_TK = slots_TK.to(self.weight.device), weights_TK.to(self.weight.device)
-        return memory_lookup(
-            self.weight, slots_TK, weights_TK, self.rows, self.row_of_slot, sparse_grad=self.sparse
-        )
+        return memory_lookup(self.weight, slots_TK, weights_TK, self.rows, self.row_of_slot, sparse_grad=self.sparse)
 
 
 class MemoryTables(nn.ModuleList):

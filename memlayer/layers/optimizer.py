@@ -54,9 +54,7 @@ class RowAdamW(torch.optim.AdamW):
     def load_state_dict(self, state_dict: dict) -> None:
         """See torch.optim.Optimizer.load_state_dict, which would round a bfloat16 table's float32 moments."""
         super().load_state_dict(state_dict)
-        saved = [
-            state_dict["state"].get(i, {}) for group in state_dict["param_groups"] for i in group["params"]
-        ]
+        saved = [state_dict["state"].get(i, {}) for group in state_dict["param_groups"] for i in group["params"]]
         parameters = [p for group in self.param_groups for p in group["params"]]
         for parameter, state in zip(parameters, saved, strict=True):
             if state and state["step"].ndim:  # a table: counts per slot

@@ -33,9 +33,7 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 def tensors_of(tables: dict[str, TablePatch]) -> dict[str, Tensor]:
     """The tensors of a rows file by name."""
-    return {
-        f"{name}.{part}": getattr(patch, part).contiguous() for name, patch in tables.items() for part in PARTS
-    }
+    return {f"{name}.{part}": getattr(patch, part).contiguous() for name, patch in tables.items() for part in PARTS}
 
 
 def _all_tensors(tables: dict[str, TablePatch]) -> dict[str, Tensor]:

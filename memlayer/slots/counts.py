@@ -65,9 +65,7 @@ class SlotCounts:
 
     def to(self, device: torch.device) -> "SlotCounts":
         """The same counts on ``device``."""
-        return replace(
-            self, reads_N=self.reads_N.to(device), document_frequency_N=self.document_frequency_N.to(device)
-        )
+        return replace(self, reads_N=self.reads_N.to(device), document_frequency_N=self.document_frequency_N.to(device))
 
     def with_frequency(self, document_frequency_N: Tensor) -> "SlotCounts":
         """The same counts with other document frequencies."""

@@ -72,8 +72,8 @@ def test_what_does_not_fit_is_reported_with_its_bytes(monkeypatch, capsys):
 def test_a_way_that_torch_refuses_is_reported_with_its_words_and_ours_as_a_failure(monkeypatch):
     def measure(way):
         def ways_of(op, problem):
-            broken = {way: lambda: (lambda: torch.zeros(2, 3) @ torch.zeros(2, 3))}
-            return {"ours": lambda: (lambda: (torch.ones(2),)), "embedding_bag": None} | broken
+            broken = {way: lambda: lambda: torch.zeros(2, 3) @ torch.zeros(2, 3)}
+            return {"ours": lambda: lambda: (torch.ones(2),), "embedding_bag": None} | broken
 
         monkeypatch.setattr(kernel_times, "ways_of", ways_of)
         shape = Shape("x", 2, 3, 4, 5, "float32", top_k=2, ops=("lookup",))
@@ -118,9 +118,9 @@ def test_what_fails_or_differs_is_recorded_the_others_are_timed_and_the_run_ends
     def broken(op, problem):
         ways = ways_of(op, problem)
         if op == "lookup":  # ours gives other numbers
-            ways["ours"] = lambda: (lambda: (torch.ones(24, 20),))
+            ways["ours"] = lambda: lambda: (torch.ones(24, 20),)
         if op == "SGD step":  # ours cannot be compiled
-            ways["ours"] = lambda: (lambda: {}["a register"])
+            ways["ours"] = lambda: lambda: {}["a register"]
         return ways
 
     monkeypatch.setattr(kernel_times, "ways_of", broken)

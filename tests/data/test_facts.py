@@ -30,12 +30,8 @@ from memlayer.data.json_text import CONTROL
 ROOT = Path(__file__).parents[2]
 ENTITY_QUESTIONS = ROOT / "../shared/data/entity_questions/train.jsonl.xz"
 WORDINGS = {
-    "born": Wordings(
-        "birth", ("[X] was born in [Y]", "[X] is from [Y]"), ("Where was [X] born?", "[X] is from?")
-    ),
-    "job": Wordings(
-        "work", ("[X] works as [Y]", "[X] is called [Y]"), ("What does [X] do?", "The job of [X]?")
-    ),
+    "born": Wordings("birth", ("[X] was born in [Y]", "[X] is from [Y]"), ("Where was [X] born?", "[X] is from?")),
+    "job": Wordings("work", ("[X] works as [Y]", "[X] is called [Y]"), ("What does [X] do?", "The job of [X]?")),
 }
 GOOD = {"subject": "Ada", "relation": "born", "answers": ["London"]}
 

@@ -60,18 +60,41 @@ def test_a_file_of_lessons_says_everything(tmp_path):
 SQUAD = {"id": "5", "question": "Where is it? ", "answers": [{"text": "Rome", "answer_start": 1}, {"text": "Rome"}]}
 SETS = {
     "SQuAD 2.0": (
-        {"version": "v2.0", "data": [{"title": "T", "paragraphs": [{"context": "c", "qas": [
-            {"id": "no", "question": "?", "answers": [], "is_impossible": True}, SQUAD]}]}]},
+        {
+            "version": "v2.0",
+            "data": [
+                {
+                    "title": "T",
+                    "paragraphs": [
+                        {
+                            "context": "c",
+                            "qas": [{"id": "no", "question": "?", "answers": [], "is_impossible": True}, SQUAD],
+                        }
+                    ],
+                }
+            ],
+        },
         ("5", "Where is it?", "Rome", ["Rome"], []),
     ),
     "SQuAD of the hub": (
-        [{"id": "5", "title": "T", "context": "c", "question": "Where?", "answers": {"text": ["Rome"],
-          "answer_start": [1]}}],
+        [
+            {
+                "id": "5",
+                "title": "T",
+                "context": "c",
+                "question": "Where?",
+                "answers": {"text": ["Rome"], "answer_start": [1]},
+            }
+        ],
         ("5", "Where?", "Rome", ["Rome"], []),
     ),
     "TriviaQA": (
-        {"Domain": "Web", "Data": [{"Question": "Who?", "QuestionId": "tc_1",
-                                    "Answer": {"Value": "Ada", "Aliases": ["A. L.", "Ada"]}}]},
+        {
+            "Domain": "Web",
+            "Data": [
+                {"Question": "Who?", "QuestionId": "tc_1", "Answer": {"Value": "Ada", "Aliases": ["A. L.", "Ada"]}}
+            ],
+        },
         ("tc_1", "Who?", "Ada", ["Ada", "A. L."], []),
     ),
     "TriviaQA of the hub": (
@@ -87,18 +110,42 @@ SETS = {
         ("{path}, record 1", "Who?", "Ada", ["ADA (person)", "Ada"], []),
     ),
     "zsRE": (
-        [{"subject": "Ada", "src": "Where was Ada born?", "alt": "Rome", "answers": ["London"],
-          "rephrase": "What is Ada's place of birth?"}],
+        [
+            {
+                "subject": "Ada",
+                "src": "Where was Ada born?",
+                "alt": "Rome",
+                "answers": ["London"],
+                "rephrase": "What is Ada's place of birth?",
+            }
+        ],
         ("{path}, record 1", "Where was Ada born?", "Rome", ["Rome"], ["What is Ada's place of birth?"]),
     ),
     "CounterFact": (
-        [{"case_id": 7, "requested_rewrite": {"prompt": "{}, who works in", "subject": "Ada",
-          "target_new": {"str": "Rome"}, "target_true": {"str": "Bonn"}}, "paraphrase_prompts": ["One. Ada works in"]}],
+        [
+            {
+                "case_id": 7,
+                "requested_rewrite": {
+                    "prompt": "{}, who works in",
+                    "subject": "Ada",
+                    "target_new": {"str": "Rome"},
+                    "target_true": {"str": "Bonn"},
+                },
+                "paraphrase_prompts": ["One. Ada works in"],
+            }
+        ],
         ("7", "Ada, who works in", "Rome", ["Rome"], ["One. Ada works in"]),
     ),
     "CounterFact of editing toolkits": (
-        [{"case_id": 7, "prompt": "Ada works in", "target_new": "Rome", "ground_truth": "Bonn",
-          "rephrase_prompt": "The city of Ada is"}],
+        [
+            {
+                "case_id": 7,
+                "prompt": "Ada works in",
+                "target_new": "Rome",
+                "ground_truth": "Bonn",
+                "rephrase_prompt": "The city of Ada is",
+            }
+        ],
         ("7", "Ada works in", "Rome", ["Rome"], ["The city of Ada is"]),
     ),
 }

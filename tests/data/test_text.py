@@ -138,9 +138,7 @@ def test_a_begin_token_of_its_own_stands_before_each_document(tmp_path):
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    st.lists(st.integers(0, 30), min_size=40, max_size=80), st.integers(2, 9), st.integers(1, 4), st.integers(1, 4)
-)
+@given(st.lists(st.integers(0, 30), min_size=40, max_size=80), st.integers(2, 9), st.integers(1, 4), st.integers(1, 4))
 def test_no_document_is_both_in_training_and_in_validation(byte_level, numbers, length, num_train, num_validation):
     documents = [f"#{number}." for number in numbers]
     try:
@@ -162,9 +160,7 @@ def test_a_document_longer_than_a_window_is_cut_and_kept(byte_level):
 
 def test_too_little_text_is_refused_with_the_numbers(byte_level):
     tokens = len(byte_level("Oslo")["input_ids"]) + 1
-    with pytest.raises(
-        ValueError, match=f"too short: {tokens} tokens are left for validation, 4 windows of 9 take 36"
-    ):
+    with pytest.raises(ValueError, match=f"too short: {tokens} tokens are left for validation, 4 windows of 9 take 36"):
         windows(byte_level, ["Oslo"], length=9, num_train=1, num_validation=4)
     with pytest.raises(
         ValueError, match=f"too short: {2 * tokens} tokens are left for training, 5 windows of 9 take 45"

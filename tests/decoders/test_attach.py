@@ -219,9 +219,7 @@ def test_generation_with_a_cache_equals_generation_without():
     settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     settings |= {"output_logits": True, "return_dict_in_generate": True}
     cached, full = (
-        model.generate(
-            prompt["input_ids"], attention_mask=prompt["attention_mask"], use_cache=use_cache, **settings
-        )
+        model.generate(prompt["input_ids"], attention_mask=prompt["attention_mask"], use_cache=use_cache, **settings)
         for use_cache in (True, False)
     )
     assert cached.sequences.shape == (2, 17)

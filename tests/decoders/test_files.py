@@ -63,9 +63,7 @@ def test_a_saved_model_is_loaded_to_the_bit_in_a_fresh_process(tokenizer, tmp_pa
     assert printed.strip() == f"False {tokenizer.encode('where is Zürich?')}"
 
 
-@pytest.mark.parametrize(
-    "settings", [{"mode": "add"}, {"layers": [0, 2]}, {"value_width": 10, "key_width": 4}]
-)
+@pytest.mark.parametrize("settings", [{"mode": "add"}, {"layers": [0, 2]}, {"value_width": 10, "key_width": 4}])
 def test_every_kind_of_memory_is_loaded_to_the_bit(tokenizer, tmp_path, settings):
     model = built(tokenizer, **settings)
     for parameter in model.parameters():

@@ -84,9 +84,7 @@ def test_columns_of_the_table_line_up():
 
 
 def test_mean_rows_average_each_setting_over_its_seeds():
-    settings = [
-        (known, seed, chosen) for known, seed, chosen in [(0.9, 0, True), (0.8, 1, True), (0.7, 2, False)]
-    ]
+    settings = [(known, seed, chosen) for known, seed, chosen in [(0.9, 0, True), (0.8, 1, True), (0.7, 2, False)]]
     runs = [row(known=known, seed=seed, chosen=chosen) for known, seed, chosen in settings]
     runs.insert(1, row("full", known=0.5, chosen=False))
     sparse, full = mean_rows(runs)
@@ -108,9 +106,7 @@ def test_results_and_samples_come_back_as_they_went_in(tmp_path):
 
 
 def test_the_report_says_the_same_in_words(tmp_path):
-    text = (write_report(tmp_path, "Title", ROWS, PROVENANCE, SAMPLES) / "report.md").read_text(
-        encoding="utf-8"
-    )
+    text = (write_report(tmp_path, "Title", ROWS, PROVENANCE, SAMPLES) / "report.md").read_text(encoding="utf-8")
     assert text.startswith("# Title\n")
     assert "forgets 60.0 % (1.00 -> 0.40)" in text
     assert '- commit: `"abc"`' in text

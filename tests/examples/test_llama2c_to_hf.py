@@ -80,9 +80,7 @@ def llama2c_logits(header, tensors, ids_L):
     for layer in range(header["n_layers"]):
         of = {name: tensors[name][layer] for name in ("att_norm", "wq", "wk", "wv", "wo", "ffn_norm", "w1", "w2", "w3")}
         h_LD = rms_norm(x_LD, of["att_norm"])
-        q, k, v = (
-            (h_LD @ of[name].T).view(len(ids_L), -1, head_dim).transpose(0, 1) for name in ("wq", "wk", "wv")
-        )
+        q, k, v = ((h_LD @ of[name].T).view(len(ids_L), -1, head_dim).transpose(0, 1) for name in ("wq", "wk", "wv"))
         k, v = (each.repeat_interleave(heads // kv_heads, dim=0) for each in (k, v))
         read = F.scaled_dot_product_attention(turned(q), turned(k), v, is_causal=True)
         x_LD = x_LD + read.transpose(0, 1).reshape(len(ids_L), -1) @ of["wo"].T
@@ -286,7 +284,7 @@ def test_stories260k_tells_the_story_it_tells_in_llama2c(pytestconfig):
     assert tokenizer.decode(written[0], skip_special_tokens=True).startswith(GREEDY)
 
     pieces = llama2c.read_pieces(STORIES / "tok512.bin", 512)
-    for text in (GREEDY, TOLD, "Zürich: 北京 ☃ \n \"...\"  oooo llll pppp"):
+    for text in (GREEDY, TOLD, 'Zürich: 北京 ☃ \n "..."  oooo llll pppp'):
         assert tokenizer(text)["input_ids"] == llama2c_encode(text, pieces)
 
     ids = tokenizer(TOLD, return_tensors="pt")["input_ids"]

@@ -58,9 +58,7 @@ def copy_of(one, folder):
     return replace(one, config=replace(one.config, output=str(folder)))
 
 
-def test_two_at_a_time_give_the_answers_of_one_by_one_and_only_what_is_missing_is_run(
-    tmp_path, checkpoint, one_by_one
-):
+def test_two_at_a_time_give_the_answers_of_one_by_one_and_only_what_is_missing_is_run(tmp_path, checkpoint, one_by_one):
     trials = [trial(checkpoint, tmp_path / "control", CONTROL)]
     trials += [trial(checkpoint, tmp_path / str(rate), rate=rate) for rate in (1.0, 20.0)]
     run_trial(trials[0])

@@ -236,9 +236,7 @@ def taught(folder, positions="all", **settings):
     optimizer = finetuner.watch(torch.optim.SGD(finetuner.parameters(), lr=1.0))
     settings = {"num_train_epochs": 1, "max_grad_norm": 0.0, "lr_scheduler_type": "constant", **settings}
     data = examples(16)
-    trainer = trainer_of(
-        model, folder, data, finetuner, optimizer, train_sampling_strategy="sequential", **settings
-    )
+    trainer = trainer_of(model, folder, data, finetuner, optimizer, train_sampling_strategy="sequential", **settings)
     trainer.train()
     assert trainer.state.global_step == 2
     return finetuner.detach().tables[tiny.TABLE].slots, model.state_dict()["model.memory.0.weight"]
@@ -346,7 +344,5 @@ def test_two_processes_select_the_same_slots_and_end_with_the_table_of_one(tmp_p
     torch.testing.assert_close(first["table"], table, rtol=1e-4, atol=1e-6)
     alone = pretrained(tmp_path / "alone", per_device_train_batch_size=8)
     # Adam divides by the gradient's size, so a gradient that is zero but for rounding moves by a whole step.
-    close = [
-        torch.isclose(first["pretrained"][name], alone[name], atol=1e-5).float().mean() for name in alone
-    ]
+    close = [torch.isclose(first["pretrained"][name], alone[name], atol=1e-5).float().mean() for name in alone]
     assert min(close) > 0.99

@@ -30,6 +30,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 QUICK = ("sm_90", "gfx942")  # one of each maker; half a minute each
 
+
 # The widths are those of the benchmark's shapes, all of which read 32 slots a head; a search keeps up to 128.
 @pytest.mark.parametrize("top_k", [32, pytest.param(128, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(

@@ -89,9 +89,7 @@ def test_the_gradient_of_rows_takes_memory_for_the_reads_and_not_for_the_table()
     row_of_slot[7] = 0
     rows = torch.zeros(1, 16, requires_grad=True)
     reads = ops.memory_lookup(values, slots, torch.ones(1000, 4), rows, row_of_slot).sum()
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         reads.backward()
     allocated = sum(max(0, event.self_cpu_memory_usage) for event in profile.events())
     upstream = 1000 * 16 * 4

@@ -29,9 +29,7 @@ def draw(seed, num_tokens, num_slots, top_k, width, dtype=torch.float32):
 def check(device, values, slots, weights):
     found = gather.weighted_sum(values.to(device), slots.to(device), weights.to(device))
     assert found.dtype == values.dtype
-    torch.testing.assert_close(
-        found.cpu(), reference.memory_lookup(values, slots, weights), **TOLERANCE[values.dtype]
-    )
+    torch.testing.assert_close(found.cpu(), reference.memory_lookup(values, slots, weights), **TOLERANCE[values.dtype])
 
 
 size = st.integers(1, 7)

@@ -35,10 +35,7 @@ def gradients(reads, inputs):
     """Gradients of a function that weighs every number differently; dense, zeros where there is none."""
     upstream = torch.arange(reads.numel()).view_as(reads).cos().to(reads.dtype)
     grads = torch.autograd.grad(reads, inputs, upstream, allow_unused=True)
-    return [
-        torch.zeros_like(i) if g is None else g.to_dense() if g.is_sparse else g
-        for g, i in zip(grads, inputs)
-    ]
+    return [torch.zeros_like(i) if g is None else g.to_dense() if g.is_sparse else g for g, i in zip(grads, inputs)]
 
 
 def check(values, slots, weights, rows=None, row_of_slot=None, sparse_grad=False):
@@ -57,9 +54,7 @@ def test_equals_the_reference(data):
     size = st.integers(1, 9)
     num_slots = data.draw(size)
     dtype = data.draw(st.sampled_from(list(TOLERANCE)))
-    inputs = draw(
-        data.draw(st.integers(0, 99)), data.draw(size), num_slots, data.draw(size), data.draw(size), dtype
-    )
+    inputs = draw(data.draw(st.integers(0, 99)), data.draw(size), num_slots, data.draw(size), data.draw(size), dtype)
     chosen = data.draw(st.lists(st.integers(0, num_slots - 1), unique=True))
     if data.draw(st.booleans()):
         check(*inputs, *choose(inputs[0], chosen))
@@ -215,9 +210,7 @@ def test_activation_checkpointing_gives_the_same_gradients():
         return ops.memory_lookup(values, slots, weights.softmax(-1), rows, row_of_slot)
 
     plain = torch.autograd.grad(lookup(weights).square().sum(), (weights, rows))
-    again = torch.autograd.grad(
-        checkpoint(lookup, weights, use_reentrant=False).square().sum(), (weights, rows)
-    )
+    again = torch.autograd.grad(checkpoint(lookup, weights, use_reentrant=False).square().sum(), (weights, rows))
     assert all(torch.equal(a, b) for a, b in zip(plain, again))
 
 

@@ -39,9 +39,7 @@ def check(queries, half_keys, k):
     assert torch.equal(found[0], expected[0])
     assert found[0].dtype == torch.promote_types(queries.dtype, torch.float32)
     weight = torch.arange(found[0].numel()).view_as(found[0]).cos()
-    for grad, right in zip(
-        *(torch.autograd.grad(s, (queries, half_keys), weight) for s in (found[0], expected[0]))
-    ):
+    for grad, right in zip(*(torch.autograd.grad(s, (queries, half_keys), weight) for s in (found[0], expected[0]))):
         assert grad.dtype == queries.dtype
         torch.testing.assert_close(grad, right, **GRADIENT[queries.dtype])
 

@@ -127,9 +127,7 @@ def test_sparse_rows_copies_only_what_is_out_of_order():
 )
 def test_refuses(slots, num_rows, message):
     with pytest.raises(ValueError, match=message):
-        rows.sgd_rows_(
-            torch.zeros(NUM_SLOTS, WIDTH), torch.tensor(slots), torch.zeros(num_rows, WIDTH), lr=1.0
-        )
+        rows.sgd_rows_(torch.zeros(NUM_SLOTS, WIDTH), torch.tensor(slots), torch.zeros(num_rows, WIDTH), lr=1.0)
 
 
 def test_refuses_state_that_does_not_fit_and_dense_gradients():

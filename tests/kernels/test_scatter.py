@@ -30,9 +30,7 @@ def on(device, reads):
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize(
-    "shape", [(1, 1, 1, 1), (5, 9, 6, 19), (3, 50, 4, 130), (9, 2, 7, 1030), (2, 5, 3, 16)]
-)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (5, 9, 6, 19), (3, 50, 4, 130), (9, 2, 7, 1030), (2, 5, 3, 16)])
 def test_segment_sums_equal_the_cpu_path(device, dtype, shape):
     values, grad, slots, weights = draw(*shape, dtype)
     reads = sort_reads(slots.flatten(), slots.shape[1])

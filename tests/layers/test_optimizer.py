@@ -83,9 +83,7 @@ def linear(seed=0):
 def test_dense_parameters_step_as_in_torchs_fused_adamw_to_the_bit():
     ours, theirs, values = linear(), linear(), table()
     settings = {"lr": 0.01, "weight_decay": 0.1, "betas": (0.8, 0.95)}
-    row_adam = RowAdamW(
-        [{"params": ours.parameters()}, {"params": [values], "weight_decay": 0.0}], **settings
-    )
+    row_adam = RowAdamW([{"params": ours.parameters()}, {"params": [values], "weight_decay": 0.0}], **settings)
     adam = torch.optim.AdamW(theirs.parameters(), **settings, fused=True)
     for seed in range(10):
         hidden = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(seed))

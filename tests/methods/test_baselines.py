@@ -23,9 +23,7 @@ def loss_of(model, batch):
 def learn(model, method, steps=6):
     prepared = METHODS[method](model, tiny.background(model), SETTINGS[method])
     for _ in range(steps):
-        forward = (
-            prepared.finetuner.loss if prepared.finetuner else lambda b: prepared.model(**tiny.inputs(b)).loss
-        )
+        forward = prepared.finetuner.loss if prepared.finetuner else lambda b: prepared.model(**tiny.inputs(b)).loss
         forward(tiny.batch()).backward()
         prepared.optimizer.step()
         prepared.optimizer.zero_grad()
@@ -73,9 +71,7 @@ def test_lora_changes_linear_layers_but_no_table_embedding_or_norm():
     moved = changed(before, model)
     assert "model.layers.0.self_attn.q_proj.weight" in moved
     assert "model.layers.1.mlp.gate.weight" in moved
-    assert not [
-        name for name in moved if "memory" in name or "embed" in name or "norm" in name or "half_keys" in name
-    ]
+    assert not [name for name in moved if "memory" in name or "embed" in name or "norm" in name or "half_keys" in name]
 
 
 def test_lora_merges_to_what_it_computed():

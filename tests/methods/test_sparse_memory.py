@@ -120,9 +120,7 @@ def test_adam_keeps_moments_and_step_count_of_a_slot_over_steps_in_which_it_is_n
     model, lr, beta1, beta2, eps = tiny.memory_model(), 0.01, 0.9, 0.999, 1e-8
     first, second, only_first = disjoint_selections(model, num_rows=5)
     finetuner = finetuner_of(model)
-    optimizer = finetuner.watch(
-        torch.optim.Adam(finetuner.parameters(), lr=lr, betas=(beta1, beta2), eps=eps)
-    )
+    optimizer = finetuner.watch(torch.optim.Adam(finetuner.parameters(), lr=lr, betas=(beta1, beta2), eps=eps))
     values = {slot: row.clone() for slot, row in enumerate(table_of(model))}
     moments = {slot: (torch.zeros(tiny.WIDTH), torch.zeros(tiny.WIDTH)) for slot in values}
     steps = dict.fromkeys(values, 0)
@@ -166,9 +164,7 @@ class LargestMade(TorchDispatchMode):
     def __init__(self, model):
         super().__init__()
         self.known = {t.untyped_storage().data_ptr() for t in model.state_dict().values()}
-        self.known |= {
-            table.row_of_slot.untyped_storage().data_ptr() for table in memory_tables(model).values()
-        }
+        self.known |= {table.row_of_slot.untyped_storage().data_ptr() for table in memory_tables(model).values()}
         self.largest = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -211,9 +207,7 @@ def test_answer_positions_count_only_the_positions_that_predict_the_answer():
 def test_padding_does_not_take_part_in_the_choice():
     model, short = tiny.memory_model(), tiny.batch(lengths=(5, 5))
     padded = {
-        key: torch.nn.functional.pad(
-            tensor, (0, 30), value={"input_ids": tiny.PAD, "labels": -100}.get(key, 0)
-        )
+        key: torch.nn.functional.pad(tensor, (0, 30), value={"input_ids": tiny.PAD, "labels": -100}.get(key, 0))
         for key, tensor in short.items()
     }
     finetuner = finetuner_of(model)

@@ -81,7 +81,6 @@ def test_apply_and_then_revert_write_the_model_with_and_without_the_patch(folder
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["patched"]
 
 
-
 def test_a_model_folder_without_a_tokenizer_takes_a_patch_as_well(folders, tmp_path):
     tiny.memory_model().save_pretrained(tmp_path / "alone")
     done = run(SCRIPT, "apply", folders / "one", tmp_path / "alone", tmp_path / "patched")
