@@ -1,7 +1,8 @@
-"""Pretrain a memory model, retrofit memory into a pretrained one and heal it, or teach one new facts.
+"""Pretrain a memory model, retrofit memory into a pretrained one, write study texts about lessons, or teach them.
 
     python train.py configs/pretrain.yaml
     python train.py configs/retrofit_smollm2_135m.yaml
+    python train.py configs/augment_lessons.yaml base=HuggingFaceTB/SmolLM2-1.7B-Instruct
     python train.py configs/learn_sparse_memory.yaml learn.learning_rate=0.5 output=runs/mine
     python train.py configs/learn_full.yaml data.facts=my_facts.jsonl output=runs/mine
     accelerate launch train.py configs/pretrain.yaml
@@ -20,6 +21,7 @@ import sys
 from accelerate import PartialState
 
 from memlayer import __version__
+from memlayer.jobs.augment import augment
 from memlayer.jobs.config import ANY_RUN, RunConfig, load_config, to_yaml
 from memlayer.jobs.config_help import describe_settings
 from memlayer.jobs.learn import learn_into_output
@@ -46,13 +48,19 @@ def heal(config: RunConfig) -> int:
     return 0 if retrofitted.healed else NOT_HEALED
 
 
+def write(config: RunConfig) -> int:
+    """Let a language model write study texts about lessons."""
+    augment(config)
+    return 0
+
+
 def teach(config: RunConfig) -> int:
     """Teach new facts and write what changed."""
     learn_into_output(config)
     return 0
 
 
-JOBS = {"pretrain": train, "retrofit": heal, "learn": teach}
+JOBS = {"pretrain": train, "retrofit": heal, "augment": write, "learn": teach}
 
 
 def main() -> None:

@@ -7,8 +7,8 @@ import pytest
 import yaml
 from commands import REPO
 
-from memlayer.jobs.config import ANY_RUN, LearnRun, PretrainRun, RetrofitRun, load_config
-from memlayer.jobs.sections import LoraConfig, TextConfig
+from memlayer.jobs.config import ANY_RUN, AugmentRun, LearnRun, PretrainRun, RetrofitRun, load_config
+from memlayer.jobs.sections import LessonsConfig, LoraConfig, TextConfig
 from memlayer.jobs.typed import members, name_of
 
 CONFIGS = sorted((REPO / "configs").glob("*.yaml"))
@@ -24,6 +24,7 @@ def default_of(config):
     return {
         "pretrain": lambda: PretrainRun(output="-"),
         "retrofit": lambda: RetrofitRun(output="-", base="-", text=TextConfig(files=["-"])),
+        "augment": lambda: AugmentRun(output="-", base="-", lessons=LessonsConfig(files=["-"])),
         "learn": lambda: LearnRun(output="-", checkpoint="-", learn=type(config.learn)()),
     }[config.job]()
 

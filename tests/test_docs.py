@@ -50,6 +50,7 @@ def test_the_guide_to_lessons_teaches_them_and_takes_one_back(tmp_path):
     before, after = json.loads((runs / "report_lessons" / "results.json").read_text())["rows"]
     assert before["learning_seen_nll"] > after["learning_seen_nll"] + 1
     assert [probe["name"] for probe in after["probes"]] == ["background_questions", "background"]
+    assert len((runs / "more_wordings" / "lessons.jsonl").read_text().splitlines()) == 3
     patch = MemoryPatch.load(runs / "without_bo")
     assert {lesson for table in patch.tables.values() for lesson in table.lessons} == {"Ada Quill", "Cy Marsh"}
 

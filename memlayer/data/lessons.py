@@ -89,6 +89,28 @@ def load_lessons(paths: Sequence[str | Path], chunk_words: int = 200) -> list[Le
     return lessons
 
 
+def as_record(lesson: Lesson, **more: str) -> dict:
+    """A lesson as a line of a file of lessons has it; ``load_lessons`` reads it back.
+
+    Args:
+        more: what else the line says, such as its ``source``.
+    """
+    record = {"id": lesson.id, "teach": [_taught(each) for each in lesson.teach]}
+    record["ask"] = [_asked(question) for question in lesson.ask]
+    return record | ({"updates": True} if lesson.updates else {}) | more
+
+
+def _taught(example: Example) -> dict:
+    if example.is_text:
+        return {"text": example.answer}
+    return {"question" if example.is_question else "prompt": example.prompt, "answer": example.answer}
+
+
+def _asked(question: Question) -> dict:
+    kind = "question" if question.is_question else "prompt"
+    return {kind: question.prompt, "answers": list(question.answers), "wording": question.wording}
+
+
 def _records(path: Path, chunk_words: int) -> Iterator[tuple[str, dict]]:
     """The place of each record and the record as one of a file of lessons."""
     for place, record in question_sets.read(path):

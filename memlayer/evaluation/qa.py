@@ -114,12 +114,12 @@ def generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int, en
         num_beams=1,
         use_cache=True,
         pad_token_id=pad,
-        eos_token_id=_end_tokens(model, tokenizer, set(ends)),
+        eos_token_id=end_tokens(model, tokenizer, set(ends)),
     )
     return [_decode(tokenizer, *pair) for pair in zip_longest(ids_BL[:, longest:], ends, fillvalue="")]
 
 
-def _end_tokens(model, tokenizer, ends: set[str]) -> list[int]:
+def end_tokens(model, tokenizer, ends: set[str]) -> list[int]:
     """The tokenizer's end token, those of the model's own (chat models end a turn with another), and the answers'.
 
     Where all prompts of a batch have one end of one token, generation need not go on behind it.

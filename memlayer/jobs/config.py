@@ -11,6 +11,7 @@ from typing import Any, Literal
 from memlayer.checks import check_at_least, check_choices
 from memlayer.jobs import typed, written
 from memlayer.jobs.sections import (
+    AugmentConfig,
     CountConfig,
     DataConfig,
     FullConfig,
@@ -33,21 +34,33 @@ class RunConfig:
     """What every job is told.
 
     Attributes:
-        job: what to do: pretrain, retrofit or learn.
+        job: what to do: pretrain, retrofit, augment or learn.
         output: folder to write.
         seed: of all that is drawn.
-        trainer: those of transformers.TrainingArguments that the job leaves open; save_strategy is no, logging_steps
-            100 and report_to none unless they are set here, and bf16=auto follows the machine.
     """
 
     job: str
     output: str
     seed: int = 0
-    trainer: dict[str, Any] = field(default_factory=dict, metadata={"types": TYPES})
 
     def __post_init__(self):
         check_choices("", self)
         check_at_least(0, "", self, "seed")
+
+
+@dataclass(kw_only=True)
+class TrainingRun(RunConfig):
+    """What every job that trains is told.
+
+    Attributes:
+        trainer: those of transformers.TrainingArguments that the job leaves open; save_strategy is no, logging_steps
+            100 and report_to none unless they are set here, and bf16=auto follows the machine.
+    """
+
+    trainer: dict[str, Any] = field(default_factory=dict, metadata={"types": TYPES})
+
+    def __post_init__(self):
+        super().__post_init__()
         check_trainer(self.job, self.trainer)
 
 
@@ -56,7 +69,7 @@ def _memory() -> MemoryConfig:
 
 
 @dataclass(kw_only=True)
-class PretrainRun(RunConfig):
+class PretrainRun(TrainingRun):
     """Pretrain a decoder with memory from nothing, on known facts."""
 
     job: Literal["pretrain"] = "pretrain"
@@ -68,7 +81,7 @@ class PretrainRun(RunConfig):
 
 
 @dataclass(kw_only=True)
-class RetrofitRun(RunConfig):
+class RetrofitRun(TrainingRun):
     """Retrofit memory into a pretrained decoder and heal it on text.
 
     Attributes:
@@ -92,7 +105,26 @@ class RetrofitRun(RunConfig):
 
 
 @dataclass(kw_only=True)
-class LearnRun(RunConfig):
+class AugmentRun(RunConfig):
+    """Let a language model write study texts about lessons: more wordings to teach them in.
+
+    Attributes:
+        base: folder or hub id of any causal language model, the one to be taught or a better writer.
+    """
+
+    job: Literal["augment"] = "augment"
+    base: str
+    lessons: LessonsConfig
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.lessons.files:
+            raise ValueError("lessons.files is empty: name the lessons to write about")
+
+
+@dataclass(kw_only=True)
+class LearnRun(TrainingRun):
     """Teach a decoder with memory new facts or lessons.
 
     Attributes:
@@ -112,7 +144,7 @@ class LearnRun(RunConfig):
             raise ValueError("lessons.files and settings of data are both there: a run teaches lessons or facts")
 
 
-ANY_RUN = PretrainRun | RetrofitRun | LearnRun
+ANY_RUN = PretrainRun | RetrofitRun | AugmentRun | LearnRun
 
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
@@ -140,7 +172,8 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
         config = typed.read(ANY_RUN, tree)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    config.trainer = resolve_precision(config.trainer)
+    if isinstance(config, TrainingRun):
+        config.trainer = resolve_precision(config.trainer)
     return config
 
 

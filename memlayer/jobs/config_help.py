@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import MISSING
 from typing import Any, Literal, get_args, get_origin
 
-from memlayer.jobs.config import ANY_RUN, RunConfig
+from memlayer.jobs.config import ANY_RUN, RunConfig, TrainingRun
 from memlayer.jobs.trainer_settings import FREE, OF_JOB
 from memlayer.jobs.typed import members, name_of, typed_fields
 
@@ -19,11 +19,13 @@ ATTRIBUTE = re.compile(r"^    (\w+): (.*\n?(?:^ {8}.*\n?)*)", re.MULTILINE)
 def describe_settings() -> str:
     """A line per setting with its default, its choices and what it is, grouped by job, section and method."""
     seen: set[str] = set()
-    groups = [_group("every job", RunConfig, "", None, seen), _names("trainer.*, every job", FREE)]
+    trains = "every job that trains"
+    groups = [_group("every job", RunConfig, "", None, seen), _group(trains, TrainingRun, "", None, seen)]
+    groups.append(_names(f"{trains}, trainer.*", FREE))
     for job in members(ANY_RUN):
         heading = f"job={name_of(job)}"
         groups.append(_group(heading, job, "", None, seen))
-        if OF_JOB[name_of(job)]:
+        if OF_JOB.get(name_of(job)):
             groups.append(_names(f"{heading}, trainer.*", OF_JOB[name_of(job)]))
         for field, hint in typed_fields(job):
             default = None if field.default_factory is MISSING else field.default_factory()

@@ -10,18 +10,18 @@ from memlayer.jobs.sections import PromptsConfig
 
 
 def lessons_of(config: RunConfig) -> list[Lesson]:
-    """What a learning run teaches.
+    """What a run teaches, or writes about.
 
     Raises:
         FactsError: a bad file.
         ValueError: there is nothing to teach, or more is asked for than there is.
     """
-    told, settings = config.lessons, config.learn
+    told = config.lessons
     if not told.files:
         facts = facts_of(**asdict(config.data))
         if not facts.new:
             raise ValueError("data.num_new is 0: there are no new facts to teach")
-        return lessons_of_facts(facts.new, facts.wordings, settings.statements, settings.questions)
+        return lessons_of_facts(facts.new, facts.wordings, config.learn.statements, config.learn.questions)
     lessons = load_lessons(told.files, told.chunk_words)
     last = len(lessons) if told.number is None else told.first + told.number
     if not told.first < last <= len(lessons):

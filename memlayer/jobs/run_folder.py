@@ -33,6 +33,7 @@ MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safe
 RESULTS = {
     "pretrain": MODEL_FILES,
     "retrofit": (*MODEL_FILES, "results.json", "report.md", "losses.png"),
+    "augment": ("lessons.jsonl",),
     "learn": ("patch", "model", "learned.json", "answers.jsonl"),
 }
 WITHOUT_EFFECT = {"output", *(f"trainer.{name}" for name in ("disable_tqdm", "report_to", "run_name"))}

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from memlayer.checks import check_at_least, check_choices
+from memlayer.jobs.study_texts import KINDS
 
 LossOn = Literal["all", "answer"]
 
@@ -143,6 +144,41 @@ class ProbesConfig:
     def any(self) -> bool:
         """Whether anything is to be measured."""
         return bool(self.questions or self.texts or self.tasks)
+
+
+@dataclass
+class AugmentConfig:
+    """What a writer adds to each lesson.
+
+    Attributes:
+        revision: of a base on the hub; None is its main branch.
+        kinds: what to write: statements, questions, explanations.
+        texts: writings of each kind asked for a lesson; those that lost the thread are dropped.
+        max_new_tokens: where a writing is cut.
+        temperature: how far it wanders; 0 writes the likeliest text, once.
+        top_p: share of the probability that tokens are drawn from.
+        dtype: of the weights; auto is bfloat16 where this machine is fast in it.
+    """
+
+    revision: str | None = None
+    kinds: list[str] = field(default_factory=lambda: ["statements", "questions"])
+    texts: int = 8
+    max_new_tokens: int = 80
+    temperature: float = 0.8
+    top_p: float = 0.95
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+    def __post_init__(self):
+        check_choices("augment", self)
+        check_at_least(1, "augment", self, "texts", "max_new_tokens")
+        check_at_least(0, "augment", self, "temperature", "top_p")
+        if not self.kinds:
+            raise ValueError(f"augment.kinds is empty: name some of {', '.join(KINDS)}")
+        for kind in self.kinds:
+            if kind not in KINDS:
+                raise ValueError(f"augment.kinds has {kind!r}, must be some of {', '.join(KINDS)}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"augment.top_p is {self.top_p:g}, must be above 0 and at most 1")
 
 
 @dataclass

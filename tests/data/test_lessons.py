@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from memlayer.data.facts import BUILTIN_WORDINGS, load_facts, load_wordings
 from memlayer.data.json_text import FactsError
-from memlayer.data.lessons import Lesson, lessons_of_facts, load_lessons
+from memlayer.data.lessons import Lesson, as_record, lessons_of_facts, load_lessons
 from memlayer.data.qa import Example, Question, new_questions, teaching_examples
 from memlayer.data.question_sets import chunks
 
@@ -251,3 +251,19 @@ def test_facts_are_lessons_in_their_relations_wordings(tmp_path):
 def test_what_cannot_be_taught_is_refused_with_its_place(content, sentence, tmp_path):
     with pytest.raises(FactsError, match=sentence):
         load_lessons([written(tmp_path, content)])
+
+
+def test_a_lesson_as_a_record_is_read_back(tmp_path):
+    lines = [
+        {
+            "id": "ada",
+            "teach": [{"prompt": "Ada works in", "answer": "Bonn"}, {"question": "Where?", "answer": "Bonn"}],
+            "ask": [{"question": "In which city?", "answers": ["Bonn", "bonn"], "wording": "seen"}],
+            "updates": True,
+        },
+        {"id": "page", "teach": [{"text": "The library opens at nine."}], "ask": []},
+    ]
+    path = tmp_path / "lessons.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [as_record(lesson) for lesson in load_lessons([path])] == lines
+    assert as_record(load_lessons([path])[1], source="a model") == lines[1] | {"source": "a model"}

@@ -127,7 +127,7 @@ def test_which_settings_there_are_follows_from_job_and_method(tmp_path):
         config = load_config(write(tmp_path, MINIMAL), [f"learn.method={method}"])
         assert config.learn == kind()
         assert load_config(write(tmp_path, to_yaml(config))) == config
-    assert {name_of(job) for job in members(ANY_RUN)} == {"pretrain", "retrofit", "learn"}
+    assert {name_of(job) for job in members(ANY_RUN)} == {"pretrain", "retrofit", "augment", "learn"}
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_what_is_made_in_python_is_checked_alike(make, message):
         (HEAL, ["text.files=[a #1]"], "text.files is '[a #1]', in brackets but not YAML; put its items in quotes"),
         (HEAL, ["text.files=a", "text.builtin_facts=maybe"], "text.builtin_facts is 'maybe', must be true or false"),
         ("job: learn\noutput: runs/x\n", [], "checkpoint is not set"),
-        ("output: runs/x\n", [], "job is not set, must be 'pretrain' or 'retrofit' or 'learn'"),
+        ("output: runs/x\n", [], "job is not set, must be 'pretrain' or 'retrofit' or 'augment' or 'learn'"),
         ("job: [pretrain\n", [], "not YAML: while parsing a flow sequence"),
         ("job: learn\njob: learn\n", [], "the key job is there twice, line 2"),
         ("- a\n- b\n", [], "the file is a list, must be sections of key: value"),
