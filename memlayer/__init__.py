@@ -13,6 +13,7 @@ _PUBLIC = {
     "SlotCounts": "memlayer.slots.counts",
     "SparseMemoryFinetuner": "memlayer.methods.sparse_memory",
     "add_memory": "memlayer.decoders.attach",
+    "calibrate": "memlayer.decoders.attach",
     "load_memory": "memlayer.decoders.memory_only",
     "patches": "memlayer.patch",
     "record_reads": "memlayer.decoders.attach",

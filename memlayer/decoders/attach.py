@@ -1,11 +1,13 @@
 """Put memory layers into a Hugging Face decoder, take them out, and listen to what they read."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from memlayer.decoders.classes import (
@@ -17,7 +19,7 @@ from memlayer.decoders.classes import (
 )
 from memlayer.decoders.structure import check_blocks, decoder_layers, extract_memory, insert_memory
 from memlayer.layers.config import MemoryConfig
-from memlayer.layers.memory import MemoryLayer, MemoryTable
+from memlayer.layers.memory import FeedForwardWithMemory, MemoryLayer, MemoryTable
 
 
 def add_memory(model: PreTrainedModel, config: MemoryConfig) -> PreTrainedModel:
@@ -57,6 +59,47 @@ def add_memory(model: PreTrainedModel, config: MemoryConfig) -> PreTrainedModel:
     model.__class__ = class_with_memory
     model.add_model_tags(TAG)
     return model
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
+    """Make a value of size 1, read by one head, as loud as the block beside the memory, so that one learning rate suits every model.
+
+    A memory layer adds ``out(read * silu(gate(x)))``. How large the gate and the block are differs from model to model,
+    and from layer to layer. This scales each ``out`` by the root mean square of the block's output over the gate's,
+    on text of the kind that the model reads. While the values are zero no logit changes.
+
+    Args:
+        model: a model with memory beside blocks (mode "add") whose values are still zero.
+        batches: inputs of its forward pass, without padding.
+
+    Returns:
+        the factor of each memory layer.
+
+    Raises:
+        ValueError: memory stands in a block's place, or something is in the table already.
+    """
+    layers = _found(model, FeedForwardWithMemory, "memory beside a block")
+    if any(bool(table.weight.any()) for table in memory_tables(model).values()):
+        raise ValueError("the memory holds something already: another scale would change what it says")
+    sums = {name: torch.zeros(2, dtype=torch.float64) for name in layers}
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            hear = partial(_hear_squares, layer.memory, sums[name])
+            stack.callback(layer.ffn.register_forward_hook(hear).remove)
+        for batch in batches:
+            model(**batch)
+    factors = {name: float((block / gate).sqrt()) for name, (block, gate) in sums.items()}
+    for name, layer in layers.items():
+        layer.memory.out.weight *= factors[name]
+    return factors
+
+
+def _hear_squares(memory: MemoryLayer, sums: Tensor, _ffn: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
+    """Add up the mean squares of a block's output and of the gate beside it."""
+    output = output[0] if isinstance(output, tuple) else output
+    gate = F.silu(memory.gate(inputs[0].to(memory.gate.weight.dtype)))
+    sums += torch.stack([output.double().square().mean(), gate.double().square().mean()]).cpu()
 
 
 def remove_memory(model: PreTrainedModel) -> PreTrainedModel:

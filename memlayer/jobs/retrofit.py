@@ -1,7 +1,7 @@
 """The retrofit job: attach memory to a pretrained decoder and heal it on text, all other weights frozen.
 
 Memory beside a block that starts with empty values changes no logit and hears what is written at once: with no steps
-it is attached, and the reads of the text are counted.
+it is attached and calibrated, and the reads of the text are counted.
 
 A model is healed when its validation loss is within a margin of the base model's: the gate. Two controls stand
 beside it in the report: the base model as it was, and the same model with a dense block where the memory
@@ -30,7 +30,7 @@ from memlayer.data.qa import collate, encode, pad_token
 from memlayer.data.text import collate_windows, load_documents, windows
 from memlayer.data.tokenizer import load_tokenizer
 from memlayer.decoders import files
-from memlayer.decoders.attach import add_memory, memory_layers, memory_parameters
+from memlayer.decoders.attach import add_memory, calibrate, memory_layers, memory_parameters
 from memlayer.decoders.dense_control import add_dense, touched_per_token
 from memlayer.decoders.fingerprint import fingerprint
 from memlayer.evaluation.healing import BASE, DENSE, MEMORY, gate, write_healing_report
@@ -46,6 +46,7 @@ from memlayer.jobs.trainer import MemoryTrainer, StepwiseTrainer, restore, train
 from memlayer.slots.counts import COUNTS_FILE, SlotCounts, save_counts
 
 DEFAULT_MARGIN = {"add": 0.01, "replace": 0.05}  # nats per token
+CALIBRATION, BATCH = 32, 8  # windows that calibrate memory which does not heal, and of them at a time
 EVALUATIONS = 20  # over a training
 MADE_BY = {"runs/base": "tiny_base.py", "runs/stories260k": "llama2c_to_hf.py model.bin tokenizer.bin"}
 HEALING = "healing.json"  # what healing did, kept beside the healed model until the report is written
@@ -151,6 +152,8 @@ def _retrofit(
         model.to(_arguments(config, "trainer").device)
     else:
         base_loss = _base_loss(config, text)
+        if not config.retrofit.steps:
+            calibrate(model, [{"input_ids": each} for each in text.train_WL[:CALIBRATION].split(BATCH)])
         healing, frozen = _train_memory(config, inputs, model, text)
         told = {"base_loss": base_loss, "healing": asdict(healing), "frozen": frozen}
         if PartialState().is_main_process:

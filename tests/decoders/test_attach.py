@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from memlayer.decoders.attach import (
     add_memory,
+    calibrate,
     memory_layers,
     memory_parameters,
     memory_tables,
@@ -33,6 +34,37 @@ def test_memory_beside_the_feed_forward_block_changes_no_logit():
     before = logits(base, batch)
     settings = {"num_keys": 8, "num_heads": 2, "top_k": 3}
     assert torch.equal(before, logits(add_memory(base, MemoryConfig([0, 2], mode="add", **settings)), batch))
+
+
+@torch.no_grad()
+def test_a_calibrated_value_of_size_one_is_as_loud_as_the_block_beside_it():
+    batch, model = tiny.inputs(tiny.batch()), tiny.memory_model(layers=[0, 2], mode="add", share=False)
+    del batch["labels"]
+    heard = {}
+    for name, layer in memory_layers(model).items():
+        block = model.get_submodule(name.removesuffix(".memory"))
+        block.ffn.register_forward_hook(lambda _m, _i, out, name=name: heard.__setitem__(f"{name} block", out))
+        layer.register_forward_hook(lambda _m, _i, out, name=name: heard.__setitem__(name, out))
+    before = model(**batch).logits
+    factors = calibrate(model, [batch])
+    assert torch.equal(model(**batch).logits, before), "the values are zero still"
+    for table in memory_tables(model).values():
+        table.weight.fill_(0.5)  # each of two heads reads one whole
+    model(**batch)
+    for name in memory_layers(model):
+        # The last layer hears what the first now says, so its block is another than the one that was measured.
+        tolerance = 1e-4 if name.startswith("model.layers.0") else 0.5
+        said, block = (heard[each].square().mean().sqrt() for each in (name, f"{name} block"))
+        assert said / block == pytest.approx(1, rel=tolerance), factors
+
+
+def test_memory_that_holds_something_is_not_calibrated():
+    model = tiny.memory_model(mode="add")
+    memory_tables(model)[tiny.TABLE].weight.data[3] = 1.0
+    with pytest.raises(ValueError, match="the memory holds something already"):
+        calibrate(model, [])
+    with pytest.raises(ValueError, match="no memory beside a block"):
+        calibrate(tiny.memory_model(mode="replace"), [])
 
 
 def test_memory_in_place_of_the_feed_forward_block_leaves_none_of_its_parameters():
