@@ -63,7 +63,7 @@ def add_memory(model: PreTrainedModel, config: MemoryConfig) -> PreTrainedModel:
 
 @torch.no_grad()
 def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
-    """Make a value of size 1, read by one head, as loud as the block beside the memory, so that one learning rate suits every model.
+    """Make a value of size 1, read by one head, as loud as the block beside it, so that one rate suits every model.
 
     A memory layer adds ``out(read * silu(gate(x)))``. How large the gate and the block are differs from model to model,
     and from layer to layer. This scales each ``out`` by the root mean square of the block's output over the gate's,
