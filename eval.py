@@ -17,6 +17,7 @@ import memlayer_kernels.short_waits  # noqa: F401, before anything loads torch
 import argparse
 from pathlib import Path
 
+from memlayer import __version__
 from memlayer.evaluation.report import format_probes, format_table
 from memlayer.jobs.evaluate import Evaluation, evaluate, load_probes
 from memlayer.refusals import refusals
@@ -42,6 +43,7 @@ def main() -> None:
         "--max-new-tokens", type=int, help="where an answer that does not end is cut (default: past the longest answer)"
     )
     parser.add_argument("--output", type=Path, default=Path("runs/report"), help="folder to write (%(default)s)")
+    parser.add_argument("--version", action="version", version=f"memlayer {__version__}")
     told = vars(parser.parse_args())
     with refusals("eval.py"):
         probes = told.pop("probes")

@@ -106,7 +106,9 @@ def as_setting(option: str, words: list[str]) -> str:
     following = words[words.index(option) + 1 :] if option in words and not equals else []
     value = value or (following[0] if following else "VALUE")
     meant = [each for each in dict.fromkeys(names(ANY_RUN)) if each.split(".")[-1] == name.replace("-", "_")]
-    write = " or ".join(f"{each}={value}" for each in meant or ["section.key=value"])
+    if not meant:
+        return f"there is no option {option}; settings are written without dashes, as section.key={value}: see --help"
+    write = " or ".join(f"{each}={value}" for each in meant)
     return f"there is no option {option}; settings are written without dashes: {write}"
 
 

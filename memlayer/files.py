@@ -93,4 +93,6 @@ def reason(error: Exception) -> str:
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or f"os error {errno.ENOSPC}" in str(error)
     if full:
         return "no space is left on the device; make room and run the same command again"
+    if "inline_container" in str(error):  # torch.save says of any failure where in its code it was
+        return "torch could not write all of it, as on a full disk; make room and run the same command again"
     return getattr(error, "strerror", None) or str(error).splitlines()[0]

@@ -93,11 +93,11 @@ class Wordings:
 
 
 def same_name(text: str) -> str:
-    """A name without what only spelling makes different: Unicode forms and case.
+    """A name without what only spelling makes different: Unicode forms, case and how much white space.
 
     Lower case, not case folding, which would make one name of Maße and Masse.
     """
-    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).lower())
+    return " ".join(unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).lower()).split())
 
 
 def load_facts(path: str | Path, wordings: Mapping[str, Wordings]) -> list[Fact]:
@@ -145,8 +145,8 @@ def _other_format(data: bytes, first_line: bytes) -> str:
     else:
         table = not first_line.lstrip().startswith((b"{", b"[")) and b"subject" in first_line.lower()
         record, found = line, "a table such as spreadsheets write, not JSON" if table else ""
-    if isinstance(record, dict) and "subject" not in record and QUESTION_SET_KEYS & record.keys():
-        return "a question set, which only a later version will read"
+    if isinstance(record, dict) and not record.keys() >= {"subject", "relation"} and QUESTION_SET_KEYS & record.keys():
+        return "a question set, which is taught as it stands by lessons.files=[FILE]"
     return found
 
 

@@ -17,9 +17,12 @@ class FactsError(ValueError):
 def read_bytes(path: str | Path) -> bytes:
     """The file without the byte order mark that Windows writes in front."""
     try:
-        return Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
+        data = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
     except OSError as error:
         raise FactsError(f"{path}: the file cannot be read: {error.strerror}") from None
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise FactsError(f"{path}: the file is UTF-16, as Windows writes it: save it as UTF-8")
+    return data
 
 
 def parse_json(data: bytes) -> object:

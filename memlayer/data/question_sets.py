@@ -138,6 +138,8 @@ def as_lesson(record: Mapping, place: str) -> dict:
     question = next((record[key] for key in QUESTION_KEYS if key in record), None)
     answers = next((record[key] for key in ANSWER_KEYS if key in record), None)
     if question is None or answers is None:
+        if record.keys() >= {"subject", "relation", "answers"}:
+            raise FactsError("a line of a facts file: name the file in data.facts, not in lessons.files")
         raise FactsError(
             f"neither a lesson, nor a document, nor of a question set known here: its keys are {', '.join(record)}"
         )

@@ -7,6 +7,7 @@ tokenizer is what transformers makes of it.
 """
 
 import io
+import json
 import shutil
 import warnings
 from collections.abc import Iterable
@@ -82,7 +83,13 @@ def load_tokenizer(folder: str | Path, revision: str | None = None) -> PreTraine
             disagree on a sample, as they do for a unigram model.
     """
     path = Path(folder) / FILE
-    return _load_ours(path) if _is_ours(path) else _load_any(folder, revision)
+    if not _is_ours(path):
+        return _load_any(folder, revision)
+    try:
+        return _load_ours(path)
+    except json.JSONDecodeError as error:
+        cure = "fetch it again, or run git lfs pull where it is a pointer"
+        raise ValueError(f"a tokenizer file in {folder} is no JSON ({error}): {cure}") from error
 
 
 def _is_ours(path: Path) -> bool:

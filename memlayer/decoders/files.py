@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
@@ -23,6 +23,7 @@ from transformers.utils import logging
 from memlayer.data.tokenizer import load_tokenizer, save_tokenizer
 from memlayer.decoders.attach import add_memory
 from memlayer.decoders.classes import MODEL_TYPE
+from memlayer.files import reading
 from memlayer.layers.config import MemoryConfig
 from memlayer.machine import attention
 
@@ -81,7 +82,9 @@ def load_model(folder: str | Path) -> PreTrainedModel:
     for file in weight_files(folder):
         _check_whole(file)
     if AutoConfig.from_pretrained(folder).model_type != MODEL_TYPE:
-        raise ValueError(f"the checkpoint in {folder} has no memory layer")
+        raise ValueError(
+            f"the checkpoint in {folder} has no memory layer: job retrofit with base={folder} attaches one"
+        )
     with _quietly():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", attn_implementation=attention())
     return model.eval()
@@ -105,11 +108,8 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def _check_whole(file: Path) -> None:
-    try:
-        with safe_open(file, framework="pt"):
-            pass
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
+    with reading(file), safe_open(file, framework="pt"):
+        pass
 
 
 @contextmanager

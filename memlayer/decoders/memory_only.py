@@ -121,9 +121,9 @@ def _base_of(folder: Path, config: dict) -> str:
     for candidate in candidates:
         if Path(candidate).is_dir():
             return candidate
+    looked = " nor in ".join(dict.fromkeys(candidates))
     raise FileNotFoundError(
-        f"the base model of the memory in {folder} is neither in {candidates[0]} nor in {candidates[1]}: "
-        "say where it is with base_model"
+        f"the base model of the memory in {folder} is not in {looked}: say where it is with base_model"
     )
 
 

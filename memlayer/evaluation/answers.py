@@ -4,7 +4,7 @@ What people write in several ways is one thing: case, Unicode forms (NFKC), invi
 separators, hyphens, the vowel points of Arabic and Hebrew, an article in front. What tells things apart stays:
 
 - punctuation within a number, and its sign: 3.14 is not 314, -5 is not 5, but 29.00 is 29
-- + and # behind a word, and other symbols: C++ is neither C# nor C
+- + and # behind a word, a minus that ends one of two letters, and other symbols: C++ is neither C# nor C, O- not O
 - an article anywhere but in front: "Hepatitis A" is not "Hepatitis"
 - a currency or per cent sign, where both answers have one: $100 is 100 and is not €100
 
@@ -32,6 +32,7 @@ FRACTION = re.compile("(?<=[0-9])(?=[\u00bc-\u00be\u2150-\u215e])")
 WITHOUT_SPACES = ((0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x3040, 0x30FF), (0x31F0, 0x31FF))
 WITHOUT_SPACES += ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF))
 
+LONGEST_CHARGED = 2  # letters before a minus that tells things apart: O-, Rh-, Cl-
 GROUPED = re.compile(r"(-?\d{1,3}(?:[,']\d{2,3})*[,']\d{3})(\.\d+)?")
 DECIMAL = re.compile(r"-?\d+\.\d+")
 FIRST_GROUP, NEXT_GROUP = re.compile(r"-?\d{1,3}"), re.compile(r"\d{3}(\.\d+)?")
@@ -138,6 +139,8 @@ def _words(text: str) -> list[str]:
             continue  # O'Brien is OBrien, U.S.A. is USA
         elif letter == "-" and number_follows and _kind(before) not in "LMN":
             words.append("-")
+        elif letter == "-" and 0 < len(words[-1]) <= LONGEST_CHARGED and not text[place + 1 :].strip():
+            words[-1] += letter
         elif letter == "." and after.isdigit() and words[-1] in ("", "-"):
             words[-1] += "0."
         elif _kind(letter) == "S" and not (letter == "+" and number_follows):

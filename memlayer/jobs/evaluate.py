@@ -182,7 +182,7 @@ def questions_of(asked: Evaluation, base: RunConfig, taught: RunConfig | None) -
     else:
         data = asdict(getattr(taught or base, "data", DataConfig()))
         taught_facts = facts_of(**data).new if taught else ()
-        learns = facts_of(**data | named)
+        learns = facts_of(**data | {"num_known": 0} | named)
         told_facts = taught or named or isinstance(base, PretrainRun)
         new = new_questions(learns.new, learns.wordings) if told_facts else []
         if told_facts and not new and not asked.probes.any:

@@ -219,7 +219,7 @@ def shared_out(batches: Sequence[list], parts: int) -> list[list]:
     if (smallest := min(map(len, batches))) < parts:
         raise ValueError(
             f"a batch of {smallest} examples cannot be shared by processes and trainer.gradient_accumulation_steps in "
-            f"{parts} parts: take fewer"
+            f"{parts} parts: {smallest} parts are the most"
         )
     return [batch[part::parts] for batch in batches for part in range(parts)]
 

@@ -164,6 +164,8 @@ def read_taught(folder: str | Path) -> Taught:
     """
     folder = Path(folder)
     config = load_config(folder / "config.yaml")
+    if not (folder / RECORD).is_file():
+        raise FileNotFoundError(f"{folder} is not what job learn writes: {RECORD} is missing")
     record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     if not {"checkpoint", *files_of(config)} <= record.get("sha256", {}).keys():
         raise ValueError(f"{folder} does not say which checkpoint and facts it was taught from: teach again")

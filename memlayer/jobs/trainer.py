@@ -23,7 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from memlayer.data.qa import IGNORED
 from memlayer.decoders.attach import memory_tables
-from memlayer.files import writing
+from memlayer.files import reading, writing
 from memlayer.jobs.checkpoints import damage_of, newest_checkpoint
 from memlayer.layers.optimizer import RowAdamW
 from memlayer.machine import describe
@@ -283,7 +283,9 @@ class MemoryTrainer(StepwiseTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.finetuner is not None:
-            self.finetuner.load_state_dict(torch.load(Path(resume_from_checkpoint) / FINETUNER, weights_only=True))
+            with reading(path := Path(resume_from_checkpoint) / FINETUNER):
+                state = torch.load(path, weights_only=True)
+            self.finetuner.load_state_dict(state)
         elif isinstance(self.model, PreTrainedModel):
             restore(self.model, resume_from_checkpoint)
         else:  # wrapped by peft, whose adapters the Trainer knows

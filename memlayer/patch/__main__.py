@@ -22,8 +22,10 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 
+from memlayer import __version__
 from memlayer.decoders import files
 from memlayer.decoders.attach import memory_tables
+from memlayer.files import writing
 from memlayer.patch.deleting import delete_lessons
 from memlayer.patch.files import CARD_FILE, CONFIG_FILE, ROWS_FILE
 from memlayer.patch.memory_patch import MemoryPatch
@@ -48,6 +50,7 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--version", action="version", version=f"memlayer {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", dest="command")
     show = commands.add_parser("show", help="what a patch changes and where it comes from")
     show.add_argument("patch", type=Path, metavar="PATCH", help="folder of a patch")
@@ -109,11 +112,12 @@ def change_model(options: argparse.Namespace) -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.out.parent, prefix=f".{options.out.name}-") as beside:
         whole = Path(beside) / "model"
-        model.save_pretrained(whole)
-        copy_others(options.model, whole)
-        if patch.protects and (path := whole / COUNTS_FILE).is_file():
+        with writing(options.out):
+            model.save_pretrained(whole)
+            copy_others(options.model, whole)
+        if patch.protects and (path := options.model / COUNTS_FILE).is_file():
             num_slots = {name: table.num_embeddings for name, table in memory_tables(model).items()}
-            save_counts(options.change_counts(patch, load_counts(path, num_slots)), path)
+            save_counts(options.change_counts(patch, load_counts(path, num_slots)), whole / COUNTS_FILE)
         whole.rename(options.out)
     print(f"wrote {options.out}")
 

@@ -20,6 +20,10 @@ def squash(patches: Sequence[MemoryPatch]) -> MemoryPatch:
     """
     if not patches:
         raise ValueError("no patch to squash")
+    for number, patch in enumerate(patches, start=1):
+        for later, above in enumerate(patches[number:], start=number + 1):
+            if patch.base and set(above.marks) & set(patch.base.patches):
+                raise ValueError(f"patch {number} was made on top of patch {later}: name the oldest first")
     names = sorted({name for patch in patches for name in patch.tables})
     tables = {}
     for name in names:

@@ -165,12 +165,17 @@ def load_counts(
         FileNotFoundError: there is no such file.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no background counts at {path}; pretraining writes them")
+        raise FileNotFoundError(
+            f"no background counts at {path}; jobs pretrain and retrofit write them beside the model, and "
+            "memlayer.jobs.count.count counts alone"
+        )
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dictionary)
     except SafetensorError as error:
-        raise ValueError(f"background counts {path} are damaged ({error}): {COUNT_AGAIN}") from error
+        raise ValueError(
+            f"background counts {path} are damaged ({error}): {COUNT_AGAIN}; a Git LFS pointer needs git lfs pull"
+        ) from error
     counts = {}
     for table, expected in num_slots.items():
         if f"{table}.reads" not in tensors:

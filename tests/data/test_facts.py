@@ -208,9 +208,10 @@ OTHER_FORMATS = {
     "one JSON object over several lines (jq": json.dumps(GOOD, indent=2),
     "a table such as spreadsheets write": "subject;relation;answers\r\nAda;born;London",
     "a question set, which": json.dumps({"question": "where is ada", "answer": ["London"]}),
-    "a question set, which only": json.dumps({"Question": "Where is Ada?", "Answer": {"Value": "London"}}),
-    "a question set, which only a": json.dumps({"version": "1.1", "data": [{"title": "x", "paragraphs": []}]}),
-    "a question set, which only a later": json.dumps([{"requested_rewrite": {"prompt": "{} is"}}]),
+    "a question set, which is": json.dumps({"Question": "Where is Ada?", "Answer": {"Value": "London"}}),
+    "a question set, which is taught": json.dumps({"version": "1.1", "data": [{"title": "x", "paragraphs": []}]}),
+    "a question set, which is taught as it": json.dumps([{"requested_rewrite": {"prompt": "{} is"}}]),
+    "a question set, which is taught as it stands by lessons.files": json.dumps({"subject": "Ada", "src": "Where?"}),
 }
 
 
@@ -405,3 +406,17 @@ def test_new_facts_are_all_of_a_file_of_ones_own_and_a_hundred_of_the_built_in_t
     assert [fact.subject for fact in mine.new] == ["City 0", "City 1", "City 2", "City 3"]
     builtin = {first: facts_of(first_new=first).new for first in (0, 1150)}
     assert {first: len(new) for first, new in builtin.items()} == {0: 100, 1150: 50}
+
+
+def test_white_space_makes_no_other_subject(tmp_path):
+    path = tmp_path / "facts.jsonl"
+    path.write_text("\n".join(json.dumps(GOOD | {"subject": subject}) for subject in ("Shop  A", "Shop A")))
+    with pytest.raises(FactsError, match=r":2: fact '.*\|Shop A' is already given on line 1"):
+        load_facts(path, WORDINGS)
+
+
+def test_a_file_in_utf_16_is_told_apart(tmp_path):
+    path = tmp_path / "facts.jsonl"
+    path.write_text(json.dumps(GOOD), encoding="utf-16")
+    with pytest.raises(FactsError, match=r"facts\.jsonl: the file is UTF-16, as Windows writes it: save it as UTF-8$"):
+        load_facts(path, WORDINGS)

@@ -267,3 +267,10 @@ def test_a_lesson_as_a_record_is_read_back(tmp_path):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert [as_record(lesson) for lesson in load_lessons([path])] == lines
     assert as_record(load_lessons([path])[1], source="a model") == lines[1] | {"source": "a model"}
+
+
+def test_facts_among_the_lessons_are_told_where_they_belong(tmp_path):
+    path = tmp_path / "facts.jsonl"
+    path.write_text(json.dumps({"subject": "Ada", "relation": "city", "answers": ["Bonn"]}))
+    with pytest.raises(FactsError, match=r"a line of a facts file: name the file in data\.facts"):
+        load_lessons([path])

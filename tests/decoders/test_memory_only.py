@@ -92,7 +92,7 @@ def test_a_base_named_by_a_relative_path_is_found_from_elsewhere_and_after_movin
     monkeypatch.chdir("/")
     assert state_fingerprint(load_memory(tmp_path / "moved" / "runs" / "memory")) == state_fingerprint(model)
     (tmp_path / "moved" / "base").rename(tmp_path / "elsewhere")
-    with pytest.raises(FileNotFoundError, match=r"neither in \S+/moved/base nor in base: say where it is"):
+    with pytest.raises(FileNotFoundError, match=r"not in \S+/moved/base nor in base: say where it is"):
         load_memory(tmp_path / "moved" / "runs" / "memory")
 
 

@@ -176,4 +176,4 @@ def test_a_write_that_fails_leaves_nothing_half_written(folders, tmp_path, monke
     assert list(tmp_path.iterdir()) == []
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert "python -m memlayer.patch: no space is left on the device" in printed.err
+    assert f"cannot write {tmp_path / 'out'}: no space is left on the device; make room" in printed.err

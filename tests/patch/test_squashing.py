@@ -74,8 +74,12 @@ def test_every_table_is_squashed():
 def test_a_chain_in_another_order_or_with_a_gap_is_refused(models_and_chain):
     _, _, (one, two, three) = models_and_chain
     message = r"patch 2 was not made on top of the ones before it: 1 .* table '.*memory\.0' .* at slot 8"
-    for wrong in ([two, one], [one, three, two]):
-        with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message):
+        squash([one, three])
+    for wrong, first in (([two, one], 1), ([one, three, two], 2)):
+        with pytest.raises(
+            ValueError, match=f"patch {first} was made on top of patch {first + 1}: name the oldest first"
+        ):
             squash(wrong)
     with pytest.raises(ValueError, match="no patch to squash"):
         squash([])
