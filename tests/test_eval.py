@@ -160,6 +160,20 @@ def test_new_facts_are_asked_alone(tmp_path, checkpoint, learned):
         assert (row["known_seen_n"], row["known_seen_after"], row["learning_seen_n"]) == (0, None, 2)
 
 
+def test_what_is_no_learning_run_is_named(tmp_path, checkpoint):
+    message = refusal("eval.py", checkpoint, checkpoint, "--output", tmp_path / "report")
+    assert message == f"{checkpoint} is not what job learn writes: learned.json is missing"
+
+
+def test_new_facts_of_a_file_are_asked_of_a_checkpoint_that_knows_others(tmp_path, checkpoint):
+    (tmp_path / "facts.jsonl").write_text(json.dumps({"subject": "Ada Quill", "relation": "P19", "answers": ["Lima"]}))
+    arguments = ["--facts", tmp_path / "facts.jsonl", "--num-known", 0, "--output", tmp_path / "report"]
+    done = run("eval.py", checkpoint, *arguments)
+    assert done.returncode == 0, done.stderr
+    (row,) = rows_of(tmp_path / "report")
+    assert (row["known_seen_n"], row["learning_seen_n"]) == (0, 1)
+
+
 @pytest.mark.parametrize("method", ["sparse_memory", "full"])
 def test_a_run_of_another_checkpoint_is_refused_before_any_question(tmp_path, checkpoint, learned, method):
     """Whatever it wrote, a patch or a whole model: their difference would count as forgetting."""
