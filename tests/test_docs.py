@@ -1,4 +1,7 @@
-"""The guides are run from their first command to their last snippet, each in a folder of its own."""
+"""The guides are run from their first command to their last snippet, each in a folder of its own.
+
+Healing takes two minutes, so the guide to retrofitting is run by make test-all.
+"""
 
 import json
 import re
@@ -55,6 +58,7 @@ def test_the_guide_to_lessons_teaches_them_and_takes_one_back(tmp_path):
     assert {lesson for table in patch.tables.values() for lesson in table.lessons} == {"Ada Quill", "Cy Marsh"}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_every_command_and_snippet_of_the_guide_runs(walked):
     assert len(steps(GUIDE.read_text())) > 10
@@ -63,6 +67,7 @@ def test_every_command_and_snippet_of_the_guide_runs(walked):
     assert MemoryPatch.load(walked / "merged").num_rows > 0
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_what_the_guide_says_of_patches_is_so(walked):
     before, taught, after = (
@@ -71,6 +76,7 @@ def test_what_the_guide_says_of_patches_is_so(walked):
     assert before == after != taught
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_tiny_base_recalls_taught_wordings(walked):
     control, healing, learned = json.loads((walked / "report_tiny" / "results.json").read_text())["rows"]
