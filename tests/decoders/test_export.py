@@ -39,7 +39,13 @@ print(type(model).__name__, type(model).__module__)
 """
 
 
-@pytest.mark.parametrize("memory", [{"mode": "add", "share": False}, {"mode": "replace"}], ids=lambda m: m["mode"])
+@pytest.mark.parametrize(
+    "memory",
+    [
+        pytest.param({"mode": "add", "share": False}, id="add"),
+        pytest.param({"mode": "replace"}, id="replace", marks=pytest.mark.slow),
+    ],
+)
 def test_exported_code_gives_the_same_model_without_memlayer(tmp_path, monkeypatch, memory):
     model = tiny.memory_model(layers=[0, 2], **memory)
     for parameter in model.parameters():

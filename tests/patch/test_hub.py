@@ -52,7 +52,7 @@ def test_a_push_is_one_commit_of_the_three_files(pushed):
     assert b"library_name: memlayer" in latest.files["README.md"]
 
 
-@pytest.mark.parametrize(("commit", "seed"), [(1, "3"), (2, "4")])
+@pytest.mark.parametrize(("commit", "seed"), [(1, "3"), pytest.param(2, "4", marks=pytest.mark.slow)])
 def test_a_pushed_patch_is_pulled_by_another_process_to_the_bit(pushed, tmp_path, commit, seed):
     hub, _, fingerprint = pushed
     sha = hub.repositories["someone/new-facts"][commit].sha
