@@ -134,7 +134,7 @@ def test_kernels_folder_is_no_package_of_its_own():
         ("memlayer/decoders/attach.py", "def late():\n    import memlayer.methods.full", "does not stand above"),
         ("memlayer/decoders/memory_only.py", "from ..patch import Base", "does not stand above memlayer.patch"),
         ("memlayer/__init__.py", "from memlayer.patch import MemoryPatch", "does not stand above memlayer.patch"),
-        ("memlayer/patch/base.py", "from ..methods.full import prepare", "does not stand above memlayer.methods"),
+        ("memlayer/patch/base_model.py", "from ..methods.full import prepare", "does not stand above memlayer.methods"),
         ("memlayer/methods/full.py", "from .. import jobs", "does not stand above memlayer.jobs"),
         ("memlayer/jobs/learn.py", "import demo", "does not stand above demo"),
         ("examples/tiny_base.py", "from benchmarks import clocks", "does not stand above benchmarks"),

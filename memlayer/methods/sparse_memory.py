@@ -24,7 +24,7 @@ from memlayer.layers.memory import MemoryTable
 from memlayer.methods.open_table import Capacity, OpenTable, Selection
 from memlayer.methods.prepared import Prepared
 from memlayer.patch import Base, MemoryPatch
-from memlayer.patch.base import mark
+from memlayer.patch.base_model import mark
 from memlayer.slots.counts import SlotCounts
 
 

@@ -3,7 +3,7 @@
 ``python -m memlayer.patch --help`` does the same from the command line.
 """
 
-from memlayer.patch.base import Base
+from memlayer.patch.base_model import Base
 from memlayer.patch.deleting import delete_lessons
 from memlayer.patch.files import CONFIG_FILE, ROWS_FILE
 from memlayer.patch.memory_patch import MemoryPatch, patches

@@ -5,7 +5,7 @@ import json
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 
-from memlayer.patch.base import Base
+from memlayer.patch.base_model import Base
 from memlayer.patch.table import TablePatch
 
 # A row that has moved so many times the usual norm of a row is no knowledge.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from memlayer.decoders.fingerprint import fingerprint
 from memlayer.files import write_file
-from memlayer.patch.base import Base
+from memlayer.patch.base_model import Base
 from memlayer.patch.table import PARTS, PROTECTED, TablePatch
 
 # Not adapter_config.json: transformers would hand the folder to peft.

@@ -2,7 +2,7 @@
 
 Rows are stored as values, not as differences, and applying or reverting copies them, so both are exact
 to the bit in any dtype. A patch refuses a model whose rows, product keys or other weights are not those of the model
-that it was made for; how far it looks at the other weights is in ``memlayer.patch.base``.
+that it was made for; how far it looks at the other weights is in ``memlayer.patch.base_model``.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ from memlayer.decoders.attach import whole_tables
 from memlayer.decoders.fingerprint import differing, fingerprint, product_key_fingerprints
 from memlayer.layers.memory import MemoryTable
 from memlayer.patch import card, files
-from memlayer.patch.base import Base, mark
+from memlayer.patch.base_model import Base, mark
 from memlayer.patch.table import TablePatch, named
 from memlayer.slots.counts import SlotCounts
 
@@ -33,7 +33,7 @@ class MemoryPatch(ModelHubMixin, library_name="memlayer"):
         tables: changed rows by table name.
         provenance: where they come from, anything that JSON can hold. The model card names the ``base_model``, a
             model on the Hub, or the ``checkpoint``, a folder.
-        base: what is known of the model that the patch is made for, see ``memlayer.patch.base``.
+        base: what is known of the model that the patch is made for, see ``memlayer.patch.base_model``.
     """
 
     tables: dict[str, TablePatch]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from memlayer.decoders.fingerprint import bits, differing
-from memlayer.patch.base import Base
+from memlayer.patch.base_model import Base
 from memlayer.patch.memory_patch import MemoryPatch
 from memlayer.patch.table import BLOCK, TablePatch, named
 

@@ -15,7 +15,7 @@ from memlayer.decoders.fingerprint import state_fingerprint
 from memlayer.layers.memory import MemoryTable
 from memlayer.methods.sparse_memory import SparseMemoryFinetuner
 from memlayer.patch import Base, MemoryPatch, patches
-from memlayer.patch import base as base_module
+from memlayer.patch import base_model as base_module
 
 OTHERS = [name for name in tiny.memory_model().state_dict() if "memory." not in name]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
