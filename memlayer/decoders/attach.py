@@ -149,18 +149,18 @@ def memory_tables(model: nn.Module) -> dict[str, MemoryTable]:
     return {plain_name(name): table for name, table in _found(model, MemoryTable, "memory table").items()}
 
 
-def whole_tables(model: nn.Module) -> dict[str, MemoryTable]:
-    """``memory_tables`` of a model that this process holds whole.
+def unsharded_tables(model: nn.Module) -> dict[str, MemoryTable]:
+    """``memory_tables`` of a model of which this process holds every row.
 
     Raises:
-        ValueError: the model has none, or FSDP shares it out over processes.
+        ValueError: the model has none, or FSDP has sharded it.
     """
-    check_whole(model)
+    refuse_sharded(model)
     return memory_tables(model)
 
 
-def check_whole(model: nn.Module) -> None:
-    """Refuse a model that FSDP shares out over processes: its row numbers are not those of the slots.
+def refuse_sharded(model: nn.Module) -> None:
+    """Refuse a model that FSDP has sharded: row numbers in a shard are not slots.
 
     Raises:
         ValueError: it is such a model.
@@ -168,7 +168,7 @@ def check_whole(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "device_mesh"):  # a DTensor
             raise ValueError(
-                f"{plain_name(name)} is split over {parameter.device_mesh.size()} processes by FSDP: rows are chosen "
+                f"{plain_name(name)} is sharded over {parameter.device_mesh.size()} processes by FSDP: rows are chosen "
                 "and patches made only where each process holds the whole model, as DistributedDataParallel does"
             )
 

@@ -9,22 +9,22 @@ import json
 import logging
 import shutil
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import set_seed
 
 from memlayer.data.lessons import Lesson, as_record
 from memlayer.data.qa import encode_prompts, pad_token
-from memlayer.data.tokenizer import load_tokenizer
 from memlayer.decoders.fingerprint import state_fingerprint
 from memlayer.evaluation.qa import end_tokens
 from memlayer.files import sha256_of, write_file, writing
+from memlayer.jobs.bases import load_decoder
 from memlayer.jobs.config import AugmentRun
 from memlayer.jobs.lessons import lessons_of
 from memlayer.jobs.run_folder import CONFIG, claimed, describe, differences, write_result
@@ -32,7 +32,7 @@ from memlayer.jobs.study_texts import kept, request
 from memlayer.machine import best_device, has_fast_bfloat16, use_threads
 
 log = logging.getLogger(__name__)
-LESSONS_FILE, WRITING = "lessons.jsonl", "writing"
+LESSONS_FILE, WRITING = "lessons.jsonl", ".writing"
 END = "\n\n"  # after which no kind of study text goes on
 
 
@@ -66,9 +66,11 @@ def _write(config: AugmentRun, inputs: Mapping[str, str], lessons: Sequence[Less
     written = _written(begun, config, inputs)
     with tqdm(total=len(lessons), initial=len(written), desc=f"{config.base} writes", unit="lesson") as bar:
         for lesson in lessons[len(written) :]:
-            written.append(json.dumps(as_record(writer.study(lesson), source=config.base), ensure_ascii=False))
+            with _noting(f"stopped after {len(written)} of {len(lessons)} lessons; the same command goes on"):
+                line = json.dumps(as_record(writer.study(lesson), source=config.base), ensure_ascii=False)
             with writing(begun / LESSONS_FILE), (begun / LESSONS_FILE).open("a", encoding="utf-8") as file:
-                file.write(written[-1] + "\n")
+                file.write(line + "\n")
+            written.append(line)
             bar.update()
     taught = [len(json.loads(line)["teach"]) for line in written]
     added = sum(taught) - sum(len(lesson.teach) for lesson in lessons)
@@ -78,6 +80,16 @@ def _write(config: AugmentRun, inputs: Mapping[str, str], lessons: Sequence[Less
     print(f"{added} of {asked} study texts are kept, the others lost the thread or said nothing new{without}")
     write_result(config.output, config, inputs, lambda f: write_file(f / LESSONS_FILE, "\n".join(written) + "\n"))
     shutil.rmtree(begun)
+
+
+@contextmanager
+def _noting(words: str) -> Iterator[None]:
+    """Let whoever stops what runs inside be told so."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        stop.add_note(words)
+        raise
 
 
 def _written(begun: Path, config: AugmentRun, inputs: Mapping[str, str]) -> list[str]:
@@ -105,7 +117,11 @@ class _Writer:
     def __init__(self, config: AugmentRun):
         self._settings, self._seed = config.augment, config.seed
         self.texts = config.augment.texts if config.augment.temperature else 1
-        self.model, self._tokenizer = _load(config)
+        dtype = config.augment.dtype
+        if dtype == "auto":
+            dtype = "bfloat16" if has_fast_bfloat16() else "float32"
+        model, self._tokenizer = load_decoder(config.base, config.augment.revision, getattr(torch, dtype), "write")
+        self.model = model.to(best_device())
         self.positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 31
         use_threads()
 
@@ -137,24 +153,3 @@ class _Writer:
             **(drawn if settings.temperature else {"do_sample": False}),
         )
         return self._tokenizer.batch_decode(ids_TL[:, len(ids) :], skip_special_tokens=True)
-
-
-def _load(config: AugmentRun) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Any causal language model and its tokenizer, from a folder or the hub.
-
-    Raises:
-        ValueError: there is none, or it lacks weights.
-    """
-    settings = config.augment
-    dtype = settings.dtype if settings.dtype != "auto" else "bfloat16" if has_fast_bfloat16() else "float32"
-    try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            config.base, revision=settings.revision, dtype=getattr(torch, dtype), output_loading_info=True
-        )
-        if missing := sorted(loading["missing_keys"]):
-            raise ValueError(f"{len(missing)} of its weights are missing, {missing[0]} first")
-        tokenizer = load_tokenizer(config.base, revision=settings.revision)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        where = "" if Path(config.base).is_dir() else "it is no folder, and as a name on the hub: "
-        raise ValueError(f"base {config.base} cannot write: {where}{str(error).splitlines()[0]}") from error
-    return model.eval().to(best_device()), tokenizer

@@ -21,14 +21,12 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from memlayer.data.lessons import load_lessons
 from memlayer.data.qa import collate, encode, pad_token
 from memlayer.data.text import collate_windows, load_documents, windows
-from memlayer.data.tokenizer import load_tokenizer
 from memlayer.decoders import files
 from memlayer.decoders.attach import add_memory, calibrate, memory_layers, memory_parameters
 from memlayer.decoders.dense_control import add_dense, touched_per_token
@@ -36,6 +34,7 @@ from memlayer.decoders.fingerprint import fingerprint
 from memlayer.evaluation.healing import BASE, DENSE, MEMORY, gate, write_healing_report
 from memlayer.evaluation.provenance import provenance
 from memlayer.files import sha256_of, write_file
+from memlayer.jobs.bases import load_decoder
 from memlayer.jobs.checkpoints import checkpoint_to_resume, step_of
 from memlayer.jobs.config import RunConfig
 from memlayer.jobs.count import count
@@ -48,7 +47,6 @@ from memlayer.slots.counts import COUNTS_FILE, SlotCounts, save_counts
 DEFAULT_MARGIN = {"add": 0.01, "replace": 0.05}  # nats per token
 CALIBRATION, BATCH = 32, 8  # windows that calibrate memory which does not heal, and of them at a time
 EVALUATIONS = 20  # over a training
-MADE_BY = {"runs/base": "tiny_base.py", "runs/stories260k": "llama2c_to_hf.py model.bin tokenizer.bin"}
 HEALING = "healing.json"  # what healing did, kept beside the healed model until the report is written
 
 
@@ -199,28 +197,13 @@ def _check_folders(config: RunConfig) -> None:
 
 
 def load_base(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The pretrained decoder and its tokenizer, from a folder or the hub.
+    """The pretrained decoder without memory, and its tokenizer.
 
     Raises:
-        ValueError: there is no such model, it has memory already, it lacks weights, or it has no tokenizer that fits.
+        ValueError: it cannot be loaded, or has memory already.
     """
-    base, revision = config.base, config.retrofit.revision
-    try:
-        if getattr(AutoConfig.from_pretrained(base, revision=revision), "memory", None):
-            raise ValueError("it has memory already")
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            base, revision=revision, dtype=getattr(torch, config.retrofit.dtype), output_loading_info=True
-        )
-        if missing := sorted(loading["missing_keys"]):
-            raise ValueError(f"{len(missing)} of its weights are missing, {missing[0]} first")
-        tokenizer = load_tokenizer(base, revision=revision)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        make = f" (python examples/{MADE_BY[base]} {base} makes it)" if base in MADE_BY else ""
-        where = "" if Path(base).is_dir() else f"it is no folder{make}, and as a name on the hub: "
-        raise ValueError(f"base {base} cannot be retrofitted: {where}{str(error).splitlines()[0]}") from error
-    if len(tokenizer) > (rows := model.get_input_embeddings().num_embeddings):
-        raise ValueError(f"the tokenizer of base {base} has {len(tokenizer)} tokens, the model {rows}")
-    return model.eval(), tokenizer
+    dtype = getattr(torch, config.retrofit.dtype)
+    return load_decoder(config.base, config.retrofit.revision, dtype, "be retrofitted", with_memory=False)
 
 
 def _text(config: RunConfig, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Text:

@@ -20,7 +20,7 @@ _OF_FACT = {
     "statements": (
         "Say the fact in one sentence of other words. The sentence ends with the answer.",
         "Sentence",
-        ("The town on whose river Ada Lovelace was born is London.", "The name of Peru's capital is Lima."),
+        ("Ada Lovelace came into the world in the city of London.", "The name of Peru's capital is Lima."),
     ),
     "questions": (
         "Write another question about the fact, to which the answer is the one given.",

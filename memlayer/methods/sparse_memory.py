@@ -18,7 +18,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from memlayer.decoders.attach import Reads, check_whole, in_backward, record_reads, whole_tables
+from memlayer.decoders.attach import Reads, in_backward, record_reads, refuse_sharded, unsharded_tables
 from memlayer.decoders.fingerprint import product_key_fingerprints
 from memlayer.layers.memory import MemoryTable
 from memlayer.methods.open_table import Capacity, OpenTable, Selection
@@ -85,7 +85,7 @@ class SparseMemoryFinetuner:
         if positions not in ("all", "answer"):
             raise ValueError(f"positions is {positions!r}, must be 'all' or 'answer'")
         self.model = model
-        tables, product_keys = whole_tables(model), product_key_fingerprints(model)
+        tables, product_keys = unsharded_tables(model), product_key_fingerprints(model)
         for name, table in tables.items():
             _check_table(name, table, background, num_rows)
             background[name].check_keys(name, product_keys[name])
@@ -223,7 +223,7 @@ class SparseMemoryFinetuner:
 
     def patch(self) -> MemoryPatch:
         """The rows changed so far, with their originals."""
-        check_whole(self.model)
+        refuse_sharded(self.model)
         product_keys = product_key_fingerprints(self.model)
         tables = {name: table.patch(product_keys[name]) for name, table in self._tables.items()}
         return MemoryPatch(tables, base=Base.of(self.model))
@@ -279,9 +279,9 @@ class SparseMemoryFinetuner:
         """Drop a choice that no step followed: an evaluation's, a skipped step's, that of a batch left out.
 
         Raises:
-            ValueError: its gradients are there and finite, so a step may still follow; or FSDP has split the model.
+            ValueError: its gradients are there and finite, so a step may still follow; or FSDP has sharded the model.
         """
-        check_whole(self.model)
+        refuse_sharded(self.model)
         if self._choice is not None:
             gradients = [rows.grad for rows in self.parameters() if rows.grad is not None]
             if all(g.isfinite().all() for g in gradients) and any(g.any() for g in gradients):

@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from memlayer.decoders.fingerprint import fingerprint
-from memlayer.files import write_file
+from memlayer.files import LFS_POINTER, write_file
 from memlayer.patch.base_model import Base
 from memlayer.patch.table import PARTS, PROTECTED, TablePatch
 
@@ -28,7 +28,6 @@ PATCH_TYPE, FORMAT_VERSION = "MEMORY_PATCH", 4
 LESSONS = "lesson_slots"  # the slots of all lessons, one after the other as the config lists them
 CONFIG_KEYS = {"patch_type", "format_version", "sha256", "tables", "provenance", "base"}
 METADATA = "__metadata__"
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def tensors_of(tables: dict[str, TablePatch]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 from torch import nn
 
-from memlayer.decoders.attach import whole_tables
+from memlayer.decoders.attach import unsharded_tables
 from memlayer.decoders.fingerprint import differing, fingerprint, product_key_fingerprints
 from memlayer.layers.memory import MemoryTable
 from memlayer.patch import card, files
@@ -53,7 +53,7 @@ class MemoryPatch(ModelHubMixin, library_name="memlayer"):
         Raises:
             ValueError: the models' tables differ in name, shape or dtype, or their product keys differ.
         """
-        tables, others = whole_tables(before), whole_tables(after)
+        tables, others = unsharded_tables(before), unsharded_tables(after)
         if tables.keys() != others.keys():
             raise ValueError(f"one model has tables {sorted(tables)}, the other {sorted(others)}")
         keys, other_keys = product_key_fingerprints(before), product_key_fingerprints(after)
@@ -102,7 +102,7 @@ class MemoryPatch(ModelHubMixin, library_name="memlayer"):
             ValueError: the model lacks a table, has other product keys or other weights, its rows are not the
                 originals, or the rows are not finite; nothing is written then.
         """
-        tables = whole_tables(model)
+        tables = unsharded_tables(model)
         fitting = self._fitting(tables)
         for name, patch in fitting.items():
             patch.check_finite(name)
@@ -116,7 +116,7 @@ class MemoryPatch(ModelHubMixin, library_name="memlayer"):
         Raises:
             ValueError: the model lacks a table, or its rows are not the patch's; nothing is written then.
         """
-        tables = whole_tables(model)
+        tables = unsharded_tables(model)
         self._write(self._fitting(tables), tables, "rows", "originals")
         mark(model, self.marks, had=False)
 
@@ -243,7 +243,7 @@ def patches(model: nn.Module, in_order: Sequence[MemoryPatch], any_base: bool = 
         ValueError: a patch does not fit what the ones before it made of the model; those are taken back. Or rows were
             changed inside; where the context ends by an error of its own, that one is raised and has this as a note.
     """
-    tables, applied = whole_tables(model), []
+    tables, applied = unsharded_tables(model), []
     try:
         for patch in in_order:
             patch.apply(model, any_base)

@@ -109,14 +109,14 @@ def test_reads_of_a_model_compiled_in_place_are_recorded(used_before):
     assert torch.equal(compiled_finetuner.selected[tiny.TABLE], finetuner.selected[tiny.TABLE])
 
 
-def test_a_model_that_fsdp_has_split_is_refused(tmp_path):
+def test_a_model_that_fsdp_has_sharded_is_refused(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
         model = tiny.memory_model().train()
         background = tiny.background(model)
         early = SparseMemoryFinetuner(model, background, 5)
         fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
-        told = "embed_tokens.weight is split over 1 processes by FSDP"
+        told = "embed_tokens.weight is sharded over 1 processes by FSDP"
         with pytest.raises(ValueError, match=told):
             early.loss(tiny.batch())
         with pytest.raises(ValueError, match=told):

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from memlayer.data.lessons import load_lessons
 from memlayer.data.qa import Example
+from memlayer.jobs import augment as jobs_augment
 from memlayer.jobs.augment import augment
 from memlayer.jobs.config import AugmentRun
 from memlayer.jobs.sections import AugmentConfig, LessonsConfig
@@ -111,7 +112,7 @@ def test_a_run_that_is_done_writes_nothing_again(run):
 
 def test_a_stopped_run_goes_on_behind_its_last_whole_lesson(run, tmp_path):
     path = augment(run(SHOP, ASKED))
-    begun = tmp_path / "again" / "writing"
+    begun = tmp_path / "again" / ".writing"
     begun.mkdir(parents=True)
     (begun / "config.yaml").write_text((tmp_path / "out" / "config.yaml").read_text())
     first, second = path.read_text().splitlines()
@@ -123,6 +124,25 @@ def test_a_stopped_run_goes_on_behind_its_last_whole_lesson(run, tmp_path):
     assert "Where stands" in lines[0], "the first lesson is kept as it was"
     assert lines[1] == second
     assert not begun.exists()
+
+
+def test_who_stops_a_run_is_told_that_it_goes_on_and_keeps_their_own_files(run, tmp_path, monkeypatch):
+    (tmp_path / "out" / "writing").mkdir(parents=True)
+    (tmp_path / "out" / "writing" / "novel.txt").write_text("Once")
+    study = jobs_augment._Writer.study
+
+    def stop_at_the_second(writer, lesson):
+        if lesson.id == "asked":
+            raise KeyboardInterrupt
+        return study(writer, lesson)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(jobs_augment._Writer, "study", stop_at_the_second)
+        with pytest.raises(KeyboardInterrupt) as stop:
+            augment(run(SHOP, ASKED))
+    assert stop.value.__notes__[0] == "stopped after 1 of 2 lessons; the same command goes on"
+    assert len(written(augment(run(SHOP, ASKED)))) == 2
+    assert (tmp_path / "out" / "writing" / "novel.txt").read_text() == "Once"
 
 
 def test_the_likeliest_text_is_written_once(run, capsys):
