@@ -51,7 +51,7 @@ LEAST_WORDS, SHARED = 4, 0.3  # of a statement about a text; of the words of an 
 def request(lesson: Lesson, kind: str) -> str:
     """What a writer is asked to complete: an instruction, for a fact two examples, and what the lesson tells.
 
-    It is text to go on with, not a turn of a chat: a chat model can do that too, and a small one does it better.
+    It is text to go on with, not a turn of a chat, so that any causal language model can write.
 
     Args:
         kind: one of KINDS.
