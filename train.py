@@ -1,10 +1,12 @@
-"""Pretrain a memory model, retrofit memory into a pretrained one, write study texts about lessons, or teach them.
+"""Pretrain a memory model, retrofit memory into a pretrained one, write study texts about lessons, teach them, or
+compare methods that teach them.
 
     python train.py configs/pretrain.yaml
     python train.py configs/retrofit_smollm2_135m.yaml
     python train.py configs/augment_lessons.yaml base=HuggingFaceTB/SmolLM2-1.7B-Instruct
     python train.py configs/learn_sparse_memory.yaml learn.learning_rate=0.5 output=runs/mine
     python train.py configs/learn_full.yaml data.facts=my_facts.jsonl output=runs/mine
+    python train.py configs/compare.yaml output=runs/mine
     accelerate launch train.py configs/pretrain.yaml
 
 The config is YAML; every setting can be overridden as section.key=value. --print-config shows the resolved
@@ -22,6 +24,7 @@ from accelerate import PartialState
 
 from memlayer import __version__
 from memlayer.jobs.augment import augment
+from memlayer.jobs.compare import compare
 from memlayer.jobs.config import ANY_RUN, RunConfig, load_config, to_yaml
 from memlayer.jobs.config_help import describe_settings
 from memlayer.jobs.learn import learn_into_output
@@ -60,7 +63,13 @@ def teach(config: RunConfig) -> int:
     return 0
 
 
-JOBS = {"pretrain": train, "retrofit": heal, "augment": write, "learn": teach}
+def contest(config: RunConfig) -> int:
+    """Teach the same by several methods, and report what each learned and forgot."""
+    compare(config)
+    return 0
+
+
+JOBS = {"pretrain": train, "retrofit": heal, "augment": write, "learn": teach, "compare": contest}
 
 
 def main() -> None:

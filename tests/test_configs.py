@@ -7,7 +7,7 @@ import pytest
 import yaml
 from commands import REPO
 
-from memlayer.jobs.config import ANY_RUN, AugmentRun, LearnRun, PretrainRun, RetrofitRun, load_config
+from memlayer.jobs.config import ANY_RUN, AugmentRun, CompareRun, LearnRun, PretrainRun, RetrofitRun, load_config
 from memlayer.jobs.sections import LessonsConfig, LoraConfig, TextConfig
 from memlayer.jobs.typed import members, name_of
 
@@ -25,6 +25,7 @@ def default_of(config):
         "pretrain": lambda: PretrainRun(output="-"),
         "retrofit": lambda: RetrofitRun(output="-", base="-", text=TextConfig(files=["-"])),
         "augment": lambda: AugmentRun(output="-", base="-", lessons=LessonsConfig(files=["-"])),
+        "compare": lambda: CompareRun(output="-", checkpoint="-", methods=config.methods),
         "learn": lambda: LearnRun(output="-", checkpoint="-", learn=type(config.learn)()),
     }[config.job]()
 
@@ -71,5 +72,5 @@ def test_every_job_can_be_run():
 
 def test_what_learns_starts_from_what_another_config_writes():
     configs = [load_config(path) for path in CONFIGS]
-    outputs = {config.output for config in configs if config.job != "learn"}
-    assert {config.checkpoint for config in configs if config.job == "learn"} <= outputs
+    outputs = {config.output for config in configs if config.job not in ("learn", "compare")}
+    assert {config.checkpoint for config in configs if config.job in ("learn", "compare")} <= outputs

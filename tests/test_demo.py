@@ -8,7 +8,14 @@ import pytest
 import yaml
 from commands import LEARN, REPO, TAUGHT_WELL, TINY, write_config
 
-METHODS = {"sparse_memory": "sparse_memory", "paper": "sparse_memory", "full": "full", "lora": "lora"}
+from memlayer.evaluation.report import CONTROL
+
+METHODS = {
+    "sparse memory": ("sparse_memory", "sparse_memory"),
+    "sparse memory, as in the paper": ("paper", "sparse_memory"),
+    "full finetuning": ("full", "full"),
+    "LoRA": ("lora", "lora"),
+}
 
 
 @pytest.fixture
@@ -19,20 +26,22 @@ def demo(tmp_path, monkeypatch):
     memory = TINY["memory"] | {"num_keys": 32}
     pretrain = TINY | {"output": "runs/pretrain", "memory": memory, "pretrain": TINY["pretrain"] | TAUGHT_WELL}
     (tmp_path / "configs" / "pretrain.yaml").write_text(yaml.safe_dump(pretrain))
-    for name, method in METHODS.items():
+    compared = {}
+    for title, (name, method) in METHODS.items():
         path = tmp_path / "configs" / f"learn_{name}.yaml"
+        compared[title] = {"config": f"configs/learn_{name}.yaml", "learning_rates": [0.01]}
         # Enough rows that some of them are read with a weight that float32 can hold.
         write_config(path, LEARN, output=f"runs/{name}", learn={"method": method, "num_rows": 64})
+    few = {"num_validation": 2, "num_test": 2, "known_validation": [0, 8], "known_test": [8, 24]}
+    comparison = yaml.safe_load((REPO / "configs" / "compare.yaml").read_text(encoding="utf-8"))
+    assert comparison["methods"].keys() == METHODS.keys()
+    comparison |= {"methods": compared, "data": {"num_known": 24}, "compare": few}
+    (tmp_path / "configs" / "compare.yaml").write_text(yaml.safe_dump(comparison, sort_keys=False))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(REPO))
     monkeypatch.delitem(sys.modules, "demo", raising=False)
     import demo
 
-    few = {method: (path, dict([*strengths.items()][:1])) for method, (path, strengths) in demo.METHODS.items()}
-    monkeypatch.setattr(demo, "METHODS", few)
-    for name, value in (("NUM_VALIDATION", 2), ("NUM_TEST", 2), ("KNOWN_VALIDATION", (0, 8)), ("KNOWN_TEST", (8, 24))):
-        assert hasattr(demo, name)
-        monkeypatch.setattr(demo, name, value)
     monkeypatch.setattr(sys, "argv", ["demo.py", "--output", "out"])
     return demo
 
@@ -48,9 +57,9 @@ def test_the_demo_compares_reports_and_reverts_and_does_nothing_twice(tmp_path, 
     shown = capsys.readouterr().out
     assert "seed 0: pretraining on 24 known facts" in shown
     results = json.loads((tmp_path / "out" / "report" / "results.json").read_text())
-    assert [row["method"] for row in results["rows"]] == [demo.CONTROL, *demo.METHODS]
+    assert [row["method"] for row in results["rows"]] == [CONTROL, *METHODS]
     for row in results["rows"]:
-        assert row["chosen"] == (row["method"] != demo.CONTROL), "each has one strength only"
+        assert row["chosen"] == (row["method"] != CONTROL), "each has one strength only"
         assert re.search(rf"^{row['method']}  .*", shown, re.MULTILINE), shown
         assert row["known_seen_before"] > 0
     for name in ("report.md", "pareto.png", "samples.jsonl"):

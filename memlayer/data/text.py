@@ -118,7 +118,13 @@ def _builtin_sentences() -> list[str]:
 
 
 def windows(
-    tokenizer, documents: Iterable[str], length: int, num_train: int, num_validation: int
+    tokenizer,
+    documents: Iterable[str],
+    length: int,
+    num_train: int,
+    num_validation: int,
+    *,
+    disable_tqdm: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Cut documents into windows, the first of them for validation.
 
@@ -130,22 +136,27 @@ def windows(
         tokenizer: any tokenizer of transformers that has an end token.
         documents: read only as far as needed.
         length: tokens of a window.
+        disable_tqdm: show no progress.
 
     Returns:
-        train_WL: int64, shape (num_train, length).
+        train_WL: int64, shape (num_train, length); num_train may be 0.
         validation_WL: int64, shape (num_validation, length).
 
     Raises:
-        ValueError: a number below 1 (below 2 for length), no end token, or too little text.
+        ValueError: a number that is too small, no end token, or too little text.
     """
-    for name, number in (("length", length), ("num_train", num_train), ("num_validation", num_validation)):
-        least = 2 if name == "length" else 1  # a window of one token has nothing to predict
+    for name, number, least in (
+        ("length", length, 2),  # a window of one token has nothing to predict
+        ("num_train", num_train, 0),
+        ("num_validation", num_validation, 1),
+    ):
         if number < least:
             raise ValueError(f"{name} is {number}, must be at least {least}")
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{type(tokenizer).__name__} has no end token to put between documents")
     encoded, held_out = _encode(tokenizer, documents), set()
-    with tqdm(total=num_train + num_validation, desc="reading text", unit="window") as bar:
+    number = num_train + num_validation
+    with tqdm(total=number, desc="reading text", unit="window", disable=disable_tqdm) as bar:
         validation_WL = _fill(_noting(encoded, held_out), length, num_validation, "validation", bar)
         rest = (ids for document, ids in encoded if document not in held_out)
         train_WL = _fill(rest, length, num_train, "training", bar)

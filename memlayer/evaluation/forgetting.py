@@ -77,7 +77,9 @@ def _compare_group(name: str, before: Mapping[str, float], after: Mapping[str, f
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation; one value has no deviation, which is nan rather than 0."""
+    """Mean and sample standard deviation; one value has no deviation, which is nan rather than 0; of a nan both are."""
+    if any(map(math.isnan, values)):
+        return math.nan, math.nan
     return fmean(values), stdev(values) if len(values) > 1 else math.nan
 
 

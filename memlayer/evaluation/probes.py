@@ -2,12 +2,13 @@
 
 Questions are asked by ``qa.answer_questions``; which of them the model knew is what it answered before anything was
 changed (``known_before``). Text is measured in nats per token, window by window. Tasks are those of harness.py. Two
-models are compared on the same items, pair by pair (``compared``).
+models are compared on the same items, pair by pair (``compared``); the second may have been asked some of them only.
 
 Shapes: W windows, L tokens of a window.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Literal
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from memlayer.evaluation.forgetting import mean_and_deviation
 from memlayer.evaluation.qa import Answered, evaluating
 from memlayer.evaluation.statistics import bootstrap_interval, flips
 
@@ -28,15 +30,21 @@ class Probed:
         name: of the probe.
         measure: "right", where a value is 1 for a right answer and 0 for a wrong one, or "nats" a token.
         values: one an item, in the order of the items.
+        items: which items the values are of, by their places; None is all of them.
     """
 
     name: str
     measure: Literal["right", "nats"]
     values: list[float]
+    items: list[int] | None = None
 
 
 def compared(before: Probed, after: Probed) -> dict:
     """What became of a probe, as a flat dict.
+
+    Args:
+        before: of all items.
+        after: of all of them, or of some.
 
     Returns:
         ``name``, ``measure``, ``n``, the means ``before`` and ``after``, and ``change`` of the mean with its 95 %
@@ -48,15 +56,47 @@ def compared(before: Probed, after: Probed) -> dict:
     """
     if (before.name, before.measure) != (after.name, after.measure):
         raise ValueError(f"probe {before.name!r} before and {after.name!r} after are not the same")
-    change = [other - one for one, other in zip(before.values, after.values, strict=True)]
-    low, high = bootstrap_interval(change)
+    first = before.values if after.items is None else [before.values[item] for item in after.items]
+    change = [other - one for one, other in zip(first, after.values, strict=True)]
     row = {"name": before.name, "measure": before.measure, "n": len(change)}
-    row |= {"before": fmean(before.values), "after": fmean(after.values), "change": fmean(change)}
-    row |= {"low": low, "high": high}
+    row |= {"before": _mean(first), "after": _mean(after.values), "change": _mean(change)}
+    row |= dict(zip(("low", "high"), bootstrap_interval(change) if change else (math.nan, math.nan)))
     if before.measure == "right":
-        turned = flips([value > 0.5 for value in before.values], [value > 0.5 for value in after.values])
+        turned = flips([value > 0.5 for value in first], [value > 0.5 for value in after.values])
         row |= asdict(turned) | {"share_kept": turned.share_kept, "p_value": turned.p_value}
     return row
+
+
+def _mean(values: Sequence[float]) -> float:
+    """nan of nothing: no question was known, so none can be forgotten."""
+    return fmean(values) if values else math.nan
+
+
+AVERAGED = ("n", "before", "after", "change", "kept", "lost", "gained", "neither", "share_kept")
+
+
+def probes_over_seeds(runs: Sequence[Sequence[Mapping]]) -> list[dict]:
+    """The probes of one setting under several seeds, each averaged over them.
+
+    Args:
+        runs: of each seed, what ``compared`` says of each probe, in one order.
+
+    Returns:
+        ``name``, ``measure``, the means, and the deviation over seeds of ``change`` and of ``share_kept`` under
+        ``KEY_std``; no interval and no test, which are of one pair of models.
+    """
+    merged = []
+    for same in zip(*runs, strict=True):
+        row = {key: same[0][key] for key in ("name", "measure")}
+        row |= {key: _mean([each[key] for each in same]) for key in AVERAGED if key in same[0]}
+        deviate = [key for key in ("change", "share_kept") if key in same[0]]
+        merged.append(row | {f"{key}_std": mean_and_deviation([each[key] for each in same])[1] for key in deviate})
+    return merged
+
+
+def known_items(probed: Probed) -> list[int]:
+    """The places of the items that came out right."""
+    return [item for item, value in enumerate(probed.values) if value > 0.5]
 
 
 def known_before(answered: Sequence[Answered]) -> list[int]:

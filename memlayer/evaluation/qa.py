@@ -74,14 +74,10 @@ def answer_questions(
             ``max_new_tokens`` cuts an answer that counts, or a prompt and its answers take more tokens than the model
             has positions.
     """
-    _check(questions, batch_size)
-    prompts = encode_prompts(tokenizer, [question.prompt for question in questions])
-    ids = iter(encode_answers(tokenizer, [each for question in questions for each in question.examples]))
-    answer_ids = [list(islice(ids, len(question.answers))) for question in questions]
-    _check_read_back(tokenizer, questions, answer_ids)
-    positions = _positions(model)
-    _check_positions(questions, prompts, answer_ids, positions)
-    budget = _budget(questions, answer_ids, max_new_tokens)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    prompts, answer_ids = encode_questions(model, tokenizer, questions)
+    positions, budget = _positions(model), _budget(questions, answer_ids, max_new_tokens)
     answered: dict[int, Answered] = {}
     with evaluating(model), torch.no_grad():
         for batch, new_tokens in _batches(list(map(len, prompts)), batch_size, budget, positions):
@@ -93,6 +89,24 @@ def answer_questions(
             if progress is not None:
                 progress(len(batch))
     return [answered[index] for index in range(len(questions))]
+
+
+def encode_questions(model, tokenizer, questions: Sequence[Question]) -> tuple[list[list[int]], list[list[list[int]]]]:
+    """Token ids of each prompt, and of each of its answers; refuses what cannot be asked of the model or scored.
+
+    Raises:
+        ValueError: a question has no answer that the tokenizer gives back, or a prompt and its answers take more
+            tokens than the model has positions.
+    """
+    for question in questions:
+        if not question.answers:
+            raise ValueError(f"question {question.prompt!r} has no answer to score against")
+    prompts = encode_prompts(tokenizer, [question.prompt for question in questions])
+    ids = iter(encode_answers(tokenizer, [each for question in questions for each in question.examples]))
+    answer_ids = [list(islice(ids, len(question.answers))) for question in questions]
+    _check_read_back(tokenizer, questions, answer_ids)
+    _check_positions(questions, prompts, answer_ids, _positions(model))
+    return prompts, answer_ids
 
 
 def generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int, ends: Sequence[str] = ()) -> list[str]:
@@ -165,14 +179,29 @@ def _decode(tokenizer, ids, end: str = "") -> str:
 def answer_nll(model, prompts: list[list[int]], answers: list[list[int]]) -> Tensor:
     """How unlikely each answer is after its prompt, teacher forced.
 
-    Padding is on the right, behind every token that is scored, so no model needs position ids for it.
-
     Args:
         prompts: token ids, one list a question, none empty.
         answers: token ids of one answer a question, end token included.
 
     Returns:
         nll_B: float32, mean over the answer's tokens, in nats.
+    """
+    logits_BAC, targets_BA = answer_logits(model, prompts, answers)
+    nll_BA = F.cross_entropy(logits_BAC.transpose(1, 2), targets_BA, reduction="none", ignore_index=IGNORED)
+    return nll_BA.sum(1) / (targets_BA != IGNORED).sum(1)
+
+
+def answer_logits(model, prompts: list[list[int]], answers: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """What the model says at the positions that predict an answer, the answer being told it token by token.
+
+    Padding is on the right, behind every token that is scored, so no model needs position ids for it.
+
+    Args:
+        prompts, answers: as of ``answer_nll``.
+
+    Returns:
+        logits_BAC: float32, from the first position on that predicts an answer's token in any of the questions.
+        targets_BA: the answer's token at each of them, IGNORED where none is.
     """
     sequences = [prompt + answer for prompt, answer in zip(prompts, answers)]
     longest = max(map(len, sequences))
@@ -185,8 +214,7 @@ def answer_nll(model, prompts: list[list[int]], answers: list[list[int]]) -> Ten
     for row, (prompt, answer) in enumerate(zip(prompts, answers)):
         start = len(prompt) - 1 - first
         targets_BA[row, start : start + len(answer)] = torch.tensor(answer, device=model.device)
-    nll_BA = F.cross_entropy(logits_BAC.transpose(1, 2), targets_BA, reduction="none", ignore_index=IGNORED)
-    return nll_BA.sum(1) / (targets_BA != IGNORED).sum(1)
+    return logits_BAC, targets_BA
 
 
 def _logits_from(model, ids_BL: Tensor, mask_BL: Tensor, first: int) -> Tensor:
@@ -213,14 +241,6 @@ def evaluating(model) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def _check(questions: Sequence[Question], batch_size: int) -> None:
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    for question in questions:
-        if not question.answers:
-            raise ValueError(f"question {question.prompt!r} has no answer to score against")
 
 
 def _positions(model) -> float:

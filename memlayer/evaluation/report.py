@@ -31,7 +31,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from memlayer.evaluation.forgetting import MEASURES, drop_in_words, over_seeds, relative_drop
+from memlayer.evaluation.matched import matched
 from memlayer.evaluation.pareto import pareto_figure
+from memlayer.evaluation.probes import probes_over_seeds
 from memlayer.files import write_file
 
 CONTROL = "do nothing"
@@ -116,6 +118,7 @@ def mean_rows(rows: Iterable[Mapping]) -> list[dict]:
     return [
         over_seeds(runs, [*NUMBERS, *(key for key in OLD_ANSWERS if all(key in run for run in runs))])
         | {"chosen": sum(run["chosen"] for run in runs) * 2 > len(runs)}
+        | ({"probes": probes_over_seeds([run["probes"] for run in runs])} if "probes" in runs[0] else {})
         for runs in settings.values()
     ]
 
@@ -136,9 +139,17 @@ def sample(before, after) -> dict:
 
 
 def write_report(
-    folder: str | Path, title: str, rows: Sequence[Mapping], provenance: Mapping, samples: Iterable[Mapping]
+    folder: str | Path,
+    title: str,
+    rows: Sequence[Mapping],
+    provenance: Mapping,
+    samples: Iterable[Mapping],
+    at_equal_learning: Mapping | None = None,
 ) -> Path:
     """Write results.json, report.md, samples.jsonl and pareto.png into the folder, replacing earlier ones.
+
+    Args:
+        at_equal_learning: of ``forgetting_at_equal_learning``.
 
     Each file is written beside its place and then renamed, so that a crash leaves either the old file or the
     new one. The machine-readable results go first.
@@ -149,11 +160,12 @@ def write_report(
     _check(rows)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    results = {"title": title, "rows": list(rows), "provenance": provenance}
+    equal = {"at_equal_learning": at_equal_learning} if at_equal_learning else {}
+    results = {"title": title, "rows": list(rows), **equal, "provenance": provenance}
     write_file(folder / "results.json", json.dumps(without_nan(results), indent=1, allow_nan=False) + "\n")
     lines = (json.dumps(without_nan(each), ensure_ascii=False) + "\n" for each in samples)
     write_file(folder / "samples.jsonl", "".join(lines))
-    write_file(folder / "report.md", _markdown(title, rows, provenance))
+    write_file(folder / "report.md", _markdown(title, rows, provenance, at_equal_learning))
     drawing = io.BytesIO()
     pareto_figure(title, rows, CONTROL).savefig(drawing, format="png", dpi=150)
     write_file(folder / "pareto.png", drawing.getvalue())
@@ -171,11 +183,13 @@ def format_table(rows: Sequence[Mapping]) -> str:
     table = [header, *(_cells(row, short=True) for row in rows)]
     if _replaced(rows):
         table = [[*line, cell] for line, cell in zip(table, ("old answer", *map(_old_answer, rows)))]
-    widths = [max(map(len, column)) for column in zip(*table)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in table]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+    return "\n".join(_aligned(table))
 
 
+EQUAL_NOTES = """\
+Who learns more forgets more. Here each method stands where it has learned as much, in unseen wordings, as every method
+does at one of its strengths with every seed: between two strengths the forgetting is taken from the line that joins
+them. A ± is the standard deviation over seeds."""
 PROBE_HEADER = ("method", "strength", "probe", "items", "before", "after", "95 % of the change")
 PROBE_HEADER += ("kept", "right to wrong", "wrong to right", "McNemar p")
 PROBE_NOTES = """\
@@ -189,37 +203,90 @@ def format_probes(rows: Sequence[Mapping]) -> str:
     cells = _probe_cells(rows)
     if not cells:
         return ""
-    table = [PROBE_HEADER, *cells]
-    widths = [max(map(len, column)) for column in zip(*table)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in table]
-    return "\n".join(["", lines[0], "-" * max(map(len, lines)), *lines[1:], ""])
-
-
-def _share(kept: float) -> str:
-    return "-" if math.isnan(kept) else f"{kept:.3f}"
+    return "\n".join(["", *_aligned([PROBE_HEADER, *cells]), ""])
 
 
 def _probe_cells(rows: Sequence[Mapping]) -> list[list[str]]:
     return [
-        [
-            row["method"],
-            row["strength"],
-            probe["name"],
-            str(probe["n"]),
-            *(f"{probe[when]:.4f}" if probe["measure"] == "nats" else f"{probe[when]:.3f}" for when in WHEN),
-            f"{probe['low']:+.4f} to {probe['high']:+.4f}",
-            *(
-                ("-", "-", "-", "-")
-                if probe["measure"] == "nats"
-                else (_share(probe["share_kept"]), str(probe["lost"]), str(probe["gained"]), f"{probe['p_value']:.3g}")
-            ),
-        ]
+        [row["method"], row["strength"], probe["name"], f"{probe['n']:g}", *_changed(probe), *_turned(probe)]
         for row in rows
         for probe in row.get("probes", ())
     ]
 
 
-def _markdown(title: str, rows: Sequence[Mapping], provenance: Mapping) -> str:
+def _changed(probe: Mapping) -> list[str]:
+    form = ".4f" if probe["measure"] == "nats" else ".3f"
+    if "change_std" in probe:
+        change = f"{probe['change']:+.4f} ± {probe['change_std']:.4f} over seeds"
+    else:
+        change = f"{probe['low']:+.4f} to {probe['high']:+.4f}"
+    return [*(f"{probe[when]:{form}}" for when in WHEN), change]
+
+
+def _turned(probe: Mapping) -> list[str]:
+    if probe["measure"] == "nats":
+        return ["-"] * 4
+    kept = "-" if math.isnan(probe["share_kept"]) else f"{probe['share_kept']:.3f}"
+    kept += f" ± {probe['share_kept_std']:.3f}" if "share_kept_std" in probe else ""
+    p_value = f"{probe['p_value']:.3g}" if "p_value" in probe else "-"
+    return [kept, f"{probe['lost']:.3g}", f"{probe['gained']:.3g}", p_value]
+
+
+def forgetting_at_equal_learning(rows: Sequence[Mapping]) -> dict | None:
+    """What each method forgets where it has learned as much as all of them do, see ``matched.py``.
+
+    Args:
+        rows: of one seed each.
+
+    Returns:
+        as ``matched.matched``: the relative loss of known facts, the share of right answers lost of each probe and the
+        rise of its nats; None where there are too few strengths for it.
+    """
+    figures = {
+        name: {place: row[key] for place, row in enumerate(rows)}
+        for name, key in (("known facts lost", "forgetting_seen"), ("the same, unseen wording", "forgetting_unseen"))
+        if not any(math.isnan(row[key]) for row in rows)
+    }
+    for place, row in enumerate(rows):
+        for probe in row.get("probes", ()):
+            right = probe["measure"] == "right"
+            name = f"{probe['name']}, {'share lost' if right else 'nats more'}"
+            figures.setdefault(name, {})[place] = 1 - probe["share_kept"] if right else probe["change"]
+    whole = {
+        name: each
+        for name, each in figures.items()
+        if all(place in each or row["method"] == CONTROL for place, row in enumerate(rows))
+    }
+    return matched(rows, CONTROL, whole) if whole else None
+
+
+def format_at_equal_learning(found: Mapping | None) -> str:
+    """The same as a plain text table; empty where there is none."""
+    if found is None:
+        return ""
+    lines = _aligned([_equal_header(found), *_equal_cells(found)])
+    return "\n".join(["", f"where each has learned {found['level']:.2f} in unseen wordings:", *lines, ""])
+
+
+def _equal_header(found: Mapping) -> list[str]:
+    return ["method", *next(iter(found["methods"].values()))]
+
+
+def _equal_cells(found: Mapping) -> list[list[str]]:
+    return [
+        [method, *(f"{mean:.3f}" + ("" if math.isnan(std) else f" ± {std:.3f}") for mean, std in figures.values())]
+        for method, figures in found["methods"].items()
+    ]
+
+
+def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a plain text table, a rule under the first."""
+    widths = [max(map(len, column)) for column in zip(*table)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in table]
+    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
+
+
+def _markdown(title: str, rows: Sequence[Mapping], provenance: Mapping, equal: Mapping | None) -> str:
     table = [HEADER, *(_cells(row, short=False) for row in rows)]
     if _replaced(rows):
         table = [[*line, cell] for line, cell in zip(table, ("old answer still given", *map(_old_answer, rows)))]
@@ -231,6 +298,12 @@ def _markdown(title: str, rows: Sequence[Mapping], provenance: Mapping) -> str:
         NOTES,
         *([OLD_ANSWER_NOTES] if _replaced(rows) else []),
         picture,
+        *(
+            [f"## Where each has learned {equal['level']:.2f}", EQUAL_NOTES]
+            + [_markdown_table([_equal_header(equal), *_equal_cells(equal)])]
+            if equal
+            else []
+        ),
         *(["## Probes", PROBE_NOTES, _markdown_table([PROBE_HEADER, *cells])] if (cells := _probe_cells(rows)) else []),
         "## The same by SQuAD's rule",
         "Exact match (EM) and token F1 as papers report them. It takes 3.14 for 314, -5 for 5 and C++ for C.",

@@ -1,32 +1,49 @@
-"""Compare finetuning methods on the same facts and the same questions.
+"""The comparison job: several methods at several strengths, the same lessons, the same questions, over seeds.
 
-A trial is one setting of one method on one set of new facts: learn, then ask. What it learned and its answers come
-into its folder together, so an interrupted comparison goes on where it stopped; see ``memlayer.jobs.run_folder``.
-Strengths are chosen on validation facts and reported on test facts.
+A trial is one setting of one method on one set of facts or lessons: learn, then measure. What it learned and what was
+measured come into its folder together, so an interrupted comparison goes on where it stopped; see
+``memlayer.jobs.run_folder``. Strengths are chosen on validation facts and reported on test facts.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+
+from tqdm import tqdm
 
 from memlayer.data.facts import facts_of
 from memlayer.data.qa import Question, known_questions
 from memlayer.decoders import files
 from memlayer.evaluation.forgetting import scores
-from memlayer.evaluation.qa import Answered, answer_questions
-from memlayer.evaluation.report import CONTROL, result_row
-from memlayer.files import write_file
-from memlayer.jobs.config import RunConfig
+from memlayer.evaluation.probes import Probed
+from memlayer.evaluation.provenance import provenance
+from memlayer.evaluation.qa import Answered
+from memlayer.evaluation.report import (
+    CONTROL,
+    forgetting_at_equal_learning,
+    format_at_equal_learning,
+    format_probes,
+    format_table,
+    mean_rows,
+    result_row,
+    sample,
+    write_report,
+)
+from memlayer.files import sha256_of, write_file
+from memlayer.jobs.config import CompareRun, LearnRun, load_config
 from memlayer.jobs.learn import inputs_of, learn
 from memlayer.jobs.lessons import lessons_of, prompts_of
+from memlayer.jobs.measure import Measured, Measurement, compared_probes
 from memlayer.jobs.run_folder import claimed, is_done, write_result
+from memlayer.jobs.sections import ProbesConfig
 from memlayer.jobs.taught import Learned, write_learned
 from memlayer.jobs.workers import worker_processes
 
-ANSWERS = "answers.jsonl"
+ANSWERS, PROBES, TRIALS = "answers.jsonl", "probes.json", "trials"
+SEED = "{seed}"  # in the name of a checkpoint
 
 
 @dataclass(frozen=True)
@@ -38,12 +55,16 @@ class Trial:
         strength: what is varied, in words.
         config: the run; its ``output`` is the trial's folder.
         known: first and last of the known facts that are asked about.
+        probes: what else to measure.
+        control: folder of the trial that learned nothing, whose probes say what was known.
     """
 
     method: str
     strength: str
-    config: RunConfig
+    config: LearnRun
     known: tuple[int, int]
+    probes: ProbesConfig = field(default_factory=ProbesConfig)
+    control: Path | None = None
 
     @property
     def folder(self) -> Path:
@@ -51,19 +72,162 @@ class Trial:
         return Path(self.config.output)
 
 
-def ask(
-    model, tokenizer, config: RunConfig, known: tuple[int, int], progress: Callable | None = None
-) -> list[Answered]:
-    """Ask about known facts ``known`` (first, last) and the config's new facts."""
-    prompts = prompts_of(config.prompts)
-    questions = [prompts.apply(question, tokenizer) for question in _questions(config, known)]
-    return answer_questions(model, tokenizer, questions, progress=progress)
+@dataclass
+class Compared:
+    """What a comparison found.
+
+    Attributes:
+        rows: of the report, of one seed each.
+        samples: of the report: what the first method's chosen strength made of each question, or its strongest one.
+    """
+
+    rows: list[dict]
+    samples: list[dict]
+
+    @property
+    def shown(self) -> list[dict]:
+        """The rows as they are reported: their means, where there are several seeds."""
+        return mean_rows(self.rows) if len({each["seed"] for each in self.rows}) > 1 else self.rows
 
 
-def _questions(config: RunConfig, known: tuple[int, int]) -> list[Question]:
-    facts = facts_of(**asdict(config.data))
-    new = [question for lesson in lessons_of(config) for question in lesson.ask]
-    return known_questions(facts.known[slice(*known)], facts.wordings) + new
+def compare(config: CompareRun) -> None:
+    """Run the trials that are not there yet, write the report, and print its tables.
+
+    Raises:
+        FileNotFoundError, ValueError: a checkpoint, a file or a setting does not fit, or a folder holds something
+            else.
+    """
+    inputs = _inputs_of(config)
+    with claimed(config, inputs) as done:
+        if done:
+            return
+        found = run(config)
+        title = f"{', '.join(config.methods)} on {config.checkpoint}"
+        came_from = provenance(_seeds(config), asdict(config))
+        equal = forgetting_at_equal_learning(found.rows)
+
+        def write(folder: Path) -> None:
+            write_report(folder, title, found.shown, came_from, found.samples, equal)
+
+        write_result(config.output, config, inputs, write)
+    print(format_table(found.shown))
+    print(format_probes(found.shown), end="")
+    print(format_at_equal_learning(equal), end="")
+
+
+def run(config: CompareRun) -> Compared:
+    """Run the trials that are not there yet, and read all of them.
+
+    Raises:
+        FileNotFoundError, ValueError: as of ``compare``; no trial of that seed is run then.
+    """
+    found = Compared([], [])
+    for seed in _seeds(config):
+        _check(config, seed)
+    for seed in _seeds(config):
+        rows, samples = _try_methods(config, seed)
+        found.rows += rows
+        found.samples += [each | {"seed": seed} for each in samples]
+    return found
+
+
+def _seeds(config: CompareRun) -> range:
+    return range(config.seed, config.seed + config.compare.seeds)
+
+
+def _plans(config: CompareRun, seed: int) -> list[list[Trial]]:
+    """The trials of a seed on validation facts, if any are to choose, and those on test facts."""
+    kinds = (True, False) if config.compare.num_validation else (False,)
+    return [trials(config, seed, validation) for validation in kinds]
+
+
+def _check(config: CompareRun, seed: int) -> None:
+    """Refuse what cannot be measured before anything is taught."""
+    plans = [planned for planned in _plans(config, seed) if not all(map(trial_is_done, planned))]
+    if plans:
+        model, tokenizer = files.load(plans[0][0].config.checkpoint)
+        for planned in plans:
+            _measurement(planned[0], model, tokenizer)
+
+
+def _try_methods(config: CompareRun, seed: int) -> tuple[list[dict], list[dict]]:
+    """Every method on validation facts, then on test facts at chosen strengths or all; rows and samples of these."""
+    *validation, test = _plans(config, seed)
+    number = len(test) if config.compare.every_strength else 1 + len(config.methods)
+    total = sum(map(len, validation)) + number
+    with tqdm(total=total, desc=f"seed {seed}: teaching and asking", unit="trial") as bar:
+        chosen: dict[str, str] = {}
+        for planned in validation:
+            before = _run_all(planned, config.compare.workers, bar)
+            chosen = choose([row(trial, before) for trial in planned])
+        if not config.compare.every_strength:
+            test = [trial for trial in test if chosen[trial.method] == trial.strength]
+        before = _run_all(test, config.compare.workers, bar)
+    rows = [row(trial, before, chosen=chosen.get(trial.method) == trial.strength) for trial in test]
+    first = [trial for trial in test if trial.method == next(iter(config.methods))]
+    shown = next((trial for trial in first if chosen.get(trial.method) == trial.strength), first[-1])
+    pairs = zip(before.answers, read_measured(shown.folder).answers, strict=True)
+    return rows, [sample(*pair) for pair in pairs]
+
+
+def _run_all(some: list[Trial], workers: int, bar: tqdm) -> Measured:
+    """Run trials, of which the first changes nothing, and return what that measured."""
+    first, *others = some
+    if first.probes.known_only:
+        run_trials([first], workers, progress=lambda trial: bar.update())
+    else:
+        others.insert(0, first)
+    run_trials(others[::-1], workers, progress=lambda trial: bar.update())  # the longest ones first
+    return read_measured(first.folder)
+
+
+def trials(config: CompareRun, seed: int, validation: bool) -> list[Trial]:
+    """The control, then every method at every strength, on the validation facts or lessons or on those of the seed.
+
+    Raises:
+        FileNotFoundError, ValueError: a method's config, or a setting of it.
+    """
+    told = config.compare
+    first, number = told.first_test + (seed - config.seed) * told.num_test, told.num_test
+    known = tuple(told.known_test)
+    if validation:
+        first, number, known = told.first_validation, told.num_validation, tuple(told.known_validation)
+    folder = Path(config.output) / TRIALS / f"seed{seed}" / ("validation" if validation else "test")
+    taught = {"data": replace(config.data, first_new=first, num_new=number), "lessons": config.lessons}
+    if config.lessons.files:
+        taught = {"data": config.data, "lessons": replace(config.lessons, first=first, number=number)}
+    common = taught | {
+        "checkpoint": config.checkpoint.replace(SEED, str(seed)),
+        "seed": seed,
+        "prompts": config.prompts,
+    }
+    planned: list[Trial] = []
+
+    def plan(name: str, strength: str, run: LearnRun) -> None:
+        output = str(folder / f"{name} {strength}".strip())
+        run = replace(run, **common, trainer=run.trainer | {"disable_tqdm": True}, output=output)
+        planned.append(Trial(name, strength, run, known, config.probes, folder / CONTROL))
+
+    for name, method in config.methods.items():
+        run = load_config(method.config, method.settings)
+        if not isinstance(run, LearnRun):
+            raise ValueError(f"methods.{name}.config is {method.config}, of job {run.job}: name one of job learn")
+        if not planned:
+            plan(CONTROL, "", run)
+        for rate in method.learning_rates:
+            plan(name, f"lr {rate:g}", replace(run, learn=replace(run.learn, learning_rate=rate)))
+    return planned
+
+
+def _inputs_of(config: CompareRun) -> dict[str, str]:
+    """Name and SHA-256 of what a comparison depends on: every method's settings, and what its trials start from."""
+    named: dict[str, str] = {}
+    for seed in _seeds(config):
+        for planned in _plans(config, seed):
+            named |= {f"{trial.method} {trial.strength}": _digest(trial.config.learn) for trial in planned}
+            first = planned[0]
+            named |= {f"{name} of {first.folder.parent}": digest for name, digest in _inputs(first).items()}
+    return named
 
 
 def run_trials(trials: Sequence[Trial], workers: int, progress: Callable[[Trial], object]) -> None:
@@ -111,43 +275,70 @@ def trial_is_done(trial: Trial) -> bool:
 
 
 def run_trial(trial: Trial) -> None:
-    """Learn, ask, and write the outcome, unless that is done already."""
+    """Learn, measure, and write the outcome, unless that is done already."""
     inputs = _inputs(trial)
     with claimed(trial.config, inputs) as done:
         if done:
             return
+        model, tokenizer = files.load(trial.config.checkpoint)
+        measure = _measurement(trial, model, tokenizer)
         if trial.method == CONTROL:
             nothing = {"patch": None, "seconds": 0.0, "steps": 0, "resumed_at": 0, "parameters_changed": 0}
-            learned = Learned(trial.config, *files.load(trial.config.checkpoint), **nothing)
+            learned = Learned(trial.config, model, tokenizer, **nothing)
         else:
+            known_only = trial.probes.known_only
+            measure.remember(model, read_measured(trial.control) if known_only else Measured([], []))
+            del model
             learned = learn(trial.config)
-        answers = ask(learned.model, learned.tokenizer, trial.config, trial.known)
+        measured = measure(learned.model, learned.tokenizer, trial.folder)
 
         def write(folder: Path) -> None:
             write_learned(learned, folder, with_model=False)
-            write_answers(answers, folder)
+            write_measured(measured, folder)
 
         write_result(trial.folder, trial.config, inputs, write)
 
 
-def _inputs(trial: Trial) -> Mapping[str, str]:
-    questions = repr(_questions(trial.config, trial.known))
-    return inputs_of(trial.config) | {"questions": hashlib.sha256(questions.encode("utf-8")).hexdigest()}
+def _measurement(trial: Trial, model, tokenizer) -> Measurement:
+    prompts = prompts_of(trial.config.prompts)
+    questions = [prompts.apply(question, tokenizer) for question in _questions(trial.config, trial.known)]
+    return Measurement(model, tokenizer, questions, trial.probes, disable_tqdm=True)
 
 
-def row(trial: Trial, before: Iterable[Answered], chosen: bool = False) -> dict:
+def _questions(config: LearnRun, known: tuple[int, int]) -> list[Question]:
+    """Known facts ``known`` (first, last), and what the run teaches."""
+    facts = facts_of(**asdict(config.data))
+    new = [question for lesson in lessons_of(config) for question in lesson.ask]
+    return known_questions(facts.known[slice(*known)], facts.wordings) + new
+
+
+def _inputs(trial: Trial) -> dict[str, str]:
+    """What a trial depends on, beside its config."""
+    probes = trial.probes
+    read = {f"probe {path}": sha256_of(path) for path in (*probes.questions, *probes.texts)}
+    measured = {"questions": _digest(_questions(trial.config, trial.known)), "probes": _digest(probes)}
+    return inputs_of(trial.config) | read | measured
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(repr(value).encode("utf-8")).hexdigest()
+
+
+def row(trial: Trial, before: Measured, chosen: bool = False) -> dict:
     """The trial's row of a report."""
     took = json.loads((trial.folder / "learned.json").read_text(encoding="utf-8"))
-    return result_row(
+    after = read_measured(trial.folder)
+    measured = result_row(
         trial.method,
         trial.strength,
-        scores(before),
-        scores(read_answers(trial.folder)),
+        scores(before.answers),
+        scores(after.answers),
         seed=trial.config.seed,
         seconds=took["seconds"],
         parameters_changed=took["parameters_changed"],
         chosen=chosen and trial.method != CONTROL,  # the control has no strength to choose
     )
+    return measured | {"probes": compared_probes(before, after)}
 
 
 def choose(rows: Sequence[dict]) -> dict[str, str]:
@@ -164,17 +355,19 @@ def _merit(candidate: dict) -> tuple[float, float]:
     return candidate["learning_unseen"], candidate["known_seen_after"]
 
 
-def write_answers(answered: Iterable[Answered], folder: Path) -> None:
-    """One JSON line an answer."""
-    lines = (json.dumps(asdict(each), ensure_ascii=False) + "\n" for each in answered)
+def write_measured(measured: Measured, folder: Path) -> None:
+    """The answers, one JSON line each, and the probes."""
+    lines = (json.dumps(asdict(each), ensure_ascii=False) + "\n" for each in measured.answers)
     write_file(folder / ANSWERS, "".join(lines))
+    write_file(folder / PROBES, json.dumps([asdict(each) for each in measured.probes]) + "\n")
 
 
-def read_answers(folder: Path) -> list[Answered]:
-    """What ``write_answers`` wrote."""
+def read_measured(folder: Path) -> Measured:
+    """What ``write_measured`` wrote."""
     answered = []
     for line in (folder / ANSWERS).read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         question = record.pop("question")
         answered.append(Answered(Question(**question | {"answers": tuple(question["answers"])}), **record))
-    return answered
+    probes = json.loads((folder / PROBES).read_text(encoding="utf-8"))
+    return Measured(answered, [Probed(**each) for each in probes])

@@ -12,13 +12,16 @@ from memlayer.checks import check_at_least, check_choices
 from memlayer.jobs import typed, written
 from memlayer.jobs.sections import (
     AugmentConfig,
+    CompareConfig,
     CountConfig,
     DataConfig,
     FullConfig,
     LessonsConfig,
     LoraConfig,
+    MethodConfig,
     ModelConfig,
     PretrainConfig,
+    ProbesConfig,
     PromptsConfig,
     RetrofitConfig,
     SparseMemoryConfig,
@@ -34,7 +37,7 @@ class RunConfig:
     """What every job is told.
 
     Attributes:
-        job: what to do: pretrain, retrofit, augment or learn.
+        job: what to do: pretrain, retrofit, augment, learn or compare.
         output: folder to write.
         seed: of all that is drawn.
     """
@@ -144,7 +147,41 @@ class LearnRun(TrainingRun):
             raise ValueError("lessons.files and settings of data are both there: a run teaches lessons or facts")
 
 
-ANY_RUN = PretrainRun | RetrofitRun | AugmentRun | LearnRun
+@dataclass(kw_only=True)
+class CompareRun(RunConfig):
+    """Teach the same with several methods at several strengths, over seeds, and report what each forgot.
+
+    Attributes:
+        checkpoint: folder of a pretrained or healed memory model.
+        methods: under a name of your own each, the methods to compare.
+    """
+
+    job: Literal["compare"] = "compare"
+    checkpoint: str
+    methods: dict[str, MethodConfig]
+    data: DataConfig = field(default_factory=DataConfig)
+    lessons: LessonsConfig = field(default_factory=LessonsConfig)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)
+    probes: ProbesConfig = field(default_factory=ProbesConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.methods:
+            raise ValueError("methods is empty: name what to compare")
+        for name, method in self.methods.items():
+            if not Path(method.config).is_file():
+                raise ValueError(f"methods.{name}.config is {method.config}: there is no such file")
+        for key in ("num_new", "first_new"):
+            if getattr(self.data, key):
+                raise ValueError(f"data.{key} is set: compare.first_test and compare.num_test say what is taught")
+        if self.lessons.first or self.lessons.number:
+            raise ValueError("lessons.first or lessons.number is set: compare.first_test and compare.num_test decide")
+        if self.lessons.files and self.data != DataConfig():
+            raise ValueError("lessons.files and settings of data are both there: a run teaches lessons or facts")
+
+
+ANY_RUN = PretrainRun | RetrofitRun | AugmentRun | LearnRun | CompareRun
 
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:

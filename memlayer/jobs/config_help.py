@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import json
 import re
 import textwrap
 from collections.abc import Iterable
@@ -10,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from memlayer.jobs.config import ANY_RUN, RunConfig, TrainingRun
 from memlayer.jobs.trainer_settings import FREE, OF_JOB
-from memlayer.jobs.typed import members, name_of, typed_fields
+from memlayer.jobs.typed import members, name_of, section_of_each, typed_fields
 
 WIDTH, COLUMN = 118, 40
 ATTRIBUTE = re.compile(r"^    (\w+): (.*\n?(?:^ {8}.*\n?)*)", re.MULTILINE)
@@ -29,12 +30,18 @@ def describe_settings() -> str:
             groups.append(_names(f"{heading}, trainer.*", OF_JOB[name_of(job)]))
         for field, hint in typed_fields(job):
             default = None if field.default_factory is MISSING else field.default_factory()
+            if each := section_of_each(hint):
+                groups.append(_group(f"{heading}, {field.name}.NAME", each, f"{field.name}.NAME.", None, seen))
             for section in members(hint):
                 kind = f"{heading}, {field.name}"
                 if len(members(hint)) > 1:
                     usual = " (the default)" if type(default) is section else ""
                     kind += f".{dataclasses.fields(section)[0].name}={name_of(section)}{usual}"
                 groups.append(_group(kind, section, f"{field.name}.", default, seen))
+                for inner, inside in typed_fields(section):
+                    for each in members(inside):
+                        prefix = f"{field.name}.{inner.name}."
+                        groups.append(_group(f"{kind}.{inner.name}", each, prefix, inner.default_factory(), seen))
     return "\n\n".join(groups)
 
 
@@ -53,7 +60,7 @@ def _group(heading: str, kind: type, prefix: str, default: Any, seen: set[str]) 
     title = inspect.cleandoc(kind.__doc__).split("\n")[0].rstrip(".").replace("``", "")
     lines, again, docs = [f"{heading}: {title}"], [], attributes(kind)
     for field, hint in typed_fields(kind):
-        if members(hint) or (get_origin(hint) is Literal and len(get_args(hint)) == 1):
+        if members(hint) or section_of_each(hint) or (get_origin(hint) is Literal and len(get_args(hint)) == 1):
             continue  # a section of its own, or the name in the heading
         value = getattr(default, field.name) if type(default) is kind else _default(field)
         line = _line(f"{prefix}{field.name}{_shown(value)}", docs[field.name].rstrip(".") + _choices(hint))
@@ -72,6 +79,8 @@ def _default(field: dataclasses.Field) -> Any:
 def _shown(default: Any) -> str:
     if default is MISSING:
         return " (required)"
+    if isinstance(default, str):
+        return f" = {json.dumps(default) if default != default.strip() or not default.isprintable() else default}"
     return f" = {'null' if default is None else str(default).lower() if isinstance(default, bool) else default}"
 
 

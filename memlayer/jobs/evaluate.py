@@ -8,28 +8,22 @@ measured too.
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from memlayer.data.facts import Fact, facts_of
-from memlayer.data.lessons import load_lessons
 from memlayer.data.qa import Question, known_questions, new_questions
-from memlayer.data.text import load_documents, windows
 from memlayer.decoders import files
 from memlayer.decoders.fingerprint import state_fingerprint
 from memlayer.evaluation.forgetting import scores
-from memlayer.evaluation.harness import ask_tasks
-from memlayer.evaluation.probes import Probed, compared, window_nats
 from memlayer.evaluation.provenance import provenance
-from memlayer.evaluation.qa import Answered, answer_questions
 from memlayer.evaluation.report import CONTROL, result_row, sample, write_report
 from memlayer.jobs import typed, written
 from memlayer.jobs.config import PretrainRun, RetrofitRun, RunConfig, load_config
 from memlayer.jobs.lessons import lessons_of, prompts_of
+from memlayer.jobs.measure import Measured, Measurement, check_finite, compared_probes
 from memlayer.jobs.preflight import check_output
 from memlayer.jobs.retrofit import load_base
 from memlayer.jobs.sections import DataConfig, ProbesConfig
@@ -67,14 +61,6 @@ class Evaluation:
     output: Path = Path("runs/report")
 
 
-@dataclass
-class _Measured:
-    """What one model does."""
-
-    answers: list[Answered]
-    probes: list[Probed]
-
-
 def load_probes(path: str | Path) -> ProbesConfig:
     """Read a YAML file of probes.
 
@@ -110,7 +96,10 @@ def evaluate(asked: Evaluation) -> list[dict]:
     device = device_of(asked.device)
     model, tokenizer = files.load(checkpoint)
     prompts = prompts_of(taught[0].config.prompts) if taught else None
-    measure = _measurement(asked, tokenizer, questions, prompts, device)
+    if prompts:
+        questions = [prompts.apply(question, tokenizer) for question in questions]
+    generation = {"batch_size": asked.batch_size, "max_new_tokens": asked.max_new_tokens}
+    measure = Measurement(model, tokenizer, questions, asked.probes, device, **generation)
     _check_runs(taught, checkpoint, model, tokenizer)
 
     before = measure(model, tokenizer, checkpoint)
@@ -120,6 +109,8 @@ def evaluate(asked: Evaluation) -> list[dict]:
         took = {"seed": base.seed, "seconds": 0.0, "parameters_changed": 0}
         rows.append(_row("attach and heal", "", measure(untouched, tokenizer, base.base), before, **took))
         del untouched
+    if taught:
+        measure.remember(model, before)
     samples = []
     for run in taught:
         with run.model(model, tokenizer) as learned:
@@ -141,9 +132,9 @@ def evaluate(asked: Evaluation) -> list[dict]:
     return rows
 
 
-def _row(method: str, strength: str, before: _Measured, after: _Measured, **took) -> dict:
-    probes = [compared(*pair) for pair in zip(before.probes, after.probes, strict=True)]
-    return result_row(method, strength, scores(before.answers), scores(after.answers), **took) | {"probes": probes}
+def _row(method: str, strength: str, before: Measured, after: Measured, **took) -> dict:
+    measured = scores(before.answers), scores(after.answers)
+    return result_row(method, strength, *measured, **took) | {"probes": compared_probes(before, after)}
 
 
 def _check_taught_alike(taught: Sequence[Taught]) -> None:
@@ -206,53 +197,6 @@ def _known(asked: Evaluation, base: RunConfig, taught: Sequence[Fact]) -> list[Q
     return known_questions(knows.known, knows.wordings, taught, unseen_wordings)
 
 
-def _measurement(asked: Evaluation, tokenizer, questions: list[Question], prompts, device: torch.device):
-    """A function that measures a model; whatever can be refused is refused here."""
-    probes = asked.probes
-    questions = [prompts.apply(question, tokenizer) if prompts else question for question in questions]
-    sets = {path: _probe_questions(probes, path, tokenizer) for path in probes.questions}
-    texts = {path: _probe_windows(probes, path, tokenizer) for path in probes.texts}
-    tasks = partial(ask_tasks, tasks=probes.tasks, folder=probes.tasks_folder, limit=probes.num_examples)
-
-    def measure(model, tokenizer, name: Path) -> _Measured:
-        check_finite(model, name)
-        model = model.to(device)
-        number = len(questions) + sum(map(len, sets.values()))
-        with tqdm(total=number, desc=f"asking {name}", unit="question") as bar:
-            ask = partial(answer_questions, model, tokenizer, batch_size=asked.batch_size, progress=bar.update)
-            answers = ask(questions, max_new_tokens=asked.max_new_tokens)
-            found = [
-                Probed(_name(path), "right", [float(each.exact_match) for each in ask(of_set)])
-                for path, of_set in sets.items()
-            ]
-        with tqdm(total=sum(map(len, texts.values())), desc=f"reading {name}", unit="window", disable=not texts) as bar:
-            nats = partial(window_nats, model, progress=bar.update)
-            found += [Probed(_name(path), "nats", nats(text_WL)) for path, text_WL in texts.items()]
-        return _Measured(answers, found + tasks(model, tokenizer))
-
-    return measure
-
-
-def _name(path: str) -> str:
-    """What a report calls the probe of a file: its name without endings."""
-    return Path(path).name.split(".")[0]
-
-
-def _probe_questions(probes: ProbesConfig, path: str, tokenizer) -> list[Question]:
-    """The questions of one file, as the model reads them."""
-    prompts = prompts_of(probes.prompts)
-    questions = [question for lesson in load_lessons([path]) for question in lesson.ask]
-    if not questions:
-        raise ValueError(f"{path} asks nothing")
-    return [prompts.apply(question, tokenizer) for question in questions[: probes.num_questions]]
-
-
-def _probe_windows(probes: ProbesConfig, path: str, tokenizer) -> torch.Tensor:
-    """The windows of one file of text; windows() wants one for training, which is the last here."""
-    documents = load_documents([path], column=probes.column)
-    return windows(tokenizer, documents, probes.length, 1, probes.num_windows)[1]
-
-
 def device_of(name: str | None) -> torch.device:
     """The device of that name, or the one there is.
 
@@ -265,13 +209,3 @@ def device_of(name: str | None) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # an AssertionError where torch was built without it
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
-
-
-def check_finite(model: nn.Module, folder: Path) -> None:
-    """Refuse a model whose scores would mean nothing.
-
-    Raises:
-        ValueError: a number in it is NaN or infinite.
-    """
-    if not all(tensor.isfinite().all() for tensor in model.state_dict().values() if tensor.is_floating_point()):
-        raise ValueError(f"the model in {folder} holds numbers that are not finite")

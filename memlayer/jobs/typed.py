@@ -46,6 +46,8 @@ def names(kind: Any, prefix: str = "") -> Iterator[str]:
         for field, hint in typed_fields(member):
             if members(hint):
                 yield from names(hint, f"{prefix}{field.name}.")
+            elif item := section_of_each(hint):
+                yield from names(item, f"{prefix}{field.name}.NAME.")
             else:
                 yield prefix + field.name
                 yield from (f"{prefix}{field.name}.{key}" for key in field.metadata.get("types", ()))
@@ -55,6 +57,12 @@ def members(kind: Any) -> list[type]:
     """The dataclasses that a type allows, none for the type of a single value."""
     kinds = get_args(kind) if _is_union(kind) else (kind,)
     return [each for each in kinds if dataclasses.is_dataclass(each)]
+
+
+def section_of_each(kind: Any) -> type | None:
+    """The dataclass that each of the sections of a mapping is, where it is one of sections under names of one's own."""
+    _, *items = get_args(kind) if get_origin(kind) is dict else (None,)
+    return items[0] if items and members(items[0]) else None
 
 
 def typed_fields(member: type) -> list[tuple[dataclasses.Field, Any]]:
@@ -115,6 +123,9 @@ def _section(kind: type, tree: dict, name: str, default: Any) -> Any:
         ours = _default(field) if default is None else getattr(default, field.name)
         if "types" in field.metadata:
             values[field.name] = _open_section(field.metadata["types"], tree.get(field.name, {}), dotted)
+        elif field.name in tree and (item := section_of_each(hint)):
+            tree_of = _as_section(tree[field.name], dotted)
+            values[field.name] = {key: _read(item, each, _dotted(dotted, key)) for key, each in tree_of.items()}
         elif field.name in tree or members(hint):
             values[field.name] = _read(hint, tree.get(field.name, {}), dotted, None if ours is MISSING else ours)
         elif ours is MISSING:

@@ -168,11 +168,18 @@ def test_too_little_text_is_refused_with_the_numbers(byte_level):
         windows(byte_level, [tiny.SENTENCES[0], "Oslo", "Oslo"], length=9, num_train=5, num_validation=1)
 
 
-@pytest.mark.parametrize(("name", "number", "least"), [("length", 1, 2), ("num_train", 0, 1), ("num_validation", 0, 1)])
+@pytest.mark.parametrize(
+    ("name", "number", "least"), [("length", 1, 2), ("num_train", -1, 0), ("num_validation", 0, 1)]
+)
 def test_numbers_that_leave_nothing_to_do_are_refused(byte_level, name, number, least):
     arguments = {"length": 4, "num_train": 1, "num_validation": 1, name: number}
     with pytest.raises(ValueError, match=f"{name} is {number}, must be at least {least}"):
         windows(byte_level, tiny.SENTENCES, **arguments)
+
+
+def test_text_that_is_only_measured_needs_none_left_for_training(byte_level):
+    train, validation = windows(byte_level, tiny.SENTENCES[:1], length=4, num_train=0, num_validation=1)
+    assert (train.shape, validation.shape) == ((0, 4), (1, 4))
 
 
 def test_a_tokenizer_without_an_end_token_is_refused():

@@ -98,6 +98,7 @@ def test_different_question_sets_are_not_compared():
 
 def test_mean_and_sample_deviation():
     assert mean_and_deviation([1.0, 2.0, 3.0]) == (2.0, 1.0)
+    assert all(map(math.isnan, mean_and_deviation([1.0, math.nan, 3.0])))
     mean, deviation = mean_and_deviation([0.7])
     assert mean == 0.7
     assert math.isnan(deviation)

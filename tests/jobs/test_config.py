@@ -127,7 +127,7 @@ def test_which_settings_there_are_follows_from_job_and_method(tmp_path):
         config = load_config(write(tmp_path, MINIMAL), [f"learn.method={method}"])
         assert config.learn == kind()
         assert load_config(write(tmp_path, to_yaml(config))) == config
-    assert {name_of(job) for job in members(ANY_RUN)} == {"pretrain", "retrofit", "augment", "learn"}
+    assert {name_of(job) for job in members(ANY_RUN)} == {"pretrain", "retrofit", "augment", "learn", "compare"}
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from memlayer.evaluation.probes import Probed, compared
 from memlayer.evaluation.report import without_nan
 from memlayer.jobs.evaluate import Evaluation, evaluate, load_probes
 from memlayer.jobs.learn import learn
+from memlayer.jobs.measure import KL
 from memlayer.jobs.sections import ProbesConfig
 from memlayer.jobs.taught import save_learned
 
@@ -57,10 +58,12 @@ def test_lessons_are_asked_in_their_prompts_and_probes_before_and_after(tmp_path
     assert {"Question: Where does Ada work? Answer:", "Question: Where does Bo work? Answer:"} <= {
         sample["question"] for sample in samples
     }
-    known, text = after["probes"]
+    known, text, kl = after["probes"]
     assert (known["name"], known["n"], text["name"], text["n"]) == ("known", 1, "text", 5)
     assert text["before"] == before["probes"][1]["after"] != text["after"]
     assert known["gained"] == known["after"] == 1.0, "the question was taught"
+    assert (kl["name"], kl["n"], kl["before"]) == (KL, 2, 0)
+    assert kl["after"] > 0
     for shown in (done.stdout, (tmp_path / "out" / "report.md").read_text()):
         assert "McNemar" in shown
     asked = Evaluation(checkpoint, [learned], num_known=0, probes=load_probes(told), output=tmp_path / "again")

@@ -1,0 +1,168 @@
+"""One measurement of one model: the questions about what is taught and what was known, and the probes.
+
+eval.py and a comparison measure by the same object, made once and called on each model, so that all are asked the same.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from memlayer.data.lessons import load_lessons
+from memlayer.data.qa import Question
+from memlayer.data.text import load_documents, windows
+from memlayer.evaluation.divergence import answer_distributions, kl_divergences, spread
+from memlayer.evaluation.harness import ask_tasks
+from memlayer.evaluation.probes import Probed, compared, known_items, window_nats
+from memlayer.evaluation.qa import Answered, answer_questions, encode_questions
+from memlayer.jobs.lessons import prompts_of
+from memlayer.jobs.sections import ProbesConfig
+from memlayer.machine import best_device
+
+KL = "KL to the model before, taught questions"
+
+
+@dataclass
+class Measured:
+    """What one model does: its answers to the questions, and its probes."""
+
+    answers: list[Answered]
+    probes: list[Probed]
+
+
+class Measurement:
+    """What to measure; whatever can be refused is refused when it is made.
+
+    Args:
+        model: whose prompts and texts they must fit; it is not changed.
+        tokenizer: its own.
+        questions: about what is taught and what was known, as the model reads them.
+        probes: what else to measure.
+        device: where to.
+        batch_size: questions at a time.
+        max_new_tokens: where an answer that does not end is cut; None is past the longest answer.
+        disable_tqdm: show no progress.
+
+    Raises:
+        FileNotFoundError, ValueError: a file of the probes, or a setting of them, or what does not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer,
+        questions: Sequence[Question],
+        probes: ProbesConfig,
+        device: torch.device | None = None,
+        *,
+        batch_size: int = 256,
+        max_new_tokens: int | None = None,
+        disable_tqdm: bool = False,
+    ):
+        self._questions, self._settings, self._device = questions, probes, device or best_device()
+        self._tokenizer = tokenizer
+        self._taught = spread([question for question in questions if question.group == "new"])
+        named = _named([*probes.questions, *probes.texts])
+        self._sets = {named[path]: _probe_questions(probes, path, tokenizer) for path in probes.questions}
+        quiet = disable_tqdm
+        self._texts = {named[path]: _probe_windows(probes, path, tokenizer, quiet) for path in probes.texts}
+        for asked in (questions, *self._sets.values()):
+            encode_questions(model, tokenizer, asked)
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or probes.length
+        if self._texts and probes.length > positions:
+            raise ValueError(f"length of the probes is {probes.length}, the model has {positions} positions")
+        self._ask = partial(answer_questions, batch_size=batch_size)
+        self._max_new_tokens, self._quiet = max_new_tokens, disable_tqdm
+        self._known: dict[str, list[int]] = {}
+        self._before: list[Tensor] | None = None
+
+    def remember(self, model: nn.Module, before: Measured) -> None:
+        """Compare the models that follow with this one, and ask them what it knew where ``probes.known_only`` is set.
+
+        Args:
+            before: what this object measured of the model.
+        """
+        if self._settings.known_only:
+            self._known = {each.name: known_items(each) for each in before.probes if each.name in self._sets}
+        if self._taught:
+            self._before = answer_distributions(model.to(self._device), self._tokenizer, self._taught)
+
+    def __call__(self, model: nn.Module, tokenizer, name: str | Path) -> Measured:
+        """Measure a model.
+
+        Args:
+            tokenizer: the one it has.
+            name: what progress bars and refusals call it.
+
+        Raises:
+            ValueError: a number in the model is not finite, or a question does not fit it.
+        """
+        check_finite(model, name)
+        model = model.to(self._device)
+        sets = {each: self._asked(each) for each in self._sets}
+        number = len(self._questions) + sum(map(len, sets.values()))
+        with tqdm(total=number, desc=f"asking {name}", unit="question", disable=self._quiet) as bar:
+            ask = partial(self._ask, model, tokenizer, progress=bar.update)
+            answers = ask(self._questions, max_new_tokens=self._max_new_tokens)
+            found = [
+                Probed(each, "right", [float(one.exact_match) for one in ask(of_set)], self._known.get(each))
+                for each, of_set in sets.items()
+            ]
+        number = sum(map(len, self._texts.values()))
+        with tqdm(total=number, desc=f"reading {name}", unit="window", disable=self._quiet or not number) as bar:
+            nats = partial(window_nats, model, progress=bar.update)
+            found += [Probed(each, "nats", nats(text_WL)) for each, text_WL in self._texts.items()]
+        if self._before is not None:
+            now = answer_distributions(model, tokenizer, self._taught)
+            found.append(Probed(KL, "nats", kl_divergences(self._before, now)))
+        probes = self._settings
+        tasks = {"tasks": probes.tasks, "folder": probes.tasks_folder, "limit": probes.num_examples}
+        return Measured(answers, found + ask_tasks(model, tokenizer, **tasks))
+
+    def _asked(self, name: str) -> list[Question]:
+        items = self._known.get(name)
+        return self._sets[name] if items is None else [self._sets[name][item] for item in items]
+
+
+def compared_probes(before: Measured, after: Measured) -> list[dict]:
+    """Every probe of two models, as ``probes.compared`` has it; before itself, nothing diverged."""
+    then = {probed.name: probed for probed in before.probes}
+    return [
+        compared(then.get(now.name, Probed(now.name, now.measure, [0.0] * len(now.values))), now)
+        for now in after.probes
+    ]
+
+
+def _named(paths: Sequence[str]) -> dict[str, str]:
+    """What a report calls the probe of each file: its name without endings, or its path where two have one name."""
+    short = [Path(path).name.split(".")[0] for path in paths]
+    return {path: path if short.count(name) > 1 else name for path, name in zip(paths, short)}
+
+
+def _probe_questions(probes: ProbesConfig, path: str, tokenizer) -> list[Question]:
+    """The questions of one file, as the model reads them."""
+    prompts = prompts_of(probes.prompts)
+    questions = [question for lesson in load_lessons([path]) for question in lesson.ask]
+    if not questions:
+        raise ValueError(f"{path} asks nothing")
+    return [prompts.apply(question, tokenizer) for question in questions[: probes.num_questions]]
+
+
+def _probe_windows(probes: ProbesConfig, path: str, tokenizer, quiet: bool) -> Tensor:
+    """The windows of one file of text."""
+    documents = load_documents([path], column=probes.column)
+    return windows(tokenizer, documents, probes.length, 0, probes.num_windows, disable_tqdm=quiet)[1]
+
+
+def check_finite(model: nn.Module, folder: str | Path) -> None:
+    """Refuse a model whose scores would mean nothing.
+
+    Raises:
+        ValueError: a number in it is NaN or infinite.
+    """
+    if not all(tensor.isfinite().all() for tensor in model.state_dict().values() if tensor.is_floating_point()):
+        raise ValueError(f"the model in {folder} holds numbers that are not finite")
