@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from memlayer.evaluation.forgetting import mean_and_deviation
 from memlayer.evaluation.qa import Answered, evaluating
+from memlayer.evaluation.slick import CATEGORIES
 from memlayer.evaluation.statistics import bootstrap_interval, flips
 
 
@@ -31,12 +32,14 @@ class Probed:
         measure: "right", where a value is 1 for a right answer and 0 for a wrong one, or "nats" a token.
         values: one an item, in the order of the items.
         items: which items the values are of, by their places; None is all of them.
+        categories: how well each item was known, of ``slick.py``, where that was asked.
     """
 
     name: str
     measure: Literal["right", "nats"]
     values: list[float]
     items: list[int] | None = None
+    categories: list[str] | None = None
 
 
 def compared(before: Probed, after: Probed) -> dict:
@@ -49,7 +52,8 @@ def compared(before: Probed, after: Probed) -> dict:
     Returns:
         ``name``, ``measure``, ``n``, the means ``before`` and ``after``, and ``change`` of the mean with its 95 %
         bootstrap interval ``low`` and ``high``; of answers also how many were ``kept``, ``lost``, ``gained`` and
-        ``neither``, the ``share_kept`` of those that were right, and McNemar's exact ``p_value``.
+        ``neither``, the ``share_kept`` of those that were right, and McNemar's exact ``p_value``; and ``by_category``,
+        where it is known how well each was known: ``n`` and the means ``before`` and ``after`` of each category.
 
     Raises:
         ValueError: they are not of the same items.
@@ -64,7 +68,22 @@ def compared(before: Probed, after: Probed) -> dict:
     if before.measure == "right":
         turned = flips([value > 0.5 for value in first], [value > 0.5 for value in after.values])
         row |= asdict(turned) | {"share_kept": turned.share_kept, "p_value": turned.p_value}
+    if before.categories is not None:
+        kinds = before.categories if after.items is None else [before.categories[item] for item in after.items]
+        row["by_category"] = {kind: _of_kind(kind, kinds, first, after.values) for kind in CATEGORIES}
     return row
+
+
+def _of_kind(kind: str, kinds: Sequence[str], before: Sequence[float], after: Sequence[float]) -> dict:
+    places = [place for place, each in enumerate(kinds) if each == kind]
+    means = (_mean([values[place] for place in places]) for values in (before, after))
+    return {"n": len(places)} | dict(zip(("before", "after"), means))
+
+
+def _categories_over_seeds(runs: Sequence[Mapping[str, Mapping]]) -> dict[str, dict]:
+    return {
+        kind: {key: _mean([run[kind][key] for run in runs]) for key in ("n", "before", "after")} for kind in CATEGORIES
+    }
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -90,6 +109,8 @@ def probes_over_seeds(runs: Sequence[Sequence[Mapping]]) -> list[dict]:
         row = {key: same[0][key] for key in ("name", "measure")}
         row |= {key: _mean([each[key] for each in same]) for key in AVERAGED if key in same[0]}
         deviate = [key for key in ("change", "share_kept") if key in same[0]]
+        if "by_category" in same[0]:
+            row["by_category"] = _categories_over_seeds([each["by_category"] for each in same])
         merged.append(row | {f"{key}_std": mean_and_deviation([each[key] for each in same])[1] for key in deviate})
     return merged
 

@@ -77,10 +77,10 @@ def answer_questions(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     prompts, answer_ids = encode_questions(model, tokenizer, questions)
-    positions, budget = _positions(model), _budget(questions, answer_ids, max_new_tokens)
+    positions, budget = positions_of(model), budget_of(questions, answer_ids, max_new_tokens)
     answered: dict[int, Answered] = {}
     with evaluating(model), torch.no_grad():
-        for batch, new_tokens in _batches(list(map(len, prompts)), batch_size, budget, positions):
+        for batch, new_tokens in in_batches(list(map(len, prompts)), batch_size, budget, positions):
             asked, batch_prompts = [questions[index] for index in batch], [prompts[index] for index in batch]
             ends = [question.end for question in asked]
             predictions = generate(model, tokenizer, batch_prompts, new_tokens, ends)
@@ -105,17 +105,32 @@ def encode_questions(model, tokenizer, questions: Sequence[Question]) -> tuple[l
     ids = iter(encode_answers(tokenizer, [each for question in questions for each in question.examples]))
     answer_ids = [list(islice(ids, len(question.answers))) for question in questions]
     _check_read_back(tokenizer, questions, answer_ids)
-    _check_positions(questions, prompts, answer_ids, _positions(model))
+    _check_positions(questions, prompts, answer_ids, positions_of(model))
     return prompts, answer_ids
 
 
-def generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int, ends: Sequence[str] = ()) -> list[str]:
-    """The likeliest continuation of each prompt, token by token, up to an end token or the end of its answer.
+def generate(
+    model,
+    tokenizer,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    ends: Sequence[str] = (),
+    *,
+    samples: int | None = None,
+    temperature: float = 1.0,
+) -> list[str]:
+    """Continue each prompt up to an end token or the end of its answer: as is likeliest, token by token, or as drawn.
 
     Args:
         prompts: token ids; padded on the left here, so that all continuations start in one column.
         ends: per prompt, the text that ends its answer; nothing is an end token alone.
+        samples: draw so many continuations of each prompt in place of the likeliest one.
+        temperature: of what is drawn, by torch's generator.
+
+    Returns:
+        one continuation a prompt, or its ``samples`` one after the other.
     """
+    drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "num_return_sequences": samples}
     pad = pad_token(tokenizer)
     longest = max(map(len, prompts))
     padded = [[pad] * (longest - len(prompt)) + prompt for prompt in prompts]
@@ -124,12 +139,13 @@ def generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int, en
         input_ids=torch.tensor(padded, device=model.device),
         attention_mask=torch.tensor(mask, device=model.device),
         max_new_tokens=max_new_tokens,
-        do_sample=False,
         num_beams=1,
+        **(drawn if samples else {"do_sample": False}),
         use_cache=True,
         pad_token_id=pad,
         eos_token_id=end_tokens(model, tokenizer, set(ends)),
     )
+    ends = [end for end in ends for _ in range(samples or 1)]
     return [_decode(tokenizer, *pair) for pair in zip_longest(ids_BL[:, longest:], ends, fillvalue="")]
 
 
@@ -243,7 +259,7 @@ def evaluating(model) -> Iterator[None]:
             module.training = training
 
 
-def _positions(model) -> float:
+def positions_of(model) -> float:
     """How many tokens a sequence of the model may have."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
@@ -259,7 +275,7 @@ def _check_positions(
             )
 
 
-def _budget(questions: Sequence[Question], answers: Sequence[list[list[int]]], asked_for: int | None) -> int:
+def budget_of(questions: Sequence[Question], answers: Sequence[list[list[int]]], asked_for: int | None) -> int:
     """How many tokens a prediction may have: at least as many as the longest answer that counts."""
     longest, fact = max(((max(map(len, ids)), q.fact) for q, ids in zip(questions, answers)), default=(1, ""))
     if asked_for is None:
@@ -271,7 +287,9 @@ def _budget(questions: Sequence[Question], answers: Sequence[list[list[int]]], a
     return asked_for
 
 
-def _batches(lengths: Sequence[int], batch_size: int, budget: int, positions: float) -> Iterator[tuple[list[int], int]]:
+def in_batches(
+    lengths: Sequence[int], batch_size: int, budget: int, positions: float
+) -> Iterator[tuple[list[int], int]]:
     """Indices of prompts of near lengths, and how many tokens may follow them.
 
     Where the budget passes the model's last position, prompts are asked with others of their very length: what is

@@ -34,6 +34,7 @@ from memlayer.evaluation.forgetting import MEASURES, drop_in_words, over_seeds, 
 from memlayer.evaluation.matched import matched
 from memlayer.evaluation.pareto import pareto_figure
 from memlayer.evaluation.probes import probes_over_seeds
+from memlayer.evaluation.slick import CATEGORIES
 from memlayer.files import write_file
 
 CONTROL = "do nothing"
@@ -186,6 +187,9 @@ def format_table(rows: Sequence[Mapping]) -> str:
     return "\n".join(_aligned(table))
 
 
+SLICK_NOTES = """\
+SliCK's categories: after several sets of answered questions the likeliest answer was always right (HighlyKnown),
+sometimes (MaybeKnown), never, but one that was drawn (WeaklyKnown), or none was. Shares of right answers, as probed."""
 EQUAL_NOTES = """\
 Who learns more forgets more. Here each method stands where it has learned as much, in unseen wordings, as every method
 does at one of its strengths with every seed: between two strengths the forgetting is taken from the line that joins
@@ -211,6 +215,18 @@ def _probe_cells(rows: Sequence[Mapping]) -> list[list[str]]:
         [row["method"], row["strength"], probe["name"], f"{probe['n']:g}", *_changed(probe), *_turned(probe)]
         for row in rows
         for probe in row.get("probes", ())
+    ]
+
+
+def _category_cells(rows: Sequence[Mapping]) -> list[list[str]]:
+    def cell(of_kind: Mapping) -> str:
+        return f"{of_kind['before']:.2f} -> {of_kind['after']:.2f} of {of_kind['n']:g}" if of_kind["n"] else "-"
+
+    return [
+        [row["method"], row["strength"], probe["name"], *(cell(probe["by_category"][kind]) for kind in CATEGORIES)]
+        for row in rows
+        for probe in row.get("probes", ())
+        if "by_category" in probe
     ]
 
 
@@ -305,6 +321,12 @@ def _markdown(title: str, rows: Sequence[Mapping], provenance: Mapping, equal: M
             else []
         ),
         *(["## Probes", PROBE_NOTES, _markdown_table([PROBE_HEADER, *cells])] if (cells := _probe_cells(rows)) else []),
+        *(
+            ["## By how well the questions were known before", SLICK_NOTES]
+            + [_markdown_table([("method", "strength", "probe", *CATEGORIES), *known])]
+            if (known := _category_cells(rows))
+            else []
+        ),
         "## The same by SQuAD's rule",
         "Exact match (EM) and token F1 as papers report them. It takes 3.14 for 314, -5 for 5 and C++ for C.",
         _markdown_table([SQUAD_HEADER, *map(_squad_cells, rows)]),

@@ -290,7 +290,8 @@ def run_trial(trial: Trial) -> None:
             measure.remember(model, read_measured(trial.control) if known_only else Measured([], []))
             del model
             learned = learn(trial.config)
-        measured = measure(learned.model, learned.tokenizer, trial.folder)
+        is_first = trial.method == CONTROL
+        measured = measure(learned.model, learned.tokenizer, trial.folder, is_first)
 
         def write(folder: Path) -> None:
             write_learned(learned, folder, with_model=False)

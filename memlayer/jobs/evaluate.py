@@ -102,7 +102,7 @@ def evaluate(asked: Evaluation) -> list[dict]:
     measure = Measurement(model, tokenizer, questions, asked.probes, device, **generation)
     _check_runs(taught, checkpoint, model, tokenizer)
 
-    before = measure(model, tokenizer, checkpoint)
+    before = measure(model, tokenizer, checkpoint, is_first=True)
     rows = [_row(CONTROL, "", before, before, seed=base.seed, seconds=0.0, parameters_changed=0)]
     if isinstance(base, RetrofitRun) and base.retrofit.steps:
         untouched, _ = load_base(base)

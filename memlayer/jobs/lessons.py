@@ -1,5 +1,6 @@
 """What a run teaches and how it asks: its settings as lessons and prompts."""
 
+import random
 from dataclasses import asdict
 
 from memlayer.data.facts import facts_of
@@ -39,13 +40,27 @@ def prompts_of(told: PromptsConfig) -> Prompts:
         FactsError: a bad file of answered questions.
         ValueError: settings that do not go together.
     """
-    shots = ()
-    if told.style == "few_shot":
-        shots = BUILTIN_SHOTS
-        if told.shots:
-            asked = [lesson.ask[0] for lesson in load_lessons([told.shots]) if lesson.ask]
-            shots = [(question.prompt, question.answers[0]) for question in asked]
-        if len(shots) < told.num_shots:
-            raise ValueError(f"prompts.num_shots is {told.num_shots}, there are {len(shots)} answered questions")
-        shots = tuple(shots[: told.num_shots])
-    return Prompts(told.style, told.frame, told.end or "", shots)
+    shots = _shots_of(told)[: told.num_shots] if told.style == "few_shot" else ()
+    return Prompts(told.style, told.frame, told.end or "", tuple(shots))
+
+
+def drawn_prompts(told: PromptsConfig, number: int, seed: int) -> list[Prompts]:
+    """So many ways to ask after answered questions: each time others, or in another order where there are just enough.
+
+    Raises:
+        FactsError, ValueError: as of ``prompts_of``.
+    """
+    shots, draw = _shots_of(told), random.Random(seed)
+    sets = (draw.sample(shots, told.num_shots) for _ in range(number))
+    return [Prompts(told.style, told.frame, told.end or "", tuple(each)) for each in sets]
+
+
+def _shots_of(told: PromptsConfig) -> list[tuple[str, str]]:
+    """The answered questions there are."""
+    shots = list(BUILTIN_SHOTS)
+    if told.shots:
+        asked = [lesson.ask[0] for lesson in load_lessons([told.shots]) if lesson.ask]
+        shots = [(question.prompt, question.answers[0]) for question in asked]
+    if len(shots) < told.num_shots:
+        raise ValueError(f"prompts.num_shots is {told.num_shots}, there are {len(shots)} answered questions")
+    return shots

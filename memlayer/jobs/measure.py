@@ -4,8 +4,9 @@ eval.py and a comparison measure by the same object, made once and called on eac
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -13,13 +14,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from memlayer.data.lessons import load_lessons
+from memlayer.data.prompts import Prompts
 from memlayer.data.qa import Question
 from memlayer.data.text import load_documents, windows
 from memlayer.evaluation.divergence import answer_distributions, kl_divergences, spread
 from memlayer.evaluation.harness import ask_tasks
 from memlayer.evaluation.probes import Probed, compared, known_items, window_nats
 from memlayer.evaluation.qa import Answered, answer_questions, encode_questions
-from memlayer.jobs.lessons import prompts_of
+from memlayer.evaluation.slick import how_well_known
+from memlayer.jobs.lessons import drawn_prompts, prompts_of
 from memlayer.jobs.sections import ProbesConfig
 from memlayer.machine import best_device
 
@@ -70,7 +73,11 @@ class Measurement:
         self._sets = {named[path]: _probe_questions(probes, path, tokenizer) for path in probes.questions}
         quiet = disable_tqdm
         self._texts = {named[path]: _probe_windows(probes, path, tokenizer, quiet) for path in probes.texts}
-        for asked in (questions, *self._sets.values()):
+        ways = drawn_prompts(probes.prompts, probes.slick_prompts, seed=0) if probes.slick_prompts else []
+        self._drawn = {
+            named[path]: [_probe_questions(probes, path, tokenizer, way) for way in ways] for path in probes.questions
+        }
+        for asked in (questions, *self._sets.values(), *chain(*self._drawn.values())):
             encode_questions(model, tokenizer, asked)
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or probes.length
         if self._texts and probes.length > positions:
@@ -91,12 +98,13 @@ class Measurement:
         if self._taught:
             self._before = answer_distributions(model.to(self._device), self._tokenizer, self._taught)
 
-    def __call__(self, model: nn.Module, tokenizer, name: str | Path) -> Measured:
+    def __call__(self, model: nn.Module, tokenizer, name: str | Path, is_first: bool = False) -> Measured:
         """Measure a model.
 
         Args:
             tokenizer: the one it has.
             name: what progress bars and refusals call it.
+            is_first: it is the one that others are compared with, so how well it knows the probes' answers is asked.
 
         Raises:
             ValueError: a number in the model is not finite, or a question does not fit it.
@@ -112,6 +120,8 @@ class Measurement:
                 Probed(each, "right", [float(one.exact_match) for one in ask(of_set)], self._known.get(each))
                 for each, of_set in sets.items()
             ]
+        if is_first and self._settings.slick_prompts:
+            found = [replace(each, categories=self._how_well_known(model, tokenizer, each.name)) for each in found]
         number = sum(map(len, self._texts.values()))
         with tqdm(total=number, desc=f"reading {name}", unit="window", disable=self._quiet or not number) as bar:
             nats = partial(window_nats, model, progress=bar.update)
@@ -122,6 +132,11 @@ class Measurement:
         probes = self._settings
         tasks = {"tasks": probes.tasks, "folder": probes.tasks_folder, "limit": probes.num_examples}
         return Measured(answers, found + ask_tasks(model, tokenizer, **tasks))
+
+    def _how_well_known(self, model: nn.Module, tokenizer, name: str) -> list[str]:
+        told, number = self._settings, len(self._drawn[name]) * len(self._sets[name])
+        with tqdm(total=number, desc=f"how well {name} is known", unit="question", disable=self._quiet) as bar:
+            return how_well_known(model, tokenizer, self._drawn[name], samples=told.slick_samples, progress=bar.update)
 
     def _asked(self, name: str) -> list[Question]:
         items = self._known.get(name)
@@ -143,9 +158,9 @@ def _named(paths: Sequence[str]) -> dict[str, str]:
     return {path: path if short.count(name) > 1 else name for path, name in zip(paths, short)}
 
 
-def _probe_questions(probes: ProbesConfig, path: str, tokenizer) -> list[Question]:
-    """The questions of one file, as the model reads them."""
-    prompts = prompts_of(probes.prompts)
+def _probe_questions(probes: ProbesConfig, path: str, tokenizer, prompts: Prompts | None = None) -> list[Question]:
+    """The questions of one file, as the model reads them: asked as the probes say, or in other prompts."""
+    prompts = prompts or prompts_of(probes.prompts)
     questions = [question for lesson in load_lessons([path]) for question in lesson.ask]
     if not questions:
         raise ValueError(f"{path} asks nothing")

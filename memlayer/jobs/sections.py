@@ -115,6 +115,9 @@ class ProbesConfig:
     Attributes:
         questions: question sets or files of lessons; each file is a probe.
         num_questions: of each file at most.
+        slick_prompts: after how many sets of answered questions each question is asked before learning, to tell how
+            well it is known (SliCK's HighlyKnown, MaybeKnown, WeaklyKnown, Unknown); 0 does not tell.
+        slick_samples: answers drawn after each of these sets, beside the likeliest one.
         known_only: after learning ask only what came out right before; that is quicker, and gains are not seen.
         prompts: how they are asked.
         texts: text, JSON or Parquet files; each file is a probe.
@@ -128,6 +131,8 @@ class ProbesConfig:
 
     questions: list[str] = field(default_factory=list)
     num_questions: int = 500
+    slick_prompts: int = 0
+    slick_samples: int = 4
     known_only: bool = False
     prompts: PromptsConfig = field(default_factory=_as_a_base_model_is_asked)
     texts: list[str] = field(default_factory=list)
@@ -140,6 +145,9 @@ class ProbesConfig:
 
     def __post_init__(self):
         check_at_least(1, "", self, "num_questions", "num_windows", "num_examples")
+        check_at_least(0, "", self, "slick_prompts", "slick_samples")
+        if self.slick_prompts and self.prompts.style != "few_shot":
+            raise ValueError(f"slick_prompts needs prompts.style=few_shot, which is {self.prompts.style}")
         check_at_least(2, "", self, "length")
 
     @property

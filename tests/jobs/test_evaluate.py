@@ -72,6 +72,19 @@ def test_lessons_are_asked_in_their_prompts_and_probes_before_and_after(tmp_path
     assert again[1]["known_seen_n"] == 0
 
 
+def test_what_is_forgotten_is_told_by_how_well_it_was_known(tmp_path, checkpoint, lessons):
+    few_shot = {"style": "few_shot", "frame": "{question}", "end": "\n", "num_shots": 1}
+    told = probes_file(tmp_path, texts=[], slick_prompts=2, slick_samples=1, prompts=few_shot)
+    asked = Evaluation(checkpoint, [lessons[0]], num_known=0, probes=load_probes(told), output=tmp_path / "out")
+    before, after = (row["probes"][0]["by_category"] for row in evaluate(asked))
+    assert list(before) == ["HighlyKnown", "MaybeKnown", "WeaklyKnown", "Unknown"]
+    assert [each["n"] for each in before.values()] == [each["n"] for each in after.values()] == [0, 0, 0, 1]
+    assert before["Unknown"]["before"] == 0
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "By how well the questions were known before" in report
+    assert "| known | - | - | - | 0.00 -> " in report
+
+
 def test_a_probe_is_compared_item_by_item():
     row = compared(Probed("a", "right", [1, 1, 0, 0]), Probed("a", "right", [1, 0, 1, 1]))
     assert (row["kept"], row["lost"], row["gained"], row["neither"], row["share_kept"]) == (1, 1, 2, 0, 0.5)
@@ -79,6 +92,12 @@ def test_a_probe_is_compared_item_by_item():
     row = compared(Probed("a", "nats", [2.0, 3.0]), Probed("a", "nats", [2.5, 3.5]))
     assert (row["change"], row["low"], row["high"]) == (0.5, 0.5, 0.5)
     assert "kept" not in row
+    known = Probed("a", "right", [1, 1, 0], categories=["HighlyKnown", "MaybeKnown", "Unknown"])
+    row = compared(known, Probed("a", "right", [0, 0], items=[0, 1]))
+    assert (row["n"], row["before"], row["after"], row["share_kept"]) == (2, 1, 0, 0)
+    assert [each["n"] for each in row["by_category"].values()] == [1, 1, 0, 0]
+    nothing = compared(Probed("a", "right", [0.0]), Probed("a", "right", [], items=[]))
+    assert (nothing["n"], nothing["kept"]) == (0, 0)
     for other in (Probed("b", "nats", [2.0, 3.0]), Probed("a", "nats", [2.0])):
         with pytest.raises(ValueError, match=r"not the same|zip"):
             compared(Probed("a", "nats", [2.0, 3.0]), other)
@@ -100,6 +119,7 @@ def test_text_that_the_model_has_not_changed_on_has_no_change(tmp_path, checkpoi
         ({"questions": ["absent.jsonl"]}, "absent.jsonl"),
         ({"texts": ["absent.txt"]}, "no text file absent.txt"),
         ({"prompts": {"frame": "?"}}, "the frame of prompts is '?', must hold {question} once"),
+        ({"slick_prompts": 2}, "slick_prompts needs prompts.style=few_shot, which is plain"),
     ],
 )
 def test_bad_probes_are_refused_in_one_sentence(tmp_path, checkpoint, told, sentence):
