@@ -9,7 +9,7 @@ xz or gzip or not, with or without a byte order mark. Of what set a record is, i
     fact with eval                                 WikiDYK
     text                                           a document
 
-Left out: datasets of the Hugging Face hub by name; a downloaded one is such a file.
+A dataset of the Hugging Face hub is read as such a file (``hub_sets.py``).
 """
 
 import ast
@@ -22,6 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from memlayer.data.hub_sets import local_file
 from memlayer.data.json_text import FactsError, cleaned, json_or_none, parse_json, read_bytes
 
 QUESTION_KEYS = ("question", "Question", "q", "problem", "query")
@@ -38,8 +39,9 @@ def read(path: Path) -> Iterator[tuple[str, Any]]:
     Raises:
         FactsError: the file cannot be read as what its name or its beginning says it is.
     """
-    data = _unpacked(path, read_bytes(path))
-    name = path.with_suffix("") if path.suffix in (".xz", ".gz") else path
+    file = local_file(path)
+    data = _unpacked(path, read_bytes(file))
+    name = file.with_suffix("") if file.suffix in (".xz", ".gz") else file
     if name.suffix.lower() in TEXT_FILES:
         yield str(path), {"id": name.stem, "text": _decoded(path, data)}
         return

@@ -29,6 +29,7 @@ from memlayer.jobs.config import AugmentRun
 from memlayer.jobs.lessons import lessons_of
 from memlayer.jobs.run_folder import CONFIG, claimed, describe, differences, write_result
 from memlayer.jobs.study_texts import kept, request
+from memlayer.jobs.taught import files_of
 from memlayer.machine import best_device, has_fast_bfloat16, use_threads
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ def augment(config: AugmentRun) -> Path:
             f"base {config.base} has {writer.positions} positions: cut documents by a lower lessons.chunk_words"
         )
     inputs = {"base": state_fingerprint(writer.model)}
-    inputs |= {f"lessons {number}": sha256_of(path) for number, path in enumerate(config.lessons.files, start=1)}
+    inputs |= {name: sha256_of(path) for name, path in files_of(config).items()}
     with claimed(config, inputs) as done:
         if not done and PartialState().is_main_process:
             _write(config, inputs, lessons, writer)

@@ -15,6 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from memlayer.data.facts import facts_of
+from memlayer.data.hub_sets import local_file
 from memlayer.data.qa import Question, known_questions
 from memlayer.decoders import files
 from memlayer.evaluation.forgetting import scores
@@ -316,7 +317,7 @@ def _questions(config: LearnRun, known: tuple[int, int]) -> list[Question]:
 def _inputs(trial: Trial) -> dict[str, str]:
     """What a trial depends on, beside its config."""
     probes = trial.probes
-    read = {f"probe {path}": sha256_of(path) for path in (*probes.questions, *probes.texts)}
+    read = {f"probe {path}": sha256_of(local_file(path)) for path in (*probes.questions, *probes.texts)}
     measured = {"questions": _digest(_questions(trial.config, trial.known)), "probes": _digest(probes)}
     return inputs_of(trial.config) | read | measured
 

@@ -24,6 +24,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from memlayer.data.hub_sets import local_file
 from memlayer.data.lessons import load_lessons
 from memlayer.data.qa import collate, encode, pad_token
 from memlayer.data.text import collate_windows, load_documents, windows
@@ -121,7 +122,7 @@ def _background_files(config: RunConfig) -> dict[str, str]:
     files_read = {f"background lessons {number}": path for number, path in enumerate(named, start=1)}
     if config.prompts.shots:
         files_read["shots"] = config.prompts.shots
-    return {name: sha256_of(path) for name, path in files_read.items()}
+    return {name: sha256_of(local_file(path)) for name, path in files_read.items()}
 
 
 def _finished(config: RunConfig) -> dict:

@@ -65,7 +65,8 @@ class LessonsConfig:
     """Lessons to teach in place of the facts of ``data``.
 
     Attributes:
-        files: lessons, question sets or documents, see ``memlayer.data.lessons``; none is the facts of ``data``.
+        files: lessons, question sets or documents, see ``memlayer.data.lessons``, or hub:OWNER/NAME/SUBSET:SPLIT, a
+            dataset of the Hugging Face hub; none is the facts of ``data``.
         chunk_words: about how many words of a document make a lesson.
         first: where among the lessons to start.
         number: lessons to teach; None is all from there on.

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from memlayer import __version__
 from memlayer.data.facts import BUILTIN_FACTS, BUILTIN_WORDINGS
+from memlayer.data.hub_sets import local_file
 from memlayer.decoders import files
 from memlayer.decoders.fingerprint import state_fingerprint
 from memlayer.evaluation.provenance import commit
@@ -192,9 +193,9 @@ def load_learned(checkpoint: str | Path, folder: str | Path) -> tuple[nn.Module,
 def files_of(config: RunConfig) -> dict[str, Path]:
     """The facts and the wordings that a run reads, or the lessons in their place."""
     prompts, lessons = getattr(config, "prompts", None), getattr(config, "lessons", None)
-    shots = {"shots": Path(prompts.shots)} if prompts and prompts.shots else {}
+    shots = {"shots": local_file(prompts.shots)} if prompts and prompts.shots else {}
     if lessons and lessons.files:
-        return {f"lessons {number}": Path(path) for number, path in enumerate(lessons.files, start=1)} | shots
+        return {f"lessons {number}": local_file(path) for number, path in enumerate(lessons.files, start=1)} | shots
     data = config.data
     return shots | {"facts": Path(data.facts or BUILTIN_FACTS), "wordings": Path(data.wordings or BUILTIN_WORDINGS)}
 
