@@ -29,14 +29,15 @@ class Probed:
 
     Attributes:
         name: of the probe.
-        measure: "right", where a value is 1 for a right answer and 0 for a wrong one, or "nats" a token.
+        measure: "right", where a value is 1 for a right answer and 0 for a wrong one; "f1", the token F1 of an answer
+            by SQuAD's rule; or "nats" a token.
         values: one an item, in the order of the items.
         items: which items the values are of, by their places; None is all of them.
         categories: how well each item was known, of ``slick.py``, where that was asked.
     """
 
     name: str
-    measure: Literal["right", "nats"]
+    measure: Literal["right", "f1", "nats"]
     values: list[float]
     items: list[int] | None = None
     categories: list[str] | None = None

@@ -146,11 +146,13 @@ def write_report(
     provenance: Mapping,
     samples: Iterable[Mapping],
     at_equal_learning: Mapping | None = None,
+    note: str | None = None,
 ) -> Path:
     """Write results.json, report.md, samples.jsonl and pareto.png into the folder, replacing earlier ones.
 
     Args:
         at_equal_learning: of ``forgetting_at_equal_learning``.
+        note: a paragraph under the title.
 
     Each file is written beside its place and then renamed, so that a crash leaves either the old file or the
     new one. The machine-readable results go first.
@@ -166,7 +168,7 @@ def write_report(
     write_file(folder / "results.json", json.dumps(without_nan(results), indent=1, allow_nan=False) + "\n")
     lines = (json.dumps(without_nan(each), ensure_ascii=False) + "\n" for each in samples)
     write_file(folder / "samples.jsonl", "".join(lines))
-    write_file(folder / "report.md", _markdown(title, rows, provenance, at_equal_learning))
+    write_file(folder / "report.md", _markdown(title, rows, provenance, at_equal_learning, note))
     drawing = io.BytesIO()
     pareto_figure(title, rows, CONTROL).savefig(drawing, format="png", dpi=150)
     write_file(folder / "pareto.png", drawing.getvalue())
@@ -197,7 +199,8 @@ them. A ± is the standard deviation over seeds."""
 PROBE_HEADER = ("method", "strength", "probe", "items", "before", "after", "95 % of the change")
 PROBE_HEADER += ("kept", "right to wrong", "wrong to right", "McNemar p")
 PROBE_NOTES = """\
-Other things, measured on the same items before and after: shares of right answers, or nats a token of text. The
+Other things, measured on the same items before and after: shares of right answers, their token F1 by SQuAD's rule, nats
+a token of the first answer that counts, or nats a token of text. The
 interval is of the mean change, by resampling the items. Kept is the share of right answers that stayed right; McNemar's
 exact test says how often chance alone would turn answers so unevenly."""
 
@@ -240,7 +243,7 @@ def _changed(probe: Mapping) -> list[str]:
 
 
 def _turned(probe: Mapping) -> list[str]:
-    if probe["measure"] == "nats":
+    if probe["measure"] != "right":
         return ["-"] * 4
     kept = "-" if math.isnan(probe["share_kept"]) else f"{probe['share_kept']:.3f}"
     kept += f" ± {probe['share_kept_std']:.3f}" if "share_kept_std" in probe else ""
@@ -265,15 +268,23 @@ def forgetting_at_equal_learning(rows: Sequence[Mapping]) -> dict | None:
     }
     for place, row in enumerate(rows):
         for probe in row.get("probes", ()):
-            right = probe["measure"] == "right"
-            name = f"{probe['name']}, {'share lost' if right else 'nats more'}"
-            figures.setdefault(name, {})[place] = 1 - probe["share_kept"] if right else probe["change"]
+            name, lost = _loss_of(probe)
+            figures.setdefault(name, {})[place] = lost
     whole = {
         name: each
         for name, each in figures.items()
         if all(place in each or row["method"] == CONTROL for place, row in enumerate(rows))
     }
     return matched(rows, CONTROL, whole) if whole else None
+
+
+def _loss_of(probe: Mapping) -> tuple[str, float]:
+    """What a probe says was lost, and a name for it."""
+    if probe["measure"] == "right":
+        return f"{probe['name']}, share lost", 1 - probe["share_kept"]
+    if probe["measure"] == "f1":
+        return f"{probe['name']}, less", -probe["change"]
+    return f"{probe['name']}, nats more", probe["change"]
 
 
 def format_at_equal_learning(found: Mapping | None) -> str:
@@ -302,7 +313,7 @@ def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
     return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
 
 
-def _markdown(title: str, rows: Sequence[Mapping], provenance: Mapping, equal: Mapping | None) -> str:
+def _markdown(title: str, rows: Sequence[Mapping], provenance: Mapping, equal: Mapping | None, note: str | None) -> str:
     table = [HEADER, *(_cells(row, short=False) for row in rows)]
     if _replaced(rows):
         table = [[*line, cell] for line, cell in zip(table, ("old answer still given", *map(_old_answer, rows)))]
@@ -310,6 +321,7 @@ def _markdown(title: str, rows: Sequence[Mapping], provenance: Mapping, equal: M
     picture = "![learning against forgetting](pareto.png)"
     sections = [
         f"# {title}",
+        *([note] if note else []),
         _markdown_table(table),
         NOTES,
         *([OLD_ANSWER_NOTES] if _replaced(rows) else []),

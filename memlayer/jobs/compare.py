@@ -108,7 +108,7 @@ def compare(config: CompareRun) -> None:
         equal = forgetting_at_equal_learning(found.rows)
 
         def write(folder: Path) -> None:
-            write_report(folder, title, found.shown, came_from, found.samples, equal)
+            write_report(folder, title, found.shown, came_from, found.samples, equal, config.note)
 
         write_result(config.output, config, inputs, write)
     print(format_table(found.shown))
@@ -125,6 +125,8 @@ def run(config: CompareRun) -> Compared:
     found = Compared([], [])
     for seed in _seeds(config):
         _check(config, seed)
+    if config.note:
+        print(config.note, flush=True)
     for seed in _seeds(config):
         rows, samples = _try_methods(config, seed)
         found.rows += rows

@@ -154,11 +154,13 @@ class CompareRun(RunConfig):
     Attributes:
         checkpoint: folder of a pretrained or healed memory model.
         methods: under a name of your own each, the methods to compare.
+        note: what whoever reads the result should know of it; it is printed first, and stands in the report.
     """
 
     job: Literal["compare"] = "compare"
     checkpoint: str
     methods: dict[str, MethodConfig]
+    note: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
     lessons: LessonsConfig = field(default_factory=LessonsConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)

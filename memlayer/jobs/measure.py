@@ -3,7 +3,7 @@
 eval.py and a comparison measure by the same object, made once and called on each model, so that all are asked the same.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from memlayer.data.hub_sets import local_file
 from memlayer.data.lessons import load_lessons
 from memlayer.data.prompts import Prompts
 from memlayer.data.qa import Question
@@ -116,12 +117,9 @@ class Measurement:
         with tqdm(total=number, desc=f"asking {name}", unit="question", disable=self._quiet) as bar:
             ask = partial(self._ask, model, tokenizer, progress=bar.update)
             answers = ask(self._questions, max_new_tokens=self._max_new_tokens)
-            found = [
-                Probed(each, "right", [float(one.exact_match) for one in ask(of_set)], self._known.get(each))
-                for each, of_set in sets.items()
-            ]
+            found = [probed for each, of_set in sets.items() for probed in self._probed(each, ask(of_set))]
         if is_first and self._settings.slick_prompts:
-            found = [replace(each, categories=self._how_well_known(model, tokenizer, each.name)) for each in found]
+            found = [self._with_categories(model, tokenizer, each) for each in found]
         number = sum(map(len, self._texts.values()))
         with tqdm(total=number, desc=f"reading {name}", unit="window", disable=self._quiet or not number) as bar:
             nats = partial(window_nats, model, progress=bar.update)
@@ -133,10 +131,22 @@ class Measurement:
         tasks = {"tasks": probes.tasks, "folder": probes.tasks_folder, "limit": probes.num_examples}
         return Measured(answers, found + ask_tasks(model, tokenizer, **tasks))
 
-    def _how_well_known(self, model: nn.Module, tokenizer, name: str) -> list[str]:
+    def _probed(self, name: str, answered: Sequence[Answered]) -> Iterator[Probed]:
+        """The three measures of a question set."""
+        items = self._known.get(name)
+        yield Probed(name, "right", [float(each.exact_match) for each in answered], items)
+        yield Probed(f"{name}, F1", "f1", [each.f1_squad for each in answered], items)
+        yield Probed(f"{name}, nats of the answer", "nats", [each.nll for each in answered], items)
+
+    def _with_categories(self, model: nn.Module, tokenizer, probed: Probed) -> Probed:
+        """How well each question was known, beside whether it was answered right."""
+        name = probed.name
+        if name not in self._sets:
+            return probed
         told, number = self._settings, len(self._drawn[name]) * len(self._sets[name])
         with tqdm(total=number, desc=f"how well {name} is known", unit="question", disable=self._quiet) as bar:
-            return how_well_known(model, tokenizer, self._drawn[name], samples=told.slick_samples, progress=bar.update)
+            ask = partial(how_well_known, model, tokenizer, self._drawn[name], progress=bar.update)
+            return replace(probed, categories=ask(samples=told.slick_samples))
 
     def _asked(self, name: str) -> list[Question]:
         items = self._known.get(name)
@@ -169,7 +179,7 @@ def _probe_questions(probes: ProbesConfig, path: str, tokenizer, prompts: Prompt
 
 def _probe_windows(probes: ProbesConfig, path: str, tokenizer, quiet: bool) -> Tensor:
     """The windows of one file of text."""
-    documents = load_documents([path], column=probes.column)
+    documents = load_documents([local_file(path)], column=probes.column)
     return windows(tokenizer, documents, probes.length, 0, probes.num_windows, disable_tqdm=quiet)[1]
 
 

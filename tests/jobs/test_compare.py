@@ -172,6 +172,7 @@ def comparison(checkpoint, tmp_path):
         "job": "compare",
         "output": str(tmp_path / "out"),
         "checkpoint": str(checkpoint),
+        "note": "Three facts each, for a test.",
         "methods": {
             "sparse memory": {"config": str(learn), "learning_rates": [1, 20]},
             "full": {"config": str(full), "learning_rates": [1e-3, 0.03], "settings": ["learn.order=rounds"]},
@@ -208,10 +209,12 @@ def test_a_comparison_teaches_every_method_the_same_and_goes_on_where_it_was(tmp
     assert {(data.first_new, data.num_new) for data in taught.values()} == {(10, 3), (13, 3)}
     for each in results["rows"]:
         assert (each["num_seeds"], each["learning_seen_n"], each["known_seen_n"]) == (2, 3, 8)
-        asked, text, *kl = each["probes"]
+        asked, _, _, text, *kl = each["probes"]
         assert (asked["name"], asked["n"], text["name"], text["n"]) == ("asked", 3, "text", 4)
         assert len(kl) == (each["method"] != CONTROL)
     report = (tmp_path / "out" / "report.md").read_text()
+    assert done.stdout.startswith("Three facts each, for a test.\n")
+    assert "Three facts each, for a test." in report
     assert "over seeds" in report
     for shown in (done.stdout, report):
         assert "McNemar" in shown

@@ -58,9 +58,13 @@ def test_lessons_are_asked_in_their_prompts_and_probes_before_and_after(tmp_path
     assert {"Question: Where does Ada work? Answer:", "Question: Where does Bo work? Answer:"} <= {
         sample["question"] for sample in samples
     }
-    known, text, kl = after["probes"]
+    known, f1, nll, text, kl = after["probes"]
+    assert [(each["name"], each["n"]) for each in (f1, nll)] == [("known, F1", 1), ("known, nats of the answer", 1)]
+    assert f1["after"] == 1
+    assert nll["after"] < nll["before"]
+    assert "kept" not in f1
     assert (known["name"], known["n"], text["name"], text["n"]) == ("known", 1, "text", 5)
-    assert text["before"] == before["probes"][1]["after"] != text["after"]
+    assert text["before"] == before["probes"][3]["after"] != text["after"]
     assert known["gained"] == known["after"] == 1.0, "the question was taught"
     assert (kl["name"], kl["n"], kl["before"]) == (KL, 2, 0)
     assert kl["after"] > 0
