@@ -26,6 +26,7 @@ from memlayer.evaluation import answers, squad
 
 IGNORED = -100  # the target that cross_entropy leaves out
 MARGIN = 8  # tokens beyond the longest answer, so that a prediction that goes on is seen to
+STEP = 8  # rooms are multiples of this, so that questions with answers of near lengths are asked together
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,8 @@ def answer_questions(
         model: any transformers causal language model; its mode (train or eval) and tensors are left as found.
         tokenizer: its tokenizer, with begin and end tokens.
         batch_size: questions generated together; it changes speed and memory, not answers.
-        max_new_tokens: where an answer without an end token is cut; None is the longest answer that counts, end
-            token included, and MARGIN more.
+        max_new_tokens: where an answer without an end token is cut; None is the longest answer that counts for its
+            question, end token included, and at least MARGIN more.
         progress: called after each batch with the number of questions it held, like ``tqdm.update``.
 
     Returns:
@@ -77,10 +78,10 @@ def answer_questions(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     prompts, answer_ids = encode_questions(model, tokenizer, questions)
-    positions, budget = positions_of(model), budget_of(questions, answer_ids, max_new_tokens)
+    rooms = rooms_for(model, questions, prompts, answer_ids, max_new_tokens)
     answered: dict[int, Answered] = {}
     with evaluating(model), torch.no_grad():
-        for batch, new_tokens in in_batches(list(map(len, prompts)), batch_size, budget, positions):
+        for batch, new_tokens in in_batches(prompts, rooms, batch_size):
             asked, batch_prompts = [questions[index] for index in batch], [prompts[index] for index in batch]
             ends = [question.end for question in asked]
             predictions = generate(model, tokenizer, batch_prompts, new_tokens, ends)
@@ -275,28 +276,37 @@ def _check_positions(
             )
 
 
-def budget_of(questions: Sequence[Question], answers: Sequence[list[list[int]]], asked_for: int | None) -> int:
-    """How many tokens a prediction may have: at least as many as the longest answer that counts."""
-    longest, fact = max(((max(map(len, ids)), q.fact) for q, ids in zip(questions, answers)), default=(1, ""))
-    if asked_for is None:
-        return longest + MARGIN
-    if asked_for < longest:
-        raise ValueError(
-            f"max_new_tokens is {asked_for}: the longest answer, of fact {fact!r}, takes {longest} tokens, end included"
-        )
-    return asked_for
+def rooms_for(
+    model,
+    questions: Sequence[Question],
+    prompts: Sequence[list[int]],
+    answers: Sequence[list[list[int]]],
+    asked_for: int | None = None,
+) -> list[int]:
+    """How many tokens each prediction may have: what the longest answer that counts takes, and some more.
 
+    It depends on the question alone, whatever it is asked beside: one long alias among thousands of questions would
+    else let every answer that does not end go on for as long.
 
-def in_batches(
-    lengths: Sequence[int], batch_size: int, budget: int, positions: float
-) -> Iterator[tuple[list[int], int]]:
-    """Indices of prompts of near lengths, and how many tokens may follow them.
-
-    Where the budget passes the model's last position, prompts are asked with others of their very length: what is
-    left for each then depends on itself alone.
+    Raises:
+        ValueError: ``asked_for`` cuts an answer that counts.
     """
-    order = sorted(range(len(lengths)), key=lambda index: lengths[index])
-    for room, group in groupby(order, key=lambda index: min(budget, positions - lengths[index])):
+    longest = [max(map(len, ids)) for ids in answers]
+    for question, needed in zip(questions, longest):
+        if asked_for is not None and asked_for < needed == max(longest):
+            raise ValueError(
+                f"max_new_tokens is {asked_for}: the longest answer, of fact {question.fact!r}, takes {needed} tokens, "
+                "end included"
+            )
+    budgets = [asked_for or (needed + MARGIN + STEP - 1) // STEP * STEP for needed in longest]
+    left = [positions_of(model) - len(prompt) for prompt in prompts]
+    return [int(min(pair)) for pair in zip(budgets, left)]
+
+
+def in_batches(prompts: Sequence[list[int]], rooms: Sequence[int], batch_size: int) -> Iterator[tuple[list[int], int]]:
+    """Indices of prompts of near lengths and one room, and that room: how many tokens may follow them."""
+    order = sorted(range(len(prompts)), key=lambda index: (rooms[index], len(prompts[index])))
+    for room, group in groupby(order, key=lambda index: rooms[index]):
         group = list(group)
         for start in range(0, len(group), batch_size):
-            yield group[start : start + batch_size], int(room)
+            yield group[start : start + batch_size], room

@@ -13,7 +13,7 @@ import torch
 
 from memlayer.data.qa import Question
 from memlayer.evaluation import answers
-from memlayer.evaluation.qa import budget_of, encode_questions, evaluating, generate, in_batches, positions_of
+from memlayer.evaluation.qa import encode_questions, evaluating, generate, in_batches, rooms_for
 
 CATEGORIES = ("HighlyKnown", "MaybeKnown", "WeaklyKnown", "Unknown")
 
@@ -61,8 +61,8 @@ def how_well_known(
         torch.manual_seed(seed)
         for questions in asked:
             prompts, answer_ids = encode_questions(model, tokenizer, questions)
-            budget = budget_of(questions, answer_ids, None)
-            for batch, new_tokens in in_batches(list(map(len, prompts)), batch_size, budget, positions_of(model)):
+            rooms = rooms_for(model, questions, prompts, answer_ids)
+            for batch, new_tokens in in_batches(prompts, rooms, batch_size):
                 some, ends = [prompts[index] for index in batch], [questions[index].end for index in batch]
                 for number, right in ((None, likeliest), (samples, drawn)):
                     if number == 0:

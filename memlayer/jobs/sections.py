@@ -345,6 +345,8 @@ class SparseMemoryConfig(LearnConfig):
         protect: how many background documents a row counts as read by, for each lesson that wrote it, when another
             one chooses. 0 is the paper's rule.
         max_norm: how long the change of a row may become; None is no bound, as in the paper.
+        reads: sum counts how often a step's examples read a slot, as in the paper; minimum, how often the one that
+            reads it least, so that only slots which all its wordings share are written.
         optimizer: sgd is the paper's, without momentum.
     """
 
@@ -355,6 +357,7 @@ class SparseMemoryConfig(LearnConfig):
     positions: Literal["all", "answer"] = "all"
     protect: int = 10
     max_norm: float | None = None
+    reads: Literal["sum", "minimum"] = "sum"
     optimizer: Literal["sgd", "adam"] = "sgd"
 
     def __post_init__(self):

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from memlayer.decoders.attach import Reads, in_backward, record_reads, refuse_sharded, unsharded_tables
 from memlayer.decoders.fingerprint import product_key_fingerprints
@@ -26,6 +27,7 @@ from memlayer.methods.prepared import Prepared
 from memlayer.patch import Base, MemoryPatch
 from memlayer.patch.base_model import mark
 from memlayer.slots.counts import SlotCounts
+from memlayer.slots.selection import read_by_all
 
 
 class SparseMemoryFinetuner:
@@ -56,6 +58,8 @@ class SparseMemoryFinetuner:
         protect: as read by how many more background documents a slot counts for each lesson that wrote it, when
             another one chooses; 0 is the paper's rule.
         max_norm: how long the change of a row may become; a step that takes it further is shortened. None is no bound.
+        reads: "sum" counts how often the batch reads a slot, as the paper has it; "minimum", how often that of its
+            sequences does which reads it least, so that only slots which all wordings of a lesson share are written.
 
     Attributes:
         last_selection: per table, how many slots the latest batch read, and how many were selected; for a log.
@@ -75,6 +79,7 @@ class SparseMemoryFinetuner:
         positions: str = "all",
         protect: int = 0,
         max_norm: float | None = None,
+        reads: str = "sum",
     ):
         if not idf_power >= 0:
             raise ValueError(f"idf_power is {idf_power}, must be at least 0")
@@ -84,13 +89,15 @@ class SparseMemoryFinetuner:
             raise ValueError(f"max_norm is {max_norm}, must be above 0")
         if positions not in ("all", "answer"):
             raise ValueError(f"positions is {positions!r}, must be 'all' or 'answer'")
+        if reads not in ("sum", "minimum"):
+            raise ValueError(f"reads is {reads!r}, must be 'sum' or 'minimum'")
         self.model = model
         tables, product_keys = unsharded_tables(model), product_key_fingerprints(model)
         for name, table in tables.items():
             _check_table(name, table, background, num_rows)
             background[name].check_keys(name, product_keys[name])
         self._settings = {"num_rows": num_rows, "idf_power": float(idf_power), "positions": positions}
-        self._settings |= {"protect": protect, "max_norm": max_norm}
+        self._settings |= {"protect": protect, "max_norm": max_norm, "reads": reads}
         self._trainable = [p for p in model.parameters() if p.requires_grad]
         model.requires_grad_(False)
         rules = num_rows, protect, max_norm
@@ -273,7 +280,13 @@ class SparseMemoryFinetuner:
         else:
             embedded = "input_ids" not in batch
             mask = torch.ones_like(batch["inputs_embeds"][..., 0] if embedded else batch["input_ids"], dtype=torch.bool)
-        return {name: slots.flatten().int() for name, slots in reads.slots(mask).items()}
+        if self._settings["reads"] == "sum":
+            return {name: slots.flatten().int() for name, slots in reads.slots(mask).items()}
+        sequence_P = mask.bool().nonzero()[:, 0]
+        return {
+            name: read_by_all(slots, sequence_P.repeat(len(slots) // max(1, len(sequence_P))), len(mask)).int()
+            for name, slots in reads.slots(mask).items()
+        }
 
     def _begin(self) -> None:
         """Drop a choice that no step followed: an evaluation's, a skipped step's, that of a batch left out.
@@ -321,6 +334,10 @@ class SparseMemoryFinetuner:
 
     def _choose(self, counted: Iterable[Mapping[str, Tensor]]) -> None:
         counted = list(counted)
+        ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        parts = len(counted) * ranks
+        if parts > 1 and self._settings["reads"] == "minimum":
+            raise ValueError(f"a step of {parts} micro-batches with reads 'minimum': that takes a batch in one part")
         for name, table in self._tables.items():
             table.choose(torch.cat([slots[name] for slots in counted]), self._settings["idf_power"])
         self.last_selection = {name: table.selection for name, table in self._tables.items()}
@@ -334,6 +351,8 @@ class SparseMemoryFinetuner:
         background = self._tables[name].background
         if not found.read:
             why = "no position of the batch counts: look at its attention_mask or answer_mask"
+            if self._settings["reads"] == "minimum":
+                why = "its sequences share no slot: give them fewer wordings, or take reads 'sum'"
         elif not background.num_documents:
             why = "the background counts hold no documents: count some, or set idf_power to 0"
         else:
@@ -389,6 +408,7 @@ def prepare(model: nn.Module, background: Mapping[str, SlotCounts], settings) ->
         settings.positions,
         settings.protect,
         settings.max_norm,
+        settings.reads,
     )
     optimizer = OPTIMIZERS[settings.optimizer](finetuner.parameters(), lr=settings.learning_rate)
     return Prepared(model, finetuner.watch(optimizer), finetuner.detach, finetuner)

@@ -46,6 +46,25 @@ def tf_idf(
     return frequency_U * torch.log((background.num_documents + 1) / (seen_U + 1)) ** idf_power
 
 
+def read_by_all(slots_PK: Tensor, sequence_P: Tensor, num_sequences: int) -> Tensor:
+    """The slots that every sequence reads, each as often as the one that reads it least.
+
+    A lesson in several wordings is then written where all of them look, and not where one looks often.
+
+    Args:
+        slots_PK: slots read at each of P positions.
+        sequence_P: of which sequence each position is, 0 to ``num_sequences`` - 1.
+
+    Returns:
+        slots_M: dtype of ``slots_PK``, ascending, repeated.
+    """
+    span = int(slots_PK.max()) + 1 if slots_PK.numel() else 1
+    pairs_U, reads_U = (sequence_P[:, None] * span + slots_PK).flatten().unique(return_counts=True)
+    slots_V, place_U, sequences_V = (pairs_U % span).unique(return_inverse=True, return_counts=True)
+    least_V = reads_U.new_zeros(len(slots_V)).scatter_reduce(0, place_U, reads_U, "amin", include_self=False)
+    return slots_V.repeat_interleave(least_V.where(sequences_V == num_sequences, 0)).to(slots_PK.dtype)
+
+
 def top_slots(slots_U: Tensor, scores_U: Tensor, num_rows: int) -> Tensor:
     """The ``num_rows`` slots of highest score, ties to the lower slot; slots of score zero never.
 

@@ -204,6 +204,19 @@ def test_answer_positions_count_only_the_positions_that_predict_the_answer():
     assert len(every.unique()) > len(read.unique())
 
 
+def test_with_the_least_reads_only_slots_that_every_sequence_reads_are_written():
+    model, batch = tiny.memory_model(), tiny.batch()
+    with torch.no_grad(), record_reads(model) as reads:
+        model(**tiny.inputs(batch))
+        by_sequence = reads.slots(batch["attention_mask"])[tiny.TABLE].split(7)
+    shared = set.intersection(*(set(slots.flatten().tolist()) for slots in by_sequence))
+    finetuner = finetuner_of(model, num_rows=64, reads="minimum", idf_power=0)
+    with pytest.raises(ValueError, match="a step of 2 micro-batches with reads 'minimum'"):
+        finetuner.select([tiny.part(batch, 0, 2), tiny.part(batch, 2, 4)])
+    finetuner.loss(batch).backward()
+    assert set(finetuner.selected[tiny.TABLE].tolist()) == shared != set()
+
+
 def test_padding_does_not_take_part_in_the_choice():
     model, short = tiny.memory_model(), tiny.batch(lengths=(5, 5))
     padded = {

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memlayer.slots.counts import SlotCounts
-from memlayer.slots.selection import tf_idf, top_slots
+from memlayer.slots.selection import read_by_all, tf_idf, top_slots
 
 
 def counts(document_frequency, num_documents):
@@ -74,3 +74,19 @@ def test_chosen_slots_are_the_best_by_brute_force(reads, seen, num_rows, idf_pow
     assert chosen.tolist() == expected
     assert set(expected) <= {slot for slot, _ in reads}
     assert chosen.dtype == torch.int64
+
+
+def test_a_slot_counts_as_often_as_the_sequence_that_reads_it_least():
+    slots_PK = torch.tensor([[3, 5], [3, 3], [5, 3], [7, 3]], dtype=torch.int32)
+    assert read_by_all(slots_PK, torch.tensor([0, 0, 1, 1]), 2).tolist() == [3, 3, 5]
+    assert read_by_all(slots_PK, torch.tensor([0, 0, 1, 1]), 3).tolist() == [], "the third reads none"
+    assert read_by_all(slots_PK[:0], torch.tensor([], dtype=torch.int64), 2).tolist() == []
+
+
+@given(st.lists(st.lists(st.integers(0, 6), min_size=2, max_size=8), min_size=1, max_size=4))
+@settings(deadline=None)
+def test_the_slots_that_all_sequences_read_are_those_of_a_loop(sequences):
+    slots_PK = torch.tensor([[slot] for sequence in sequences for slot in sequence])
+    sequence_P = torch.tensor([index for index, sequence in enumerate(sequences) for _ in sequence])
+    expected = [slot for slot in range(7) for _ in range(min(sequence.count(slot) for sequence in sequences))]
+    assert read_by_all(slots_PK, sequence_P, len(sequences)).tolist() == expected
