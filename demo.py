@@ -18,13 +18,9 @@ from memlayer.decoders import files
 from memlayer.decoders.fingerprint import state_fingerprint
 from memlayer.evaluation.forgetting import drop_in_words
 from memlayer.evaluation.provenance import provenance
-from memlayer.evaluation.report import (
-    forgetting_at_equal_learning,
-    format_at_equal_learning,
-    format_table,
-    mean_rows,
-    write_report,
-)
+from memlayer.evaluation.report import write_report
+from memlayer.evaluation.rows import forgetting_at_equal_learning, mean_rows
+from memlayer.evaluation.tables import format_at_equal_learning, format_table
 from memlayer.jobs.compare import SEED, run, trials
 from memlayer.jobs.config import CompareRun, RunConfig, load_config
 from memlayer.jobs.pretrain import pretrain

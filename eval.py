@@ -18,7 +18,7 @@ import argparse
 from pathlib import Path
 
 from memlayer import __version__
-from memlayer.evaluation.report import format_probes, format_table
+from memlayer.evaluation.tables import format_probes, format_table
 from memlayer.jobs.evaluate import Evaluation, evaluate, load_probes
 from memlayer.refusals import refusals
 

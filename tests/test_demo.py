@@ -8,7 +8,7 @@ import pytest
 import yaml
 from commands import LEARN, REPO, TAUGHT_WELL, TINY, write_config
 
-from memlayer.evaluation.report import CONTROL
+from memlayer.evaluation.rows import CONTROL
 
 METHODS = {
     "sparse memory": ("sparse_memory", "sparse_memory"),

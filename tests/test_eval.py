@@ -13,7 +13,7 @@ from memlayer.data.qa import known_questions, new_questions
 from memlayer.decoders import files
 from memlayer.evaluation.forgetting import scores
 from memlayer.evaluation.qa import answer_questions
-from memlayer.evaluation.report import CONTROL, result_row
+from memlayer.evaluation.rows import CONTROL, result_row
 from memlayer.jobs.learn import learn
 from memlayer.jobs.pretrain import pretrain
 from memlayer.jobs.taught import load_learned, save_learned

@@ -23,7 +23,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from memlayer.evaluation.report import without_nan
+from memlayer.evaluation.rows import without_nan
 from memlayer.files import write_file
 
 BASE, MEMORY, DENSE = "base model", "memory", "dense control"

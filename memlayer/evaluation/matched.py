@@ -38,7 +38,7 @@ def matched(rows: Sequence[Mapping], control: str, figures: Mapping[str, Mapping
     """Every method at the level of learning that all reach.
 
     Args:
-        rows: of ``report.py``, of one seed each, those of a method in the order of its strengths.
+        rows: of ``rows.py``, of one seed each, those of a method in the order of its strengths.
         control: the method that learns nothing.
         figures: what is forgotten, under a name: of each row, by its place, the figure; 0 is nothing forgotten.
 

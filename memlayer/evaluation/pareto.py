@@ -13,7 +13,7 @@ COLOURS = tuple(f"tab:{name}" for name in NAMES)
 
 
 def pareto_figure(title: str, rows: Sequence[Mapping], control: str) -> Figure:
-    """One point a row (see report.py for the keys), one colour a method, a ring around chosen strengths.
+    """One point a row (see rows.py for the keys), one colour a method, a ring around chosen strengths.
 
     The figure has its own Agg canvas, so that it needs no display and leaves pyplot alone.
     """

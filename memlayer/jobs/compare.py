@@ -22,17 +22,9 @@ from memlayer.evaluation.forgetting import scores
 from memlayer.evaluation.probes import Probed
 from memlayer.evaluation.provenance import provenance
 from memlayer.evaluation.qa import Answered
-from memlayer.evaluation.report import (
-    CONTROL,
-    forgetting_at_equal_learning,
-    format_at_equal_learning,
-    format_probes,
-    format_table,
-    mean_rows,
-    result_row,
-    sample,
-    write_report,
-)
+from memlayer.evaluation.report import write_report
+from memlayer.evaluation.rows import CONTROL, forgetting_at_equal_learning, mean_rows, result_row, sample
+from memlayer.evaluation.tables import format_at_equal_learning, format_probes, format_table
 from memlayer.files import sha256_of, write_file
 from memlayer.jobs.config import CompareRun, LearnRun, load_config
 from memlayer.jobs.learn import inputs_of, learn

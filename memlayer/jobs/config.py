@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from memlayer.checks import check_at_least, check_choices
+from memlayer.evaluation.rows import CONTROL
 from memlayer.jobs import typed, written
 from memlayer.jobs.sections import (
     AugmentConfig,
@@ -172,6 +173,10 @@ class CompareRun(RunConfig):
         if not self.methods:
             raise ValueError("methods is empty: name what to compare")
         for name, method in self.methods.items():
+            if name == CONTROL or Path(name).name != name:
+                raise ValueError(
+                    f"methods.{name}: a method may be named otherwise, but not {CONTROL!r} and not with a slash"
+                )
             if not Path(method.config).is_file():
                 raise ValueError(f"methods.{name}.config is {method.config}: there is no such file")
         for key in ("num_new", "first_new"):

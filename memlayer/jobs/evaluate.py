@@ -19,7 +19,8 @@ from memlayer.decoders import files
 from memlayer.decoders.fingerprint import state_fingerprint
 from memlayer.evaluation.forgetting import scores
 from memlayer.evaluation.provenance import provenance
-from memlayer.evaluation.report import CONTROL, result_row, sample, write_report
+from memlayer.evaluation.report import write_report
+from memlayer.evaluation.rows import CONTROL, result_row, sample
 from memlayer.jobs import typed, written
 from memlayer.jobs.config import PretrainRun, RetrofitRun, RunConfig, load_config
 from memlayer.jobs.lessons import lessons_of, prompts_of
@@ -80,7 +81,7 @@ def evaluate(asked: Evaluation) -> list[dict]:
     """Ask before and after, and write the report.
 
     Returns:
-        a row a model, as in ``evaluation.report``, with ``probes``.
+        a row a model, as in ``evaluation.rows``, with ``probes``.
 
     Raises:
         FileNotFoundError, ValueError: a folder, file or setting does not fit, or there is nothing to ask; nothing has

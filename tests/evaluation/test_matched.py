@@ -5,7 +5,7 @@ import math
 import pytest
 
 from memlayer.evaluation.matched import at_level, common_level, matched
-from memlayer.evaluation.report import CONTROL
+from memlayer.evaluation.rows import CONTROL
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,13 @@ import pytest
 from numpy.testing import assert_allclose
 
 from memlayer.data.qa import Question
-from memlayer.evaluation import report
+from memlayer.evaluation import rows as report_rows
+from memlayer.evaluation import tables
 from memlayer.evaluation.pareto import pareto_figure
 from memlayer.evaluation.qa import Answered
-from memlayer.evaluation.report import CONTROL, format_table, mean_rows, result_row, sample, write_report
+from memlayer.evaluation.report import write_report
+from memlayer.evaluation.rows import CONTROL, mean_rows, result_row, sample
+from memlayer.evaluation.tables import format_table
 
 PROVENANCE = {"command": "python demo.py", "commit": "abc", "seeds": [0], "config": {"lr": 1e-3}}
 SAMPLES = [
@@ -63,7 +66,7 @@ def test_a_row_takes_each_number_from_its_group():
     assert (found["learning_seen_stderr"], found["known_unseen_nll_after"]) == (0.1, 1.0)
     assert found["forgetting_seen"] == pytest.approx(0.2)
     assert not {key for key in found if key.startswith("old_answer")}
-    assert set(report.REQUIRED) <= found.keys()
+    assert set(report_rows.REQUIRED) <= found.keys()
 
 
 def test_the_table_shows_scores_signs_and_the_chosen_strength():
@@ -112,7 +115,7 @@ def test_the_report_says_the_same_in_words(tmp_path):
     assert '- commit: `"abc"`' in text
     table = [line for line in text.splitlines() if line.startswith("|")]
     widths = [line.count("|") for line in table]
-    assert widths == [len(report.HEADER) + 1] * 6 + [len(report.SQUAD_HEADER) + 1] * 6
+    assert widths == [len(tables.HEADER) + 1] * 6 + [len(tables.SQUAD_HEADER) + 1] * 6
     assert "| full | lr 1e-4 * | 0.30 | 0.90 |".replace("0.90", "0.45") in text, "by SQuAD's rule"
     assert "old answer" not in text
 
@@ -210,3 +213,49 @@ def test_a_sample_is_one_question_before_and_after():
     other = Answered(Question("Who?", ("x",), "k", "new", "seen"), "", False, 0.0, False, 0.0, 1.0)
     with pytest.raises(ValueError, match=r"'Where\?' and 'Who\?'"):
         sample(before, other)
+
+
+def probed(name, measure, change, share_kept=None):
+    """What ``probes.compared`` says of a probe that changed by so much."""
+    before = 2.0 if measure == "nats" else 1.0
+    found = {"name": name, "measure": measure, "n": 10, "before": before, "after": before + change, "change": change}
+    found |= {"low": change, "high": change}
+    return found | ({"kept": 9, "lost": 1, "gained": 0, "share_kept": share_kept, "p_value": 1.0} if share_kept else {})
+
+
+def with_probes(of, lost, nats):
+    return of | {"probes": [probed("quiz", "right", -lost, 1 - lost), probed("text", "nats", nats)]}
+
+
+def test_at_equal_learning_every_loss_is_read_off_the_line_of_its_method(tmp_path):
+    runs = [
+        with_probes(row(CONTROL, "", known=1.0, new=0.0), 0.0, 0.0),
+        with_probes(row("sparse", "lr 1", known=0.9, new=0.4), 0.1, 0.01),
+        with_probes(row("sparse", "lr 2", known=0.7, new=0.8), 0.3, 0.03),
+        with_probes(row("full", "lr 1", known=0.8, new=0.2), 0.2, 0.2),
+        with_probes(row("full", "lr 2", known=0.4, new=0.6), 0.4, 0.6),
+    ]
+    found = report_rows.forgetting_at_equal_learning(runs)
+    assert found["level"] == 0.3  # of which scored() gives the unseen wording half
+    losses = {method: [mean for mean, _ in figures.values()] for method, figures in found["methods"].items()}
+    assert losses["sparse"] == pytest.approx([0.2, 0.2, 0.2, 0.02])
+    assert losses["full"] == pytest.approx([0.6, 0.6, 0.4, 0.6])
+    names = ["known facts lost", "the same, unseen wording", "quiz, share lost", "text, nats more"]
+    assert list(found["methods"]["full"]) == names
+    text = (write_report(tmp_path, "Title", runs, PROVENANCE, [], found) / "report.md").read_text(encoding="utf-8")
+    assert "## Where each has learned 0.30" in text
+    assert "| full | 0.600 | 0.600 | 0.400 | 0.600 |" in text
+    shown = tables.format_at_equal_learning(found)
+    assert "where each has learned 0.30 in unseen wordings:" in shown
+    assert tables.format_at_equal_learning(None) == ""
+
+
+def test_probes_over_seeds_are_means_with_deviations_and_without_tests_of_one_pair():
+    runs = [with_probes(row(seed=seed), lost, nats) for seed, lost, nats in ((0, 0.1, 0.2), (1, 0.3, 0.4))]
+    (merged,) = mean_rows(runs)
+    quiz, text = merged["probes"]
+    assert (quiz["share_kept"], quiz["share_kept_std"]) == pytest.approx((0.8, 0.1 * math.sqrt(2)))
+    assert (text["change"], text["change_std"]) == pytest.approx((0.3, 0.1 * math.sqrt(2)))
+    assert "p_value" not in quiz
+    assert "low" not in text
+    assert "+0.3000 ± 0.1414 over seeds" in tables.format_probes([merged])

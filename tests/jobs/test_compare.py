@@ -10,7 +10,7 @@ import yaml
 from commands import LEARN, checkpoint, config_of, refusal, run, write_config
 
 from memlayer.decoders import files
-from memlayer.evaluation.report import CONTROL
+from memlayer.evaluation.rows import CONTROL
 from memlayer.jobs.compare import (
     ANSWERS,
     PROBES,
@@ -245,6 +245,8 @@ def without_seconds(row):
             "of job pretrain: name one",
         ),
         ({"methods": {"full": {"config": "configs/learn_full.yaml", "learning_rates": [1, 1]}}}, "each once"),
+        ({"methods": {"a/b": {"config": "configs/learn_full.yaml", "learning_rates": [1]}}}, "not with a slash"),
+        ({"methods": {CONTROL: {"config": "configs/learn_full.yaml", "learning_rates": [1]}}}, "not 'do nothing'"),
         ({"probes": {"questions": ["absent.jsonl"]}}, "absent.jsonl"),
         ({"probes": {"length": 97}}, "length of the probes is 97, the model has 96 positions"),
         ({"probes": {"prompts": {"frame": "{question} " + "! " * 99}}}, "the model has 96 positions"),

@@ -9,7 +9,7 @@ from commands import LEARN, checkpoint, config_of, refusal, run
 from memlayer.decoders import files
 from memlayer.evaluation.harness import ask_tasks
 from memlayer.evaluation.probes import Probed, compared
-from memlayer.evaluation.report import without_nan
+from memlayer.evaluation.rows import without_nan
 from memlayer.jobs.evaluate import Evaluation, evaluate, load_probes
 from memlayer.jobs.learn import learn
 from memlayer.jobs.measure import KL

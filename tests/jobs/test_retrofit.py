@@ -19,7 +19,7 @@ from memlayer.decoders import files
 from memlayer.decoders.attach import add_memory, memory_parameters
 from memlayer.decoders.fingerprint import state_fingerprint
 from memlayer.evaluation.healing import BASE, DENSE, MEMORY, gate
-from memlayer.evaluation.report import CONTROL
+from memlayer.evaluation.rows import CONTROL
 from memlayer.jobs.config import load_config
 from memlayer.jobs.learn import learn
 from memlayer.jobs.retrofit import load_base, retrofit
