@@ -12,6 +12,7 @@ from commands import REPO, run
 
 from memlayer.decoders import files
 from memlayer.decoders.fingerprint import state_fingerprint
+from memlayer.jobs.measure import KL
 from memlayer.patch import MemoryPatch
 
 GUIDE, LESSONS = REPO / "docs" / "retrofit.md", REPO / "docs" / "teach_your_model.md"
@@ -52,7 +53,9 @@ def test_the_guide_to_lessons_teaches_them_and_takes_one_back(tmp_path):
     runs = walk(LESSONS, tmp_path)
     before, after = json.loads((runs / "report_lessons" / "results.json").read_text())["rows"]
     assert before["learning_seen_nll"] > after["learning_seen_nll"] + 1
-    assert [probe["name"] for probe in after["probes"]] == ["background_questions", "background"]
+    measures = [("background_questions", "right"), ("background_questions, F1", "f1")]
+    measures += [("background_questions, nats of the answer", "nats"), ("background", "nats"), (KL, "nats")]
+    assert [(probe["name"], probe["measure"]) for probe in after["probes"]] == measures
     assert len((runs / "more_wordings" / "lessons.jsonl").read_text().splitlines()) == 3
     patch = MemoryPatch.load(runs / "without_bo")
     assert {lesson for table in patch.tables.values() for lesson in table.lessons} == {"Ada Quill", "Cy Marsh"}
