@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from memlayer.data.facts import facts_of
 from memlayer.data.hub_sets import local_file
-from memlayer.data.qa import Question, known_questions
+from memlayer.data.qa import Question
 from memlayer.decoders import files
 from memlayer.evaluation.forgetting import scores
 from memlayer.evaluation.probes import Probed
@@ -29,7 +29,7 @@ from memlayer.files import sha256_of, write_file
 from memlayer.jobs.config import CompareRun, LearnRun, load_config
 from memlayer.jobs.learn import inputs_of, learn
 from memlayer.jobs.lessons import lessons_of, prompts_of
-from memlayer.jobs.measure import Measured, Measurement, compared_probes
+from memlayer.jobs.measure import Measured, Measurement, compared_probes, questions_of_known
 from memlayer.jobs.run_folder import claimed, is_done, write_result
 from memlayer.jobs.sections import ProbesConfig
 from memlayer.jobs.taught import Learned, write_learned
@@ -302,10 +302,12 @@ def _measurement(trial: Trial, model, tokenizer) -> Measurement:
 
 
 def _questions(config: LearnRun, known: tuple[int, int]) -> list[Question]:
-    """Known facts ``known`` (first, last), and what the run teaches."""
-    facts = facts_of(**asdict(config.data))
+    """The checkpoint's known facts ``known`` (first, last), and what the run teaches."""
+    made = Path(config.checkpoint) / "config.yaml"
+    base = load_config(made) if made.is_file() else None
+    taught = () if config.lessons.files else facts_of(**asdict(config.data)).new
     new = [question for lesson in lessons_of(config) for question in lesson.ask]
-    return known_questions(facts.known[slice(*known)], facts.wordings) + new
+    return questions_of_known(base, slice(*known), taught) + new
 
 
 def _inputs(trial: Trial) -> dict[str, str]:

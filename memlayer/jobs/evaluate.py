@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from memlayer.data.facts import Fact, facts_of
-from memlayer.data.qa import Question, known_questions, new_questions
+from memlayer.data.facts import facts_of
+from memlayer.data.qa import Question, new_questions
 from memlayer.decoders import files
 from memlayer.decoders.fingerprint import state_fingerprint
 from memlayer.evaluation.forgetting import scores
@@ -24,7 +24,7 @@ from memlayer.evaluation.rows import CONTROL, result_row, sample
 from memlayer.jobs import typed, written
 from memlayer.jobs.config import PretrainRun, RetrofitRun, RunConfig, load_config
 from memlayer.jobs.lessons import lessons_of, prompts_of
-from memlayer.jobs.measure import Measured, Measurement, check_finite, compared_probes
+from memlayer.jobs.measure import Measured, Measurement, check_finite, compared_probes, questions_of_known
 from memlayer.jobs.preflight import check_output
 from memlayer.jobs.retrofit import load_base
 from memlayer.jobs.sections import DataConfig, ProbesConfig
@@ -179,23 +179,13 @@ def questions_of(asked: Evaluation, base: RunConfig, taught: RunConfig | None) -
         new = new_questions(learns.new, learns.wordings) if told_facts else []
         if told_facts and not new and not asked.probes.any:
             raise ValueError("there is no new fact to ask about: --num-new is 0, or the facts file has none")
-    questions = _known(asked, base, taught_facts) + new
+    # Of a checkpoint that was told no facts built-in ones are asked if their number is named.
+    told_some = isinstance(base, PretrainRun) or asked.num_known is not None
+    known = questions_of_known(base, slice(asked.num_known) if told_some else slice(0), taught_facts)
+    questions = known + new
     if not questions and not asked.probes.any:
         raise ValueError(f"there is nothing to ask {asked.checkpoint}, which was told no facts: name runs or --probes")
     return questions
-
-
-def _known(asked: Evaluation, base: RunConfig, taught: Sequence[Fact]) -> list[Question]:
-    """The known facts of the checkpoint; one that was told none is asked built-in ones if their number is named."""
-    unseen_wordings = True
-    if isinstance(base, PretrainRun):
-        data, unseen_wordings = asdict(base.data), base.pretrain.unseen_wordings
-    else:
-        data = asdict(DataConfig(num_known=0))
-    if asked.num_known is not None:
-        data["num_known"] = asked.num_known
-    knows = facts_of(**data)
-    return known_questions(knows.known, knows.wordings, taught, unseen_wordings)
 
 
 def device_of(name: str | None) -> torch.device:

@@ -4,7 +4,7 @@ eval.py and a comparison measure by the same object, made once and called on eac
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -13,18 +13,20 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from memlayer.data.facts import Fact, facts_of
 from memlayer.data.hub_sets import local_file
 from memlayer.data.lessons import load_lessons
 from memlayer.data.prompts import Prompts
-from memlayer.data.qa import Question
+from memlayer.data.qa import Question, known_questions
 from memlayer.data.text import load_documents, windows
 from memlayer.evaluation.divergence import answer_distributions, kl_divergences, spread
 from memlayer.evaluation.harness import ask_tasks
 from memlayer.evaluation.probes import Probed, compared, known_items, window_nats
 from memlayer.evaluation.qa import Answered, answer_questions, encode_questions
 from memlayer.evaluation.slick import how_well_known
+from memlayer.jobs.config import PretrainRun, RunConfig
 from memlayer.jobs.lessons import drawn_prompts, prompts_of
-from memlayer.jobs.sections import ProbesConfig
+from memlayer.jobs.sections import DataConfig, ProbesConfig
 from memlayer.machine import best_device
 
 KL = "KL to the model before, taught questions"
@@ -151,6 +153,26 @@ class Measurement:
     def _asked(self, name: str) -> list[Question]:
         items = self._known.get(name)
         return self._sets[name] if items is None else [self._sets[name][item] for item in items]
+
+
+def questions_of_known(base: RunConfig | None, which: slice, taught: Sequence[Fact] = ()) -> list[Question]:
+    """Questions about some of the known facts: those that a checkpoint was pretrained on, or the built-in ones.
+
+    Args:
+        base: what made the checkpoint, if that is known.
+        which: of the known facts.
+        taught: new facts that were taught since, see ``data.qa.known_questions``.
+
+    Raises:
+        ValueError: there are not as many.
+    """
+    data, unseen_wordings = DataConfig(num_new=0), True
+    if isinstance(base, PretrainRun):
+        data, unseen_wordings = base.data, base.pretrain.unseen_wordings
+    knows = facts_of(**asdict(data))
+    if which.stop is not None and not 0 <= which.stop <= len(knows.known):
+        raise ValueError(f"known facts up to number {which.stop} are asked for, there are {len(knows.known)}")
+    return known_questions(knows.known[which], knows.wordings, taught, unseen_wordings)
 
 
 def compared_probes(before: Measured, after: Measured) -> list[dict]:

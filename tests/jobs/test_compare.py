@@ -238,6 +238,7 @@ def without_seconds(row):
     [
         ({"compare": {"first_validation": 11}}, "validation takes 11 to 13 and the test 10 and up"),
         ({"compare": {"known_test": [3]}}, "compare.known_test is [3], must be the first and the last"),
+        ({"compare": {"known_test": [20, 25]}}, "known facts up to number 25 are asked for, there are 24"),
         ({"data": {"num_new": 3}}, "data.num_new is set: compare.first_test and compare.num_test say what is taught"),
         ({"methods": {"full": {"config": "absent.yaml", "learning_rates": [1]}}}, "methods.full.config is absent.yaml"),
         (
