@@ -32,7 +32,7 @@ def demo(tmp_path, monkeypatch):
         compared[title] = {"config": f"configs/learn_{name}.yaml", "learning_rates": [0.01]}
         # Enough rows that some of them are read with a weight that float32 can hold.
         write_config(path, LEARN, output=f"runs/{name}", learn={"method": method, "num_rows": 64})
-    few = {"num_validation": 2, "num_test": 2, "known_validation": [0, 8], "known_test": [8, 24]}
+    few = {"num_validation": 2, "num_test": 2, "known_validation": [0, 8], "known_test": [8, 24], "workers": 1}
     comparison = yaml.safe_load((REPO / "configs" / "compare.yaml").read_text(encoding="utf-8"))
     assert comparison["methods"].keys() == METHODS.keys()
     comparison |= {"methods": compared, "data": {"num_known": 24}, "compare": few}

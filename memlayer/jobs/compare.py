@@ -226,7 +226,7 @@ def _inputs_of(config: CompareRun) -> dict[str, str]:
 
 
 def run_trials(trials: Sequence[Trial], workers: int, progress: Callable[[Trial], object]) -> None:
-    """Run what is not there yet, ``workers`` processes of one thread at a time.
+    """Run what is not there yet, in ``workers`` processes of one thread, or one after the other in this one.
 
     A step on one fact is too small for two threads to help, so two trials side by side take half the time.
 
@@ -249,6 +249,11 @@ def run_trials(trials: Sequence[Trial], workers: int, progress: Callable[[Trial]
     if not missing:
         return
     try:
+        if workers == 1:
+            for trial in missing:
+                run_trial(trial)
+                progress(trial)
+            return
         with worker_processes(workers, threads=1) as pool:
             running = {pool.submit(run_trial, trial): trial for trial in missing}
             for future in as_completed(running):

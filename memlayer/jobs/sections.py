@@ -190,7 +190,7 @@ class CompareConfig:
         every_strength: report every strength on test facts, not the chosen one alone.
         known_validation: first and last of the checkpoint's known facts that are asked beside validation facts.
         known_test: the same beside test facts.
-        workers: processes of one thread each that teach at a time.
+        workers: processes of one thread each that teach at a time; 1 teaches in the run's own, with all its threads.
     """
 
     seeds: int = 1

@@ -1,13 +1,14 @@
 """Trials: what is there is not done again, what changed is, and two at a time give what one gives."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 import yaml
-from commands import LEARN, checkpoint, config_of, refusal, run, write_config
+from commands import LEARN, checkpoint, config_of, run, write_config
 
 from memlayer.decoders import files
 from memlayer.evaluation.rows import CONTROL
@@ -16,6 +17,7 @@ from memlayer.jobs.compare import (
     PROBES,
     Trial,
     choose,
+    compare,
     read_measured,
     row,
     run_trial,
@@ -181,6 +183,7 @@ def comparison(checkpoint, tmp_path):
         "compare": {"seeds": 2, "num_validation": 2, "num_test": 3, "first_test": 10, "known_test": [0, 8]},
         "probes": {"questions": [str(tmp_path / "asked.jsonl")], "texts": [str(tmp_path / "text.txt")], "length": 8},
     }
+    told["compare"]["workers"] = 1  # several have a test of their own
     told["probes"] |= {"num_windows": 4, "prompts": {"style": "plain", "frame": "{question}"}}
 
     def change(**sections):
@@ -253,8 +256,9 @@ def without_seconds(row):
         ({"probes": {"prompts": {"frame": "{question} " + "! " * 99}}}, "the model has 96 positions"),
     ],
 )
-def test_a_comparison_that_cannot_be_made_is_refused_in_one_sentence(comparison, tmp_path, changes, sentence):
-    assert sentence in refusal("train.py", comparison(**changes))
+def test_a_comparison_that_cannot_be_made_is_refused_before_anything_is_taught(comparison, tmp_path, changes, sentence):
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(sentence)):
+        compare(load_config(comparison(**changes)))
     assert not (tmp_path / "out" / "trials").exists()
 
 
@@ -264,7 +268,7 @@ def test_after_learning_only_what_was_known_is_asked_if_told_so(comparison, tmp_
     told = yaml.safe_load(path.read_text())
     del told["methods"]["full"]
     path.write_text(yaml.safe_dump(told))
-    assert run("train.py", path).returncode == 0
+    compare(load_config(path))
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     control, *others = (each["probes"][0] for each in results["rows"])
     assert control["n"] == 3
