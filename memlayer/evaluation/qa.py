@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from memlayer.data.qa import Example, Question, encode_answers, encode_prompts, pad_token
 from memlayer.evaluation import answers, squad
+from memlayer.evaluation.prefix import Prefix, read_prefix
 
 IGNORED = -100  # the target that cross_entropy leaves out
 MARGIN = 8  # tokens beyond the longest answer, so that a prediction that goes on is seen to
@@ -81,11 +82,12 @@ def answer_questions(
     rooms = rooms_for(model, questions, prompts, answer_ids, max_new_tokens)
     answered: dict[int, Answered] = {}
     with evaluating(model), torch.no_grad():
+        prefix = read_prefix(model, prompts)
         for batch, new_tokens in in_batches(prompts, rooms, batch_size):
             asked, batch_prompts = [questions[index] for index in batch], [prompts[index] for index in batch]
             ends = [question.end for question in asked]
-            predictions = generate(model, tokenizer, batch_prompts, new_tokens, ends)
-            likely = answer_nll(model, batch_prompts, [answer_ids[index][0] for index in batch])
+            predictions = generate(model, tokenizer, batch_prompts, new_tokens, ends, prefix=prefix)
+            likely = answer_nll(model, batch_prompts, [answer_ids[index][0] for index in batch], prefix)
             answered |= zip(batch, map(_score, asked, predictions, likely.tolist()))
             if progress is not None:
                 progress(len(batch))
@@ -119,29 +121,33 @@ def generate(
     *,
     samples: int | None = None,
     temperature: float = 1.0,
+    prefix: Prefix | None = None,
 ) -> list[str]:
     """Continue each prompt up to an end token or the end of its answer: as is likeliest, token by token, or as drawn.
 
     Args:
-        prompts: token ids; padded on the left here, so that all continuations start in one column.
+        prompts: token ids; padded on the left of what they do not share, so that all continuations start in one column.
         ends: per prompt, the text that ends its answer; nothing is an end token alone.
         samples: draw so many continuations of each prompt in place of the likeliest one.
         temperature: of what is drawn, by torch's generator.
+        prefix: what all prompts begin with, read already; not for drawing several continuations.
 
     Returns:
         one continuation a prompt, or its ``samples`` one after the other.
     """
     drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "num_return_sequences": samples}
-    pad = pad_token(tokenizer)
-    longest = max(map(len, prompts))
-    padded = [[pad] * (longest - len(prompt)) + prompt for prompt in prompts]
-    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    pad, shared = pad_token(tokenizer), prefix.ids if prefix else []
+    tails, longest = [prompt[len(shared) :] for prompt in prompts], max(map(len, prompts))
+    padded = [shared + [pad] * (longest - len(prompt)) + tail for prompt, tail in zip(prompts, tails)]
+    mask = [[1] * len(shared) + [0] * (longest - len(p)) + [1] * len(tail) for p, tail in zip(prompts, tails)]
+    read = {"past_key_values": prefix.copies(len(prompts))} if prefix else {}
     ids_BL = model.generate(
         input_ids=torch.tensor(padded, device=model.device),
         attention_mask=torch.tensor(mask, device=model.device),
         max_new_tokens=max_new_tokens,
         num_beams=1,
         **(drawn if samples else {"do_sample": False}),
+        **read,
         use_cache=True,
         pad_token_id=pad,
         eos_token_id=end_tokens(model, tokenizer, set(ends)),
@@ -193,40 +199,45 @@ def _decode(tokenizer, ids, end: str = "") -> str:
     return (text.split(end)[0] if end else text).strip()
 
 
-def answer_nll(model, prompts: list[list[int]], answers: list[list[int]]) -> Tensor:
+def answer_nll(model, prompts: list[list[int]], answers: list[list[int]], prefix: Prefix | None = None) -> Tensor:
     """How unlikely each answer is after its prompt, teacher forced.
 
     Args:
         prompts: token ids, one list a question, none empty.
         answers: token ids of one answer a question, end token included.
+        prefix: what all prompts begin with, read already.
 
     Returns:
         nll_B: float32, mean over the answer's tokens, in nats.
     """
-    logits_BAC, targets_BA = answer_logits(model, prompts, answers)
+    logits_BAC, targets_BA = answer_logits(model, prompts, answers, prefix)
     nll_BA = F.cross_entropy(logits_BAC.transpose(1, 2), targets_BA, reduction="none", ignore_index=IGNORED)
     return nll_BA.sum(1) / (targets_BA != IGNORED).sum(1)
 
 
-def answer_logits(model, prompts: list[list[int]], answers: list[list[int]]) -> tuple[Tensor, Tensor]:
+def answer_logits(
+    model, prompts: list[list[int]], answers: list[list[int]], prefix: Prefix | None = None
+) -> tuple[Tensor, Tensor]:
     """What the model says at the positions that predict an answer, the answer being told it token by token.
 
     Padding is on the right, behind every token that is scored, so no model needs position ids for it.
 
     Args:
-        prompts, answers: as of ``answer_nll``.
+        prompts, answers, prefix: as of ``answer_nll``.
 
     Returns:
         logits_BAC: float32, from the first position on that predicts an answer's token in any of the questions.
         targets_BA: the answer's token at each of them, IGNORED where none is.
     """
+    shared = len(prefix.ids) if prefix else 0
+    prompts = [prompt[shared:] for prompt in prompts]
     sequences = [prompt + answer for prompt, answer in zip(prompts, answers)]
     longest = max(map(len, sequences))
     padded = [ids + [0] * (longest - len(ids)) for ids in sequences]
-    mask = [[1] * len(ids) + [0] * (longest - len(ids)) for ids in sequences]
+    mask = [[1] * (shared + len(ids)) + [0] * (longest - len(ids)) for ids in sequences]
     ids_BL, mask_BL = torch.tensor(padded, device=model.device), torch.tensor(mask, device=model.device)
     first = min(map(len, prompts)) - 1  # the earliest position that predicts an answer token
-    logits_BAC = _logits_from(model, ids_BL, mask_BL, first)[:, :-1].float()
+    logits_BAC = _logits_from(model, ids_BL, mask_BL, first, prefix)[:, :-1].float()
     targets_BA = torch.full((len(sequences), longest - 1 - first), IGNORED, device=model.device)
     for row, (prompt, answer) in enumerate(zip(prompts, answers)):
         start = len(prompt) - 1 - first
@@ -234,9 +245,11 @@ def answer_logits(model, prompts: list[list[int]], answers: list[list[int]]) -> 
     return logits_BAC, targets_BA
 
 
-def _logits_from(model, ids_BL: Tensor, mask_BL: Tensor, first: int) -> Tensor:
+def _logits_from(model, ids_BL: Tensor, mask_BL: Tensor, first: int, prefix: Prefix | None) -> Tensor:
     """Logits from position ``first`` on; earlier ones are not computed where the model can leave them out."""
-    inputs = {"input_ids": ids_BL, "attention_mask": mask_BL, "use_cache": False}
+    inputs = {"input_ids": ids_BL, "attention_mask": mask_BL, "use_cache": prefix is not None}
+    if prefix:
+        inputs["past_key_values"] = prefix.copies(len(ids_BL))
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         return model(**inputs, logits_to_keep=ids_BL.shape[1] - first).logits
     return model(**inputs).logits[:, first:]
