@@ -111,7 +111,9 @@ def _check_names(chosen: type, several: list[type], tree: dict, name: str) -> No
     for key in tree.keys() - has(chosen):
         dotted, others = _dotted(name, key), [name_of(each) for each in several if key in has(each)]
         if others:
-            raise ValueError(f"{dotted} is a setting of {' and '.join(others)}, not of {name_of(chosen)}")
+            *first, last = others
+            some = f"{', '.join(first)} and {last}" if first else last
+            raise ValueError(f"{dotted} is a setting of {some}, not of {name_of(chosen)}")
         raise UnknownSetting(dotted)
 
 
