@@ -343,8 +343,8 @@ class SparseMemoryConfig(LearnConfig):
         idf_power: 1 ranks slots as the paper does; more avoids those that background text reads.
         positions: whose reads count: all positions, or those that predict the answer.
         protect: how many background documents a row counts as read by, for each lesson that wrote it, when another
-            one chooses. 0 is the paper's rule; as many as there are documents, or more, keeps the rows of lessons apart,
-            so that one can be deleted entirely.
+            one chooses. 0 is the paper's rule; as many as there are documents, or more, keeps the rows of lessons
+            apart, so that one can be deleted entirely.
         max_norm: how long the change of a row may become; None is no bound, as in the paper.
         reads: sum counts how often a step's examples read a slot, as in the paper; minimum, how often the one that
             reads it least, so that only slots which all its wordings share are written.
