@@ -126,7 +126,7 @@ def generate(
     """Continue each prompt up to an end token or the end of its answer: as is likeliest, token by token, or as drawn.
 
     Args:
-        prompts: token ids; padded on the left of what they do not share, so that all continuations start in one column.
+        prompts: token ids; padded on the left here, so that all continuations start in one column.
         ends: per prompt, the text that ends its answer; nothing is an end token alone.
         samples: draw so many continuations of each prompt in place of the likeliest one.
         temperature: of what is drawn, by torch's generator.
@@ -136,11 +136,10 @@ def generate(
         one continuation a prompt, or its ``samples`` one after the other.
     """
     drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "num_return_sequences": samples}
-    pad, shared = pad_token(tokenizer), prefix.ids if prefix else []
-    tails, longest = [prompt[len(shared) :] for prompt in prompts], max(map(len, prompts))
-    padded = [shared + [pad] * (longest - len(prompt)) + tail for prompt, tail in zip(prompts, tails)]
-    mask = [[1] * len(shared) + [0] * (longest - len(p)) + [1] * len(tail) for p, tail in zip(prompts, tails)]
-    read = {"past_key_values": prefix.copies(len(prompts))} if prefix else {}
+    pad, longest = pad_token(tokenizer), max(map(len, prompts))
+    padded = [[pad] * (longest - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    read = {"past_key_values": prefix.copies([longest - len(prompt) for prompt in prompts])} if prefix else {}
     ids_BL = model.generate(
         input_ids=torch.tensor(padded, device=model.device),
         attention_mask=torch.tensor(mask, device=model.device),
@@ -249,7 +248,7 @@ def _logits_from(model, ids_BL: Tensor, mask_BL: Tensor, first: int, prefix: Pre
     """Logits from position ``first`` on; earlier ones are not computed where the model can leave them out."""
     inputs = {"input_ids": ids_BL, "attention_mask": mask_BL, "use_cache": prefix is not None}
     if prefix:
-        inputs["past_key_values"] = prefix.copies(len(ids_BL))
+        inputs["past_key_values"] = prefix.copies([0] * len(ids_BL))
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         return model(**inputs, logits_to_keep=ids_BL.shape[1] - first).logits
     return model(**inputs).logits[:, first:]

@@ -70,6 +70,26 @@ def test_answers_are_those_of_prompts_read_in_full(family, batch_size, tokenizer
     assert [each.nll for each in shared] == pytest.approx([each.nll for each in full], rel=1e-4)
 
 
+@pytest.mark.parametrize("fault", ["another answer", "no cache from outside"])
+def test_a_model_that_says_something_else_behind_a_prefix_reads_every_prompt_in_full(fault, tokenizer, monkeypatch):
+    model = model_of("gpt2", tokenizer)
+    prompts = encode_prompts(tokenizer, [question.prompt for question in QUESTIONS])
+    forward = model.forward
+
+    def faulty(*args, past_key_values=None, **kwargs):
+        if past_key_values is not None and fault == "no cache from outside":
+            raise ValueError("position_ids are incorrect")
+        found = forward(*args, past_key_values=past_key_values, **kwargs)
+        if past_key_values is not None:
+            found.logits[..., 0] += 0.1
+        return found
+
+    with torch.no_grad():
+        assert read_prefix(model, prompts) is not None
+        monkeypatch.setattr(model, "forward", faulty)
+        assert read_prefix(model, prompts) is None
+
+
 def test_little_or_one_prompt_alone_is_not_worth_it(tokenizer):
     model = model_of("gpt2", tokenizer)
     long = list(range(LEAST + 1))
@@ -87,6 +107,7 @@ def test_the_model_reads_the_shared_tokens_once(tokenizer, monkeypatch):
     )
     qa.answer_questions(model, tokenizer, QUESTIONS, batch_size=4)
     prompts = encode_prompts(tokenizer, [question.prompt for question in QUESTIONS])
-    first, *rest = lengths
+    first, one_in_full, *rest = lengths
     assert first == common_prefix(prompts) > LEAST
-    assert max(rest) < max(map(len, prompts))
+    assert one_in_full == min(map(len, prompts)), "to see that both ways say the same"
+    assert max(rest) < min(map(len, prompts))
