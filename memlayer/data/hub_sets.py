@@ -7,6 +7,7 @@
 Its rows become JSON Lines in the datasets library's cache, and are read as any other file of lessons.
 """
 
+import os
 from functools import cache
 from pathlib import Path
 from urllib.parse import quote
@@ -39,6 +40,6 @@ def local_file(path: str | Path) -> Path:
         raise FactsError(f"{named} cannot be read: {' '.join(str(error).split())}") from error
     file = Path(datasets.config.HF_DATASETS_CACHE) / "memlayer" / f"{quote(named, safe='')}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name}.new")
+    beside = file.with_name(f".{file.name}.{os.getpid()}")  # several processes may read one dataset
     rows.to_json(beside, force_ascii=False)
     return beside.replace(file)

@@ -73,13 +73,7 @@ def _says_the_same(model, prompt: list[int], prefix: Prefix) -> bool:
     expected_C = model(input_ids=whole, attention_mask=mask, use_cache=False).logits[0, -1]
     try:
         found = model(input_ids=tail, attention_mask=mask, past_key_values=prefix.copies([0]), use_cache=True)
-    except (
-        AssertionError,
-        ValueError,
-        RuntimeError,
-        TypeError,
-        IndexError,
-    ):  # a family that takes no cache from outside
+    except Exception:  # whatever a family raises that takes no cache from outside: it reads every prompt in full
         return False
     near = 1e-3 if expected_C.dtype == torch.float32 else 0.1  # sums are taken in another order
     found_C, expected_C = (logits_C.float().log_softmax(0) for logits_C in (found.logits[0, -1], expected_C))

@@ -141,6 +141,11 @@ def _loss_of(probe: Mapping) -> tuple[str, float]:
 
 
 def check_rows(rows: Sequence[Mapping]) -> None:
+    """Refuse rows that no report can be made of.
+
+    Raises:
+        ValueError: a row lacks a key, or there is no row.
+    """
     if not rows:
         raise ValueError("there are no rows to report")
     for row in rows:

@@ -55,6 +55,7 @@ def format_table(rows: Sequence[Mapping]) -> str:
 SLICK_NOTES = """\
 SliCK's categories: after several sets of answered questions the likeliest answer was always right (HighlyKnown),
 sometimes (MaybeKnown), never, but one that was drawn (WeaklyKnown), or none was. Shares of right answers, as probed."""
+SLICK_HEADER = ("method", "strength", "probe", *CATEGORIES)
 EQUAL_NOTES = """\
 Who learns more forgets more. Here each method stands where it has learned as much, in unseen wordings, as every method
 does at one of its strengths with every seed: between two strengths the forgetting is taken from the line that joins
@@ -97,6 +98,8 @@ def _category_cells(rows: Sequence[Mapping]) -> list[list[str]]:
 
 
 def _changed(probe: Mapping) -> list[str]:
+    if not probe["n"]:  # with known_only, of a model that answered nothing right
+        return ["-", "-", "none was known before"]
     form = ".4f" if probe["measure"] == "nats" else ".3f"
     if "change_std" in probe:
         change = f"{probe['change']:+.4f} ± {probe['change_std']:.4f} over seeds"
@@ -106,7 +109,7 @@ def _changed(probe: Mapping) -> list[str]:
 
 
 def _turned(probe: Mapping) -> list[str]:
-    if probe["measure"] != "right":
+    if probe["measure"] != "right" or not probe["n"]:
         return ["-"] * 4
     kept = "-" if math.isnan(probe["share_kept"]) else f"{probe['share_kept']:.3f}"
     kept += f" ± {probe['share_kept_std']:.3f}" if "share_kept_std" in probe else ""
@@ -115,19 +118,16 @@ def _turned(probe: Mapping) -> list[str]:
 
 
 def format_at_equal_learning(found: Mapping | None) -> str:
-    """The same as a plain text table; empty where there is none."""
+    """What ``rows.forgetting_at_equal_learning`` found, as a plain text table; empty where it found nothing."""
     if found is None:
         return ""
-    lines = _aligned([_equal_header(found), *_equal_cells(found)])
+    lines = _aligned(_equal_table(found))
     return "\n".join(["", f"where each has learned {found['level']:.2f} in unseen wordings:", *lines, ""])
 
 
-def _equal_header(found: Mapping) -> list[str]:
-    return ["method", *next(iter(found["methods"].values()))]
-
-
-def _equal_cells(found: Mapping) -> list[list[str]]:
-    return [
+def _equal_table(found: Mapping) -> list[list[str]]:
+    header = ["method", *next(iter(found["methods"].values()))]
+    return [header] + [
         [method, *(f"{mean:.3f}" + ("" if math.isnan(std) else f" ± {std:.3f}") for mean, std in figures.values())]
         for method, figures in found["methods"].items()
     ]
@@ -141,6 +141,14 @@ def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
 
 
 def markdown(title: str, rows: Sequence[Mapping], provenance: Mapping, equal: Mapping | None, note: str | None) -> str:
+    """The text of report.md.
+
+    Args:
+        rows: of ``rows.py``.
+        provenance: where the numbers come from, see ``provenance.py``.
+        equal: what ``rows.forgetting_at_equal_learning`` found.
+        note: a paragraph under the title.
+    """
     table = [HEADER, *(_cells(row, short=False) for row in rows)]
     if _replaced(rows):
         table = [[*line, cell] for line, cell in zip(table, ("old answer still given", *map(_old_answer, rows)))]
@@ -153,19 +161,9 @@ def markdown(title: str, rows: Sequence[Mapping], provenance: Mapping, equal: Ma
         NOTES,
         *([OLD_ANSWER_NOTES] if _replaced(rows) else []),
         picture,
-        *(
-            [f"## Where each has learned {equal['level']:.2f}", EQUAL_NOTES]
-            + [_markdown_table([_equal_header(equal), *_equal_cells(equal)])]
-            if equal
-            else []
-        ),
-        *(["## Probes", PROBE_NOTES, _markdown_table([PROBE_HEADER, *cells])] if (cells := _probe_cells(rows)) else []),
-        *(
-            ["## By how well the questions were known before", SLICK_NOTES]
-            + [_markdown_table([("method", "strength", "probe", *CATEGORIES), *known])]
-            if (known := _category_cells(rows))
-            else []
-        ),
+        *(_part(f"Where each has learned {equal['level']:.2f}", EQUAL_NOTES, _equal_table(equal)) if equal else []),
+        *_part("Probes", PROBE_NOTES, [PROBE_HEADER, *_probe_cells(rows)]),
+        *_part("By how well the questions were known before", SLICK_NOTES, [SLICK_HEADER, *_category_cells(rows)]),
         "## The same by SQuAD's rule",
         "Exact match (EM) and token F1 as papers report them. It takes 3.14 for 314, -5 for 5 and C++ for C.",
         _markdown_table([SQUAD_HEADER, *map(_squad_cells, rows)]),
@@ -173,6 +171,11 @@ def markdown(title: str, rows: Sequence[Mapping], provenance: Mapping, equal: Ma
         "\n".join(origin),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _part(heading: str, notes: str, table: Sequence[Sequence[str]]) -> list[str]:
+    """A part of the report; nothing where its table has a header alone."""
+    return [f"## {heading}", notes, _markdown_table(table)] if len(table) > 1 else []
 
 
 def _markdown_table(lines: Sequence[Sequence[str]]) -> str:

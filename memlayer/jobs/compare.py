@@ -112,7 +112,7 @@ def run(config: CompareRun) -> Compared:
     """Run the trials that are not there yet, and read all of them.
 
     Raises:
-        FileNotFoundError, ValueError: as of ``compare``; no trial of that seed is run then.
+        FileNotFoundError, ValueError: as of ``compare``; what cannot be measured is refused before any trial is run.
     """
     found = Compared([], [])
     for seed in _seeds(config):
@@ -290,8 +290,7 @@ def run_trial(trial: Trial) -> None:
             measure.remember(model, read_measured(trial.control) if known_only else Measured([], []))
             del model
             learned = learn(trial.config)
-        is_first = trial.method == CONTROL
-        measured = measure(learned.model, learned.tokenizer, trial.folder, is_first)
+        measured = measure(learned.model, learned.tokenizer, trial.folder, is_first=trial.method == CONTROL)
 
         def write(folder: Path) -> None:
             write_learned(learned, folder, with_model=False)

@@ -186,7 +186,8 @@ class CompareConfig:
             ones, where no choice is made.
         first_validation: where they start.
         num_test: facts or lessons on which the report stands, of each seed.
-        first_test: where those of the first seed start; the next seed has the next ones.
+        first_test: where those of the first seed start; the next seed has the next ones. Of the built-in new facts
+            those before 400 were used to find the recipes in configs/.
         every_strength: report every strength on test facts, not the chosen one alone.
         known_validation: first and last of the checkpoint's known facts that are asked beside validation facts.
         known_test: the same beside test facts.

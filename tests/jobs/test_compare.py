@@ -272,4 +272,7 @@ def test_after_learning_only_what_was_known_is_asked_if_told_so(comparison, tmp_
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     control, *others = (each["probes"][0] for each in results["rows"])
     assert control["n"] == 3
-    assert {each["n"] for each in others} == {control["kept"]}
+    assert {each["n"] for each in others} == {control["kept"]} == {0}
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "| asked | 0 | - | - | none was known before | - | - | - | - |" in report
+    assert "nan" not in report
