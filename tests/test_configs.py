@@ -8,7 +8,8 @@ import yaml
 from commands import REPO
 
 from memlayer.jobs.config import ANY_RUN, AugmentRun, CompareRun, LearnRun, PretrainRun, RetrofitRun, load_config
-from memlayer.jobs.sections import LessonsConfig, LoraConfig, TextConfig
+from memlayer.jobs.learn_settings import LoraConfig
+from memlayer.jobs.sections import LessonsConfig, TextConfig
 from memlayer.jobs.typed import members, name_of
 
 CONFIGS = sorted((REPO / "configs").glob("*.yaml"))

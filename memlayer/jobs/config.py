@@ -11,21 +11,19 @@ from typing import Any, Literal
 from memlayer.checks import check_at_least, check_choices
 from memlayer.evaluation.rows import CONTROL
 from memlayer.jobs import typed, written
+from memlayer.jobs.learn_settings import ANY_LEARN, SparseMemoryConfig
 from memlayer.jobs.sections import (
     AugmentConfig,
     CompareConfig,
     CountConfig,
     DataConfig,
-    FullConfig,
     LessonsConfig,
-    LoraConfig,
     MethodConfig,
     ModelConfig,
     PretrainConfig,
     ProbesConfig,
     PromptsConfig,
     RetrofitConfig,
-    SparseMemoryConfig,
     TextConfig,
 )
 from memlayer.jobs.trainer_settings import TYPES, check_trainer
@@ -140,7 +138,7 @@ class LearnRun(TrainingRun):
     data: DataConfig = field(default_factory=DataConfig)
     lessons: LessonsConfig = field(default_factory=LessonsConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
-    learn: SparseMemoryConfig | FullConfig | LoraConfig = field(default_factory=SparseMemoryConfig)
+    learn: ANY_LEARN = field(default_factory=SparseMemoryConfig)
 
     def __post_init__(self):
         super().__post_init__()

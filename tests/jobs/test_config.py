@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from memlayer.jobs.config import ANY_RUN, LearnRun, PretrainRun, RetrofitRun, load_config, to_yaml
 from memlayer.jobs.config_help import attributes, describe_settings
-from memlayer.jobs.sections import DataConfig, FullConfig, LearnConfig, LoraConfig, SparseMemoryConfig, TextConfig
+from memlayer.jobs.learn_settings import FullConfig, LearnConfig, LoraConfig, SparseMemoryConfig
+from memlayer.jobs.sections import DataConfig, TextConfig
 from memlayer.jobs.typed import members, name_of, names, typed_fields
 from memlayer.layers.config import MemoryConfig
 from memlayer.methods import METHODS

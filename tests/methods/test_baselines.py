@@ -5,7 +5,7 @@ import tiny
 import torch
 
 from memlayer.decoders.fingerprint import state_fingerprint
-from memlayer.jobs.sections import FullConfig, LoraConfig, SparseMemoryConfig
+from memlayer.jobs.learn_settings import FullConfig, LoraConfig, SparseMemoryConfig
 from memlayer.methods import METHODS
 
 SETTINGS = {

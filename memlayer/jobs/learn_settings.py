@@ -1,0 +1,106 @@
+"""The section ``learn`` of a run's settings: one dataclass for each finetuning method."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from memlayer.checks import check_at_least, check_choices
+from memlayer.jobs.sections import LossOn
+
+
+@dataclass
+class LearnConfig:
+    """How new facts or lessons are taught, with any method.
+
+    Attributes:
+        method: how the model is changed; it decides which other settings there are.
+        learning_rate: of the method's optimizer; constant.
+        steps_per_fact: optimizer steps on a fact or lesson.
+        order: depth_first takes all steps of a lesson before the next one; rounds takes one step of each, and again.
+        statements: of a fact, seen statements in each step's batch.
+        questions: of a fact, seen questions in each step's batch.
+        batch_size: examples of a lesson that a step trains on, the next ones in its next step; None is all of them.
+        loss_on: tokens that are trained on; of a text, all.
+        skip_below: a step is left out where its loss is below so many nats a token: the lesson is learned. In rounds it
+            is taught again when it has slipped. None leaves out none.
+    """
+
+    method: str
+    learning_rate: float
+    steps_per_fact: int = 5
+    order: Literal["depth_first", "rounds"] = "depth_first"
+    statements: int = 3
+    questions: int = 3
+    batch_size: int | None = None
+    loss_on: LossOn = "answer"
+    skip_below: float | None = None
+
+    def __post_init__(self):
+        check_choices("learn", self)
+        check_at_least(1, "learn", self, "steps_per_fact", "batch_size")
+        check_at_least(0, "learn", self, "learning_rate", "statements", "questions", "skip_below")
+        if not self.statements + self.questions:
+            raise ValueError("learn.statements and learn.questions are both 0: there is nothing to teach a fact with")
+
+
+@dataclass
+class SparseMemoryConfig(LearnConfig):
+    """Sparse memory finetuning: a step changes a few rows of the memory and nothing else.
+
+    Attributes:
+        num_rows: slots of a table that one step may change.
+        idf_power: 1 ranks slots as the paper does; more avoids those that background text reads.
+        positions: whose reads count: all positions, or those that predict the answer.
+        protect: how many background documents a row counts as read by, for each lesson that wrote it, when another
+            one chooses. 0 is the paper's rule; as many as there are documents, or more, keeps the rows of lessons
+            apart, so that one can be deleted entirely.
+        max_norm: how long the change of a row may become; None is no bound, as in the paper.
+        reads: sum counts how often a step's examples read a slot, as in the paper; minimum, how often the one that
+            reads it least, so that only slots which all its wordings share are written.
+        optimizer: sgd is the paper's, without momentum.
+    """
+
+    method: Literal["sparse_memory"] = "sparse_memory"
+    learning_rate: float = 10.0
+    num_rows: int = 400
+    idf_power: float = 8.0
+    positions: Literal["all", "answer"] = "all"
+    protect: int = 10
+    max_norm: float | None = None
+    reads: Literal["sum", "minimum"] = "sum"
+    optimizer: Literal["sgd", "adam"] = "sgd"
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_at_least(1, "learn", self, "num_rows")
+        check_at_least(0, "learn", self, "idf_power", "protect", "max_norm")
+
+
+@dataclass
+class FullConfig(LearnConfig):
+    """Full finetuning: every parameter, AdamW."""
+
+    method: Literal["full"] = "full"
+    learning_rate: float = 3e-5
+
+
+@dataclass
+class LoraConfig(LearnConfig):
+    """LoRA on every linear layer, AdamW, merged into the weights at the end.
+
+    Attributes:
+        lora_rank: rank of the low-rank updates.
+        lora_alpha: an update is scaled by lora_alpha / lora_rank.
+    """
+
+    method: Literal["lora"] = "lora"
+    learning_rate: float = 1e-4
+    lora_rank: int = 32
+    lora_alpha: float = 32.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_at_least(1, "learn", self, "lora_rank")
+        check_at_least(0, "learn", self, "lora_alpha")
+
+
+ANY_LEARN = SparseMemoryConfig | FullConfig | LoraConfig
