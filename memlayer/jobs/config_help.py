@@ -28,21 +28,29 @@ def describe_settings() -> str:
         groups.append(_group(heading, job, "", None, seen))
         if OF_JOB.get(name_of(job)):
             groups.append(_names(f"{heading}, trainer.*", OF_JOB[name_of(job)]))
-        for field, hint in typed_fields(job):
-            default = None if field.default_factory is MISSING else field.default_factory()
-            if each := section_of_each(hint):
-                groups.append(_group(f"{heading}, {field.name}.NAME", each, f"{field.name}.NAME.", None, seen))
-            for section in members(hint):
-                kind = f"{heading}, {field.name}"
-                if len(members(hint)) > 1:
-                    usual = " (the default)" if type(default) is section else ""
-                    kind += f".{dataclasses.fields(section)[0].name}={name_of(section)}{usual}"
-                groups.append(_group(kind, section, f"{field.name}.", default, seen))
-                for inner, inside in typed_fields(section):
-                    for each in members(inside):
-                        prefix = f"{field.name}.{inner.name}."
-                        groups.append(_group(f"{kind}.{inner.name}", each, prefix, inner.default_factory(), seen))
+        groups += _sections(heading, job, "", seen)
     return "\n\n".join(groups)
+
+
+def _sections(heading: str, kind: type, prefix: str, seen: set[str]) -> list[str]:
+    """The groups of the sections of a dataclass, and of theirs."""
+    groups = []
+    for field, hint in typed_fields(kind):
+        default = None if field.default_factory is MISSING else field.default_factory()
+        dotted = f"{prefix}{field.name}."
+        if each := section_of_each(hint):
+            groups.append(_group(f"{heading}, {dotted}NAME", each, f"{dotted}NAME.", None, seen))
+        several = members(hint)
+        for section in several:
+            title = f"{heading}, {dotted[:-1]}"
+            if len(several) > 1:
+                usual = " (the default)" if type(default) is section else ""
+                title += f".{dataclasses.fields(section)[0].name}={name_of(section)}{usual}"
+            if f"{title} {section}" not in seen:  # of the several, all may have it
+                groups.append(_group(title, section, dotted, default, seen))
+                groups += _sections(heading, section, dotted, seen)
+            seen.add(f"{title} {section}")
+    return groups
 
 
 def attributes(kind: type) -> dict[str, str]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
 
 from memlayer.data.facts import facts_of, taught_anew
+from memlayer.data.hub_sets import local_file
 from memlayer.data.qa import collate, encode, pad_token
 from memlayer.decoders import files
 from memlayer.decoders.attach import memory_tables
@@ -29,6 +30,7 @@ from memlayer.jobs.lessons import lessons_of, prompts_of
 from memlayer.jobs.preflight import check_checkpoint, check_lengths, check_output, training_arguments
 from memlayer.jobs.run_folder import claimed, is_done
 from memlayer.jobs.taught import Learned, files_of, provenance, save_learned
+from memlayer.jobs.terms import terms_of
 from memlayer.jobs.trainer import MemoryTrainer, train_to_end
 from memlayer.methods import METHODS
 from memlayer.slots.counts import COUNTS_FILE, SlotCounts, load_counts
@@ -117,6 +119,7 @@ def _teach(lesson: _Prepared) -> Learned:
         check_output(arguments.output_dir)
         checkpoint = checkpoint_to_resume(arguments, config, lesson.sha256)
     told = provenance(config, lesson.sha256)
+    terms = terms_of(config, model.to(arguments.device), tokenizer)
     prepared = METHODS[settings.method](model.to(arguments.device), lesson.background, settings)
     trainer = MemoryTrainer(
         prepared.model,
@@ -124,6 +127,7 @@ def _teach(lesson: _Prepared) -> Learned:
         finetuner=prepared.finetuner,
         lessons=lesson.lesson_of_step,
         skip_below=settings.skip_below,
+        terms=terms,
         optimizers=(prepared.optimizer, None),
         train_dataset=lesson.micro_batches,
         data_collator=partial(_collate, pad_token_id=pad_token(tokenizer), loss_on=settings.loss_on),
@@ -170,6 +174,8 @@ def inputs_of(config: RunConfig) -> dict[str, str]:
 def _inputs(config: RunConfig, checkpoint_sha256: str) -> dict[str, str]:
     counts = Path(config.checkpoint) / COUNTS_FILE
     paths = files_of(config) | ({"background_counts": counts} if counts.is_file() else {})
+    if replay := config.learn.terms.replay:
+        paths |= {f"replay {number}": local_file(path) for number, path in enumerate(replay.files, start=1)}
     return {"checkpoint": checkpoint_sha256} | {name: sha256_of(path) for name, path in paths.items()}
 
 

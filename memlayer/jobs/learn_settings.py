@@ -1,10 +1,53 @@
 """The section ``learn`` of a run's settings: one dataclass for each finetuning method."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from memlayer.checks import check_at_least, check_choices
 from memlayer.jobs.sections import LossOn
+
+
+@dataclass
+class ReplayConfig:
+    """Replay: each step sees some examples of what should be kept, beside its lesson.
+
+    Attributes:
+        files: lessons, question sets or documents to replay.
+        known: first and last of the known facts that the checkpoint was pretrained on to replay; those that a probe
+            asks for are better left out.
+        generated: texts that the untouched model writes itself to be replayed.
+        length: tokens of such a text at most.
+        batch_size: examples beside each micro-batch.
+        weight: of their loss beside the lesson's.
+        target: text trains on the examples; base holds the model to what it said of them before learning.
+        loss_on: tokens that count; of a text, all.
+    """
+
+    files: list[str] = field(default_factory=list)
+    known: list[int] = field(default_factory=lambda: [0, 0])
+    generated: int = 0
+    length: int = 64
+    batch_size: int = 8
+    weight: float = 1.0
+    target: Literal["text", "base"] = "text"
+    loss_on: LossOn = "all"
+
+    def __post_init__(self):
+        prefix = "learn.terms.replay"
+        check_choices(prefix, self)
+        check_at_least(1, prefix, self, "length", "batch_size")
+        check_at_least(0, prefix, self, "generated", "weight")
+        if len(self.known) != 2 or not 0 <= self.known[0] <= self.known[1]:
+            raise ValueError(f"{prefix}.known is {self.known}, must be the first and the last of known facts")
+        if not self.files and not self.generated and self.known[0] == self.known[1]:
+            raise ValueError(f"{prefix} has nothing to replay: name files, known facts or a number of generated texts")
+
+
+@dataclass
+class TermsConfig:
+    """What each step heeds beside its lesson, with any method; a term that is not named is not there."""
+
+    replay: ReplayConfig | None = None
 
 
 @dataclass
@@ -22,6 +65,7 @@ class LearnConfig:
         loss_on: tokens that are trained on; of a text, all.
         skip_below: a step is left out where its loss is below so many nats a token: the lesson is learned. In rounds it
             is taught again when it has slipped. None leaves out none.
+        terms: what each step heeds beside its lesson.
     """
 
     method: str
@@ -33,6 +77,7 @@ class LearnConfig:
     batch_size: int | None = None
     loss_on: LossOn = "answer"
     skip_below: float | None = None
+    terms: TermsConfig = field(default_factory=TermsConfig)
 
     def __post_init__(self):
         check_choices("learn", self)

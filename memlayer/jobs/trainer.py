@@ -28,6 +28,7 @@ from memlayer.jobs.checkpoints import damage_of, newest_checkpoint
 from memlayer.layers.optimizer import RowAdamW
 from memlayer.machine import describe
 from memlayer.methods.prepared import Finetuner
+from memlayer.methods.terms import Term
 
 FINETUNER = "finetuner.pt"  # in a checkpoint: what a sparse memory finetuner has written so far
 
@@ -49,6 +50,25 @@ def _best_checkpoint(args, state: TrainerState | None) -> Path | None:
     if damage := damage_of(best) if best.is_dir() else "it is gone":
         raise ValueError(f"{best} held the best model so far, and {damage}: delete {args.output_dir} and start anew")
     return best
+
+
+class _TermsAroundTheStep(TrainerCallback):
+    """Shows the terms what the optimizer is about to step, and what it has stepped."""
+
+    def __init__(self, terms: Sequence[Term]):
+        self.terms = terms
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        for term in self.terms:
+            term.after_backward(_stepped(optimizer))
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        for term in self.terms:
+            term.after_step(_stepped(optimizer))
+
+
+def _stepped(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 class StepwiseTrainer(Trainer):
@@ -116,6 +136,7 @@ class MemoryTrainer(StepwiseTrainer):
         table_learning_rate: constant learning rate of the tables when the Trainer makes the optimizer.
         finetuner: what chooses the rows of each step; its optimizer is passed as ``optimizers``.
         lessons: the lesson of each step, which a finetuner is told.
+        terms: what each step heeds beside its batch.
         skip_below: a step whose loss is below is left out, and changes nothing.
         **kwargs: transformers.Trainer's own arguments.
 
@@ -131,9 +152,13 @@ class MemoryTrainer(StepwiseTrainer):
         finetuner: Finetuner | None = None,
         lessons: Sequence[str] = (),
         skip_below: float | None = None,
+        terms: Sequence[Term] = (),
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
+        self._terms = terms
+        if terms:
+            self.add_callback(_TermsAroundTheStep(terms))
         self._lessons, self._skip_below, self.steps_left_out = lessons, skip_below, 0
         if skip_below is not None and self.args.world_size * self.args.gradient_accumulation_steps > 1:
             raise ValueError(
@@ -229,6 +254,8 @@ class MemoryTrainer(StepwiseTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Fetch the micro-batches of one optimizer step; with several, choose the top slots over all of them."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        for term in self._terms:
+            term.step = self.state.global_step
         if self.finetuner is not None and batches and self._lessons:
             self.finetuner.begin(self._lessons[self.state.global_step])
         if self.finetuner is not None and len(batches) > 1:
@@ -241,17 +268,26 @@ class MemoryTrainer(StepwiseTrainer):
         inputs.pop("answer_mask", None)
         if not return_outputs:
             self._leave_out_prompts(inputs)
-        kwargs = {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
+        kwargs = {"return_outputs": True, "num_items_in_batch": num_items_in_batch}
         with nullcontext() if self.finetuner is None else self.finetuner.selecting(counted):
-            found = super().compute_loss(model, inputs, **kwargs)
-        return found if return_outputs else self._unless_learned(found)
+            loss, outputs = super().compute_loss(model, inputs, **kwargs)
+        if return_outputs or not loss.requires_grad:
+            return (loss, outputs) if return_outputs else loss
+        if self._is_learned(loss):
+            self.steps_left_out += 1
+            return loss.detach().requires_grad_()  # its backward pass reaches no parameter
+        return loss + self._of_terms(model, inputs, outputs.logits, num_items_in_batch) if self._terms else loss
 
-    def _unless_learned(self, loss: Tensor) -> Tensor:
-        """The loss, cut off from the model where it is low already: its backward pass then reaches no parameter."""
-        if self._skip_below is None or not loss.requires_grad or loss.item() >= self._skip_below:
-            return loss
-        self.steps_left_out += 1
-        return loss.detach().requires_grad_()
+    def _is_learned(self, loss: Tensor) -> bool:
+        return self._skip_below is not None and loss.item() < self._skip_below
+
+    def _of_terms(self, model: nn.Module, inputs: dict, logits: Tensor, num_items_in_batch) -> Tensor | float:
+        """What the terms add to the loss of one micro-batch, divided as the Trainer divides that."""
+        with nullcontext() if self.finetuner is None else self.finetuner.alongside():
+            added = [term.loss(model, inputs, logits) for term in self._terms]
+        scaled_already = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        parts = self.current_gradient_accumulation_steps if scaled_already else 1
+        return sum(each for each in added if each is not None) / parts
 
     def _leave_out_prompts(self, inputs: dict) -> None:
         """Have no logits computed for the positions before the first that a label of the batch asks for."""
@@ -304,8 +340,7 @@ class MemoryTrainer(StepwiseTrainer):
         return super()._get_grad_norm(model, grad_norm=grad_norm)
 
     def _dense(self) -> list[nn.Parameter]:
-        stepped = (p for group in self.optimizer.param_groups for p in group["params"])
-        return [p for p in stepped if p.grad is not None and not p.grad.is_sparse]
+        return [p for p in _stepped(self.optimizer) if p.grad is not None and not p.grad.is_sparse]
 
 
 @torch.no_grad()

@@ -128,7 +128,9 @@ def _section(kind: type, tree: dict, name: str, default: Any) -> Any:
         elif field.name in tree and (item := section_of_each(hint)):
             tree_of = _as_section(tree[field.name], dotted)
             values[field.name] = {key: _read(item, each, _dotted(dotted, key)) for key, each in tree_of.items()}
-        elif field.name in tree or members(hint):
+        elif field.name in tree and ours is None and _is_null(tree[field.name]):
+            values[field.name] = None
+        elif field.name in tree or (members(hint) and ours is not None):
             values[field.name] = _read(hint, tree.get(field.name, {}), dotted, None if ours is MISSING else ours)
         elif ours is MISSING:
             raise ValueError(f"{dotted} is not set")

@@ -27,6 +27,9 @@ class Finetuner(Protocol):
     def selecting(self, batch: Mapping[str, Tensor]) -> AbstractContextManager[None]:
         """A context around a forward pass on ``batch``, for which it chooses."""
 
+    def alongside(self) -> AbstractContextManager[None]:
+        """A context around a forward pass whose loss is added to that of the batch which was chosen for."""
+
     def begin(self, lesson: str) -> None:
         """Teach this lesson from now on."""
 

@@ -197,6 +197,20 @@ class SparseMemoryFinetuner:
         self._choose(counted)
         self._choice, self._by_select, self._passes_left = object(), True, len(micro_batches)
 
+    @contextmanager
+    def alongside(self):
+        """A context around a forward pass whose loss is added to that of the batch which the rows were chosen for.
+
+        It chooses nothing: where it reads the chosen rows, its loss moves them too.
+
+        Raises:
+            ValueError: no rows are chosen.
+        """
+        if self._choice is None:
+            raise ValueError("no rows are chosen yet: run the batch's own forward pass before what goes beside it")
+        with self._run(self._choice):
+            yield
+
     @property
     def selected(self) -> dict[str, Tensor]:
         """The slots this step may change, ascending, per table."""

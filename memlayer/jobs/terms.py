@@ -1,0 +1,114 @@
+"""The terms that a learning run asks for, made from its settings, its checkpoint and its files."""
+
+import random
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from torch import nn
+from tqdm.auto import tqdm
+
+from memlayer.data.facts import facts_of
+from memlayer.data.lessons import load_lessons
+from memlayer.data.prompts import Prompts
+from memlayer.data.qa import Example, begin_tokens, encode, pad_token, pretraining_examples
+from memlayer.jobs.config import LearnRun, PretrainRun, load_config
+from memlayer.jobs.learn_settings import ReplayConfig
+from memlayer.jobs.lessons import prompts_of
+from memlayer.methods.replay import Replay
+from memlayer.methods.terms import Term
+
+GENERATED_AT_ONCE = 64
+
+
+def terms_of(config: LearnRun, model: nn.Module, tokenizer) -> list[Term]:
+    """What each step heeds beside its lesson.
+
+    Args:
+        model: untouched, on the device where it will learn.
+
+    Raises:
+        FactsError, ValueError: a file, or a setting that does not fit the checkpoint.
+    """
+    terms: list[Term] = []
+    told, process = config.learn.terms, PartialState().process_index
+    if told.replay is not None:
+        replayed = _replayed(told.replay, config, model, tokenizer)
+        seed = config.seed * 1_000 + process
+        kept = {"batch_size": told.replay.batch_size, "weight": told.replay.weight, "target": told.replay.target}
+        terms.append(Replay(replayed, pad_token(tokenizer), **kept, loss_on=told.replay.loss_on, seed=seed))
+    for term in terms:
+        term.begin(model)
+    return terms
+
+
+def _replayed(told: ReplayConfig, config: LearnRun, model: nn.Module, tokenizer) -> list[dict]:
+    """All that may be replayed, encoded."""
+    prompts = prompts_of(config.prompts)
+    examples = [*_of_files(told, prompts, tokenizer), *_known(told, config, prompts, tokenizer)]
+    encoded = encode(tokenizer, examples)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for example in encoded if positions else ():
+        if example["length"] > positions:
+            raise ValueError(f"a replayed example has {example['length']} tokens, the model has {positions} positions")
+    return encoded + _generated(told, config, model, tokenizer)
+
+
+def _of_files(told: ReplayConfig, prompts: Prompts, tokenizer) -> list[Example]:
+    if not told.files:
+        return []
+    return [prompts.apply(example, tokenizer) for lesson in load_lessons(told.files) for example in lesson.teach]
+
+
+def _known(told: ReplayConfig, config: LearnRun, prompts: Prompts, tokenizer) -> list[Example]:
+    """Known facts of the checkpoint, each in one of the wordings that it was pretrained on."""
+    first, last = told.known
+    if first == last:
+        return []
+    made = Path(config.checkpoint) / "config.yaml"
+    base = load_config(made) if made.is_file() else None
+    if not isinstance(base, PretrainRun):
+        raise ValueError(f"learn.terms.replay.known is {told.known}: {config.checkpoint} was not pretrained on facts")
+    facts, draw = facts_of(**asdict(base.data)), random.Random(config.seed)
+    if last > len(facts.known):
+        raise ValueError(f"learn.terms.replay.known is {told.known}, there are {len(facts.known)} known facts")
+    told_in = [pretraining_examples([fact], facts.wordings, False) for fact in facts.known[first:last]]
+    return [prompts.apply(draw.choice(wordings), tokenizer) for wordings in told_in]
+
+
+@torch.no_grad()
+def _generated(told: ReplayConfig, config: LearnRun, model: nn.Module, tokenizer) -> list[dict]:
+    """Texts that the untouched model writes itself, from what it takes for the beginning of a text."""
+    begin = begin_tokens(tokenizer) or [tokenizer.eos_token_id]
+    generator_state = torch.get_rng_state()
+    torch.manual_seed(config.seed)
+    written: list[dict] = []
+    with tqdm(
+        total=told.generated,
+        desc="the untouched model writes what is replayed",
+        unit="text",
+        disable=not told.generated or bool(config.trainer.get("disable_tqdm")),
+    ) as bar:
+        while len(written) < told.generated:
+            number = min(GENERATED_AT_ONCE, told.generated - len(written))
+            begin_BL = torch.tensor([begin] * number, device=next(model.parameters()).device)
+            ids_BL = model.generate(
+                input_ids=begin_BL,
+                attention_mask=torch.ones_like(begin_BL),
+                max_new_tokens=told.length,
+                do_sample=True,
+                top_k=0,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=pad_token(tokenizer),
+            )
+            written += [_until_end(ids, len(begin), tokenizer.eos_token_id) for ids in ids_BL.tolist()]
+            bar.update(number)
+    torch.set_rng_state(generator_state)
+    return written
+
+
+def _until_end(ids: list[int], begin: int, end: int) -> dict:
+    if end in ids[begin:]:
+        ids = ids[: ids.index(end, begin) + 1]
+    return {"input_ids": ids, "answer_start": begin, "length": len(ids)}

@@ -1,0 +1,42 @@
+"""Terms: what any method's step may have beside the loss of its lesson.
+
+A method decides what moves; a term decides what else the step heeds. ``learn.method=full`` with the term replay is
+experience replay, with the terms replay and l2 it is both. A term never asks which method it combines with: a method
+that it cannot serve is refused where the two meet, in ``jobs/learn.py``.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+
+class Term:
+    """One thing added to a step; what a subclass does not define adds nothing.
+
+    A loop does, for each step: set ``step``; run the batch forward; add ``loss`` to the batch's, weighted by the term
+    itself; run backward; call ``after_backward``; step the optimizer; call ``after_step``. What a term draws may
+    depend on ``step`` and on nothing that came before, so that a run that goes on from a checkpoint draws the same.
+
+    Attributes:
+        step: of the run, from 0.
+    """
+
+    step: int = 0
+
+    def begin(self, model: nn.Module) -> None:
+        """Look at the model before anything moves."""
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor], logits: Tensor) -> Tensor | None:
+        """What to add to the loss of a micro-batch, in nats a token, or nothing.
+
+        Args:
+            model: as it is now; a forward pass of the term's own is allowed.
+            batch: the micro-batch, ``labels`` cut to the positions of ``logits``.
+            logits: what the model said of it, shape (B, L, vocabulary).
+        """
+
+    def after_backward(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Change the gradients of what the method trains, before the optimizer sees them."""
+
+    def after_step(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Move what the method trains, after the optimizer did."""

@@ -1,0 +1,100 @@
+"""Terms that a learning run asks for: from which settings they are made, and with which methods they work."""
+
+import json
+
+import pytest
+import torch
+from commands import checkpoint, learned_by
+from training import batches_read
+
+from memlayer.decoders.fingerprint import state_fingerprint
+from memlayer.methods import METHODS
+
+__all__ = ["checkpoint"]  # a fixture
+KNOWN = {"known": [0, 10], "batch_size": 4}
+
+
+@pytest.mark.parametrize("target", ["text", "base"])
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_replays_beside_its_lessons(tmp_path, checkpoint, method, target):
+    with batches_read() as batches:
+        alone = learned_by(checkpoint, tmp_path / "alone", method=method)
+    number = len(batches)
+    with batches_read() as batches:
+        beside = learned_by(
+            checkpoint, tmp_path / "beside", method=method, terms={"replay": KNOWN | {"target": target}}
+        )
+    kept = -(-10 // 4) if target == "base" else 0  # what the untouched model says of ten examples
+    assert len(batches) == kept + 2 * number
+    assert all(len(batch) == 4 for batch in batches[kept + 1 :: 2])
+    assert state_fingerprint(alone.model) != state_fingerprint(beside.model)
+    if beside.patch is not None:
+        (table,) = beside.patch.tables.values()
+        assert len(table.rows) <= 2 * 2 * 4  # facts, steps, rows of a step: replay chooses none
+
+
+def test_micro_batches_of_a_step_replay_as_much_as_they_weigh(tmp_path, checkpoint):
+    """The rows of a step move alike whether it is one batch or three micro-batches with a third of the replay each."""
+    told = {"replay": {"known": [0, 12], "batch_size": 12}}  # a draw of all there are: the order does not matter
+    moved = []
+    for parts in (1, 3):
+        trainer = {"gradient_accumulation_steps": parts}
+        learned = learned_by(checkpoint, tmp_path / str(parts), trainer=trainer, terms=told, loss_on="all")
+        (table,) = learned.patch.tables.values()
+        moved.append(table.rows)
+    torch.testing.assert_close(*moved, rtol=1e-4, atol=1e-5)
+
+
+def test_what_the_untouched_model_writes_is_replayed_and_is_the_same_again(tmp_path, checkpoint):
+    told = {"replay": {"generated": 10, "length": 9, "batch_size": 5}}
+    runs = []
+    for name in ("one", "other"):
+        with batches_read() as batches:
+            learned = learned_by(checkpoint, tmp_path / name, method="full", terms=told)
+        runs.append(state_fingerprint(learned.model))
+        assert max(batch.shape[1] for batch in batches if len(batch) == 5) <= 10
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("method", ["sparse_memory", "full"])
+def test_a_run_that_goes_on_replays_what_the_uninterrupted_one_does(tmp_path, checkpoint, method):
+    told = {"method": method, "terms": {"replay": KNOWN | {"target": "base"}}}
+    whole = learned_by(checkpoint, tmp_path / "whole", **told)
+    trainer = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 5}
+    learned_by(checkpoint, tmp_path / "part", trainer=trainer, **told)
+    for folder in (tmp_path / "part").rglob("checkpoint-4"):
+        for file in sorted(folder.rglob("*"), reverse=True):
+            file.unlink()
+        folder.rmdir()
+    again = learned_by(checkpoint, tmp_path / "part", trainer=trainer, **told)
+    assert again.resumed_at == 2
+    assert state_fingerprint(again.model) == state_fingerprint(whole.model)
+
+
+def test_files_are_replayed_and_told_apart_when_they_change(tmp_path, checkpoint):
+    path = tmp_path / "kept.jsonl"
+    lines = [{"question": f"Where is number {n}?", "answers": ["Here"]} for n in range(6)]
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    told = {"replay": {"files": [str(path)], "batch_size": 6}}
+    with batches_read() as batches:
+        first = learned_by(checkpoint, tmp_path / "run", method="full", terms=told)
+    assert sum(len(batch) == 6 for batch in batches) == first.steps
+    path.write_text("\n".join(map(json.dumps, lines[::-1])), encoding="utf-8")
+    second = learned_by(checkpoint, tmp_path / "again", method="full", terms=told)
+    assert first.sha256["replay 1"] != second.sha256["replay 1"]
+
+
+@pytest.mark.parametrize(
+    ("replay", "sentence"),
+    [
+        ({}, "learn.terms.replay has nothing to replay"),
+        ({"known": [3]}, r"learn.terms.replay.known is \[3\], must be the first and the last"),
+        ({"known": [0, 99]}, r"learn.terms.replay.known is \[0, 99\], there are 24 known facts"),
+        ({"known": [0, 3]}, "replay of 8 examples a step, there are 3"),
+        ({"known": [0, 9], "target": "past"}, "learn.terms.replay.target is 'past', must be 'text' or 'base'"),
+        ({"known": [0, 9], "weight": -1}, "learn.terms.replay.weight is -1.0, must be at least 0"),
+    ],
+)
+def test_what_cannot_be_replayed_is_refused(tmp_path, checkpoint, replay, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        learned_by(checkpoint, tmp_path / "run", terms={"replay": replay})
