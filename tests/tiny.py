@@ -49,12 +49,14 @@ def memory_model(num_layers: int = 3, seed: int = 0, **memory) -> nn.Module:
 
 
 def batch(lengths=(7, 7, 7, 7), seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random tokens padded on the right; the last two tokens of each row are its answer."""
+    """Random tokens padded on the right; the second and third token of each row are its subject, the
+    last two its answer."""
     generator = torch.Generator().manual_seed(seed)
     shape = (len(lengths), max(lengths))
     mask = (torch.arange(shape[1]) < torch.tensor(lengths)[:, None]).long()
     input_ids = torch.randint(PAD + 1, VOCAB, shape, generator=generator)
-    answer_mask = torch.zeros(shape, dtype=torch.int64)
+    answer_mask, subject_mask = torch.zeros(2, *shape, dtype=torch.int64)
+    subject_mask[:, 1:3] = 1
     for row, length in enumerate(lengths):
         answer_mask[row, length - 3 : length - 1] = 1
     return {
@@ -62,6 +64,7 @@ def batch(lengths=(7, 7, 7, 7), seed: int = 0) -> dict[str, torch.Tensor]:
         "attention_mask": mask,
         "labels": input_ids.masked_fill(mask == 0, -100),
         "answer_mask": answer_mask,
+        "subject_mask": subject_mask,
     }
 
 

@@ -11,17 +11,19 @@ file of lessons is JSON Lines, one object a line:
 
 A ``prompt`` is completed as it stands, a ``question`` may be framed (``prompts.py``), a ``text`` is learned whole.
 What is asked is an unseen wording unless it says ``"wording": "seen"``. ``"updates": true`` marks a lesson that gives a
-known fact another answer. Every line is checked before any is returned.
+known fact another answer. ``"subject": "Ada"`` says what a lesson is about, in words of its prompts; without, it is the
+name that all of them share (``subjects.py``), if there is one. Every line is checked before any is returned.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from memlayer.data import question_sets
 from memlayer.data.facts import Fact, Wordings
 from memlayer.data.json_text import FactsError, check_keys, text_for_people
 from memlayer.data.qa import Example, Question, new_questions, teaching_examples
+from memlayer.data.subjects import shared_name
 
 MAX_REFUSALS = 10
 WORDINGS = ("seen", "unseen")
@@ -97,6 +99,8 @@ def as_record(lesson: Lesson, **more: str) -> dict:
     """
     record = {"id": lesson.id, "teach": [_taught(each) for each in lesson.teach]}
     record["ask"] = [_asked(question) for question in lesson.ask]
+    subject = next((example.subject for example in lesson.teach if example.subject), None)
+    record |= {"subject": subject} if subject else {}
     return record | ({"updates": True} if lesson.updates else {}) | more
 
 
@@ -129,7 +133,7 @@ def _records(path: Path, chunk_words: int) -> Iterator[tuple[str, dict]]:
 
 
 def _parse(record: Mapping) -> Lesson:
-    check_keys(dict(record), ("id", "teach"), ("ask", "updates", "source", "licence"))
+    check_keys(dict(record), ("id", "teach"), ("ask", "updates", "subject", "source", "licence"))
     lesson = text_for_people("id", record["id"])
     for key in ("teach", "ask"):
         if not isinstance(items := record.get(key, []), list) or not all(isinstance(item, dict) for item in items):
@@ -140,7 +144,16 @@ def _parse(record: Mapping) -> Lesson:
     ask = tuple(_question(item, lesson) for item in record.get("ask", []))
     if not teach + ask:
         raise FactsError("there is nothing to teach and nothing to ask")
-    return Lesson(lesson, teach, ask, updates)
+    return Lesson(lesson, _about(record.get("subject"), teach), ask, updates)
+
+
+def _about(subject: object, teach: tuple[Example, ...]) -> tuple[Example, ...]:
+    """The examples, each told its subject where its prompt names it."""
+    if subject is None:
+        subject = shared_name([example.prompt for example in teach if not example.is_text])
+    elif not any(text_for_people("subject", subject).casefold() in example.prompt.casefold() for example in teach):
+        raise FactsError(f"subject {subject!r:.60} is in none of the prompts that are taught")
+    return tuple(replace(example, subject=subject) if not example.is_text else example for example in teach)
 
 
 def _example(item: Mapping) -> Example:

@@ -9,6 +9,7 @@ are pretrained in them too, so that the model knows what they ask, unless the ru
 other half and every new fact never meet them in training.
 """
 
+import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from memlayer.data.facts import Fact, Wordings, taught_anew
 
 FULL_WIDTH_QUESTION_MARK = "\uff1f"
 IGNORED = -100  # the label that transformers leaves out of the loss
+MASKS = ("answer_mask", "subject_mask")  # of a batch: what a model does not take
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Example:
         joint: what joins prompt and answer in the wording.
         is_question: whether the prompt is a question, which ``prompts.py`` may frame, rather than a statement's begin.
         end: what ends the answer; nothing is the tokenizer's end token.
+        subject: words of the prompt that say what it is about; nothing where that is not known.
     """
 
     prompt: str
@@ -38,6 +41,7 @@ class Example:
     joint: str = " "
     is_question: bool = False
     end: str = ""
+    subject: str = ""
 
     @property
     def is_text(self) -> bool:
@@ -88,7 +92,8 @@ def joint(template: str) -> str:
 
 
 def _example(fact: Fact, template: str) -> Example:
-    return Example(fill(template, fact.subject), fact.answers[0], joint(template), not template.endswith("[Y]"))
+    prompt, is_question = fill(template, fact.subject), not template.endswith("[Y]")
+    return Example(prompt, fact.answers[0], joint(template), is_question, subject=fact.subject)
 
 
 def fill(template: str, subject: str) -> str:
@@ -231,13 +236,42 @@ def encode(tokenizer, examples: Sequence[Example]) -> list[dict]:
     """Examples as token ids, each its own sequence.
 
     Returns:
-        per example ``input_ids``, ``answer_start`` (where the answer begins in them) and ``length``.
+        per example ``input_ids``, ``answer_start`` (where the answer begins in them), ``subject`` (first and last of
+        the tokens that name it; both 0 where none is known) and ``length``.
     """
     prompts = encode_prompts(tokenizer, [example.prompt for example in examples])
+    subjects = _subjects(tokenizer, examples, prompts)
     return [
-        {"input_ids": prompt + answer, "answer_start": max(1, len(prompt)), "length": len(prompt + answer)}
-        for prompt, answer in zip(prompts, encode_answers(tokenizer, examples))
+        {
+            "input_ids": prompt + answer,
+            "answer_start": max(1, len(prompt)),
+            "subject": subject,
+            "length": len(prompt + answer),
+        }
+        for prompt, answer, subject in zip(prompts, encode_answers(tokenizer, examples), subjects, strict=True)
     ]
+
+
+def _subjects(tokenizer, examples: Sequence[Example], prompts: Sequence[list[int]]) -> list[tuple[int, int]]:
+    """Where the tokens of each prompt begin and end that its subject is in, at its last mention.
+
+    What the prompt's beginnings have in common with it tells: a tokenizer need not know where in a text a token was.
+    """
+    mentions = [list(re.finditer(re.escape(e.subject), e.prompt, re.IGNORECASE)) if e.subject else [] for e in examples]
+    named = [(number, found[-1]) for number, found in enumerate(mentions) if found]
+    before = encode_prompts(tokenizer, [examples[number].prompt[: found.start()].rstrip() for number, found in named])
+    until = encode_prompts(tokenizer, [examples[number].prompt[: found.end()] for number, found in named])
+    places = [(0, 0)] * len(examples)
+    for (number, _), before_ids, until_ids in zip(named, before, until, strict=True):
+        first, last = (_in_common(ids, prompts[number]) for ids in (before_ids, until_ids))
+        last += last < len(until_ids)  # its last token holds what follows as well
+        places[number] = first, max(first + 1, last)
+    return places
+
+
+def _in_common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two sequences begin with that are the same."""
+    return next((at for at, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
 
 
 def collate(batch: Sequence[dict], pad_token_id: int, loss_on: Literal["all", "answer"] = "all") -> dict[str, Tensor]:
@@ -246,7 +280,8 @@ def collate(batch: Sequence[dict], pad_token_id: int, loss_on: Literal["all", "a
     Returns:
         int64 tensors of shape (batch, longest): ``input_ids``; ``attention_mask``; ``labels``, ignored at
         padding and, with ``loss_on="answer"``, at the prompt; ``answer_mask``, one at the positions that
-        predict an answer token.
+        predict an answer token; ``subject_mask``, one at the tokens that name the example's subject, and at all that
+        are there where none is known.
     """
     length_B, answer_start_B = (torch.tensor([example[key] for example in batch]) for key in ("length", "answer_start"))
     position_L = torch.arange(int(length_B.max()))
@@ -255,10 +290,13 @@ def collate(batch: Sequence[dict], pad_token_id: int, loss_on: Literal["all", "a
     input_ids_BL[there_BL] = torch.tensor([token for example in batch for token in example["input_ids"]])
     answer_BL = there_BL & (position_L >= answer_start_B[:, None])
     predicts_BL = (position_L >= answer_start_B[:, None] - 1) & (position_L < length_B[:, None] - 1)
+    subject_B2 = torch.tensor([example.get("subject", (0, 0)) for example in batch])
+    subject_BL = (position_L >= subject_B2[:, :1]) & (position_L < subject_B2[:, 1:])
     learned_BL = answer_BL if loss_on == "answer" else there_BL
     return {
         "input_ids": input_ids_BL,
         "attention_mask": there_BL.long(),
         "labels": input_ids_BL.where(learned_BL, IGNORED),
         "answer_mask": predicts_BL.long(),
+        "subject_mask": subject_BL.where(subject_B2[:, 1:] > 0, there_BL).long(),
     }

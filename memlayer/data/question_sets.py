@@ -28,6 +28,7 @@ from memlayer.data.json_text import FactsError, cleaned, json_or_none, parse_jso
 QUESTION_KEYS = ("question", "Question", "q", "problem", "query")
 ANSWER_KEYS = ("answers", "answer", "Answer", "possible_answers", "a")
 ID_KEYS = ("id", "question_id", "QuestionId", "case_id", "qid")
+SUBJECT_KEYS = ("subject", "subj")
 PARAPHRASE_KEYS = ("paraphrases", "rephrase", "paraphrase_prompts", "rephrase_prompt")
 TEXT_FILES = (".txt", ".md")
 CSV_FIELD_LIMIT = 1 << 24  # SimpleQA and PopQA keep whole lists in a field
@@ -129,10 +130,12 @@ def as_lesson(record: Mapping, place: str) -> dict:
         return _rewrite(record, name)
     if "target_new" in record and "prompt" in record:  # CounterFact as editing toolkits have it
         taught = {"prompt": record["prompt"], "answer": record["target_new"]}
-        return _with_wordings(name, taught, _answers(record["target_new"]), _paraphrases(record), updates=True)
+        answers = _answers(record["target_new"])
+        return _with_wordings(name, taught, answers, _paraphrases(record), _subject(record), updates=True)
     if "src" in record and ("alt" in record or "answers" in record):
         answers = _answers(record.get("alt") or record["answers"])
-        return _with_wordings(name, {"question": record["src"], "answer": answers[0]}, answers, _paraphrases(record))
+        taught = {"question": record["src"], "answer": answers[0]}
+        return _with_wordings(name, taught, answers, _paraphrases(record), _subject(record))
     if "fact" in record and isinstance(record.get("eval"), Mapping):
         asked = [each for kind, each in record["eval"].items() if kind in ("reliability", "paraphrase", "generality")]
         ask = [{"question": cleaned(each["prompt"]), "answers": _answers(each["answer"])} for each in asked]
@@ -149,24 +152,38 @@ def as_lesson(record: Mapping, place: str) -> dict:
     if not answers:
         raise FactsError("the question has no answer")
     best = record["best"] if record.get("best") in answers else answers[0]
-    return _with_wordings(name, {"question": question, "answer": best}, answers, _paraphrases(record))
+    taught = {"question": question, "answer": best}
+    return _with_wordings(name, taught, answers, _paraphrases(record), _subject(record))
 
 
 def _rewrite(record: Mapping, name: str) -> dict:
     edit = record["requested_rewrite"]
     new = edit["target_new"]["str"] if isinstance(edit["target_new"], Mapping) else edit["target_new"]
     taught = {"prompt": edit["prompt"].format(edit["subject"]), "answer": new}
-    return _with_wordings(name, taught, _answers(new), _paraphrases(record), updates=True)
+    return _with_wordings(name, taught, _answers(new), _paraphrases(record), edit["subject"], updates=True)
+
+
+def _subject(record: Mapping) -> str | None:
+    """What a record says it is about, where it says so in a word or two."""
+    found = next((record[key] for key in SUBJECT_KEYS if record.get(key)), None)
+    return found if isinstance(found, str) else None
 
 
 def _with_wordings(
-    name: str, taught: dict[str, str], answers: list[str], paraphrases: list[str], updates: bool = False
+    name: str,
+    taught: dict[str, str],
+    answers: list[str],
+    paraphrases: list[str],
+    subject: str | None = None,
+    updates: bool = False,
 ) -> dict:
     kind = next(iter(taught))  # question or prompt
     taught = {key: cleaned(value) for key, value in taught.items()}
     ask = [{kind: taught[kind], "answers": answers, "wording": "seen"}]
     ask += [{kind: cleaned(other), "answers": answers, "wording": "unseen"} for other in paraphrases]
-    return {"id": name, "teach": [taught], "ask": ask, "updates": updates}
+    named = subject and cleaned(subject).casefold() in taught[kind].casefold()
+    about = {"subject": cleaned(subject)} if named else {}
+    return {"id": name, "teach": [taught], "ask": ask, "updates": updates} | about
 
 
 def _paraphrases(record: Mapping) -> list[str]:

@@ -94,7 +94,9 @@ class SparseMemoryConfig(LearnConfig):
     Attributes:
         num_rows: slots of a table that one step may change.
         idf_power: 1 ranks slots as the paper does; more avoids those that background text reads.
-        positions: whose reads count: all positions, or those that predict the answer.
+        positions: whose reads count: all positions, as in the paper; those that name the lesson's subject, which its
+            wordings have in common, so that a wording it was not taught in reads the rows too; or those that predict
+            the answer. A lesson whose subject is not known counts all.
         protect: how many background documents a row counts as read by, for each lesson that wrote it, when another
             one chooses. 0 is the paper's rule; as many as there are documents, or more, keeps the rows of lessons
             apart, so that one can be deleted entirely.
@@ -108,7 +110,7 @@ class SparseMemoryConfig(LearnConfig):
     learning_rate: float = 10.0
     num_rows: int = 400
     idf_power: float = 8.0
-    positions: Literal["all", "answer"] = "all"
+    positions: Literal["all", "subject", "answer"] = "all"
     protect: int = 10
     max_norm: float | None = None
     reads: Literal["sum", "minimum"] = "sum"

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from memlayer.data.qa import IGNORED
+from memlayer.data.qa import IGNORED, MASKS
 from memlayer.decoders.attach import memory_tables
 from memlayer.files import reading, writing
 from memlayer.jobs.checkpoints import damage_of, newest_checkpoint
@@ -265,7 +265,8 @@ class MemoryTrainer(StepwiseTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The Trainer's loss; with a finetuner, the top slots are chosen at the end of the forward pass."""
         counted = dict(inputs)
-        inputs.pop("answer_mask", None)
+        for mask in MASKS:
+            inputs.pop(mask, None)
         if not return_outputs:
             self._leave_out_prompts(inputs)
         kwargs = {"return_outputs": True, "num_items_in_batch": num_items_in_batch}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memlayer.data.qa import IGNORED, collate
+from memlayer.data.qa import IGNORED, MASKS, collate
 from memlayer.methods.terms import Term
 
 ALMOST_ALL = 1 - 1e-6  # of a probability: what the kept tokens leave to all others is at least the rest
@@ -124,4 +124,4 @@ def kl_of_kept(logp_BLK: Tensor, token_BLK: Tensor, logits_BLC: Tensor) -> Tenso
 
 def _inputs(batch: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     device = next(model.parameters()).device
-    return {key: value.to(device) for key, value in batch.items() if key != "answer_mask"}
+    return {key: value.to(device) for key, value in batch.items() if key not in MASKS}

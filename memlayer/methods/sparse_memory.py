@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from memlayer.data.qa import MASKS
 from memlayer.decoders.attach import Reads, in_backward, record_reads, refuse_sharded, unsharded_tables
 from memlayer.decoders.fingerprint import product_key_fingerprints
 from memlayer.layers.memory import MemoryTable
@@ -28,6 +29,8 @@ from memlayer.patch import Base, MemoryPatch
 from memlayer.patch.base_model import mark
 from memlayer.slots.counts import SlotCounts
 from memlayer.slots.selection import read_by_all
+
+POSITIONS = ("all", "subject", "answer")
 
 
 class SparseMemoryFinetuner:
@@ -52,9 +55,10 @@ class SparseMemoryFinetuner:
         background: counts of each table, see ``memlayer.slots.counts``.
         num_rows: t, how many slots of a table one step may change.
         idf_power: how strongly slots that the background reads are avoided, see ``selection.tf_idf``.
-        positions: which reads count: "all" that are not padding, as the paper has it, or those of the
-            positions that predict the "answer" (the batch's ``answer_mask``). A batch without ``attention_mask``
-            has no padding, as for the model.
+        positions: which reads count: "all" that are not padding, as the paper has it; those of the tokens that name
+            the "subject" (the batch's ``subject_mask``), which all wordings of a lesson have in common; or those that
+            predict the "answer" (its ``answer_mask``). A batch without ``attention_mask`` has no padding, as for the
+            model.
         protect: as read by how many more background documents a slot counts for each lesson that wrote it, when
             another one chooses; 0 is the paper's rule.
         max_norm: how long the change of a row may become; a step that takes it further is shortened. None is no bound.
@@ -87,8 +91,8 @@ class SparseMemoryFinetuner:
             raise ValueError(f"protect is {protect}, must not be negative")
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm is {max_norm}, must be above 0")
-        if positions not in ("all", "answer"):
-            raise ValueError(f"positions is {positions!r}, must be 'all' or 'answer'")
+        if positions not in POSITIONS:
+            raise ValueError(f"positions is {positions!r}, must be {' or '.join(map(repr, POSITIONS))}")
         if reads not in ("sum", "minimum"):
             raise ValueError(f"reads is {reads!r}, must be 'sum' or 'minimum'")
         self.model = model
@@ -146,7 +150,7 @@ class SparseMemoryFinetuner:
         """Forward pass on one batch; chooses the top slots unless ``select`` has done so for this step.
 
         Args:
-            batch: ``input_ids``, ``attention_mask``, ``labels`` and, for answer positions, ``answer_mask``.
+            batch: ``input_ids``, ``attention_mask``, ``labels`` and, for positions other than all, their mask.
         """
         with self.selecting(batch):
             return self.model(**_model_inputs(batch)).loss
@@ -285,10 +289,10 @@ class SparseMemoryFinetuner:
 
     def _slots_read(self, reads: Reads, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Slots read at the positions that count; int32, as tables hold fewer than 2**31 and micro-batches add up."""
-        if self._settings["positions"] == "answer":
-            if "answer_mask" not in batch:
-                raise ValueError(f"the batch has no 'answer_mask', only {sorted(batch)}")
-            mask = batch["answer_mask"]
+        if (positions := self._settings["positions"]) != "all":
+            if f"{positions}_mask" not in batch:
+                raise ValueError(f"the batch has no '{positions}_mask', only {sorted(batch)}")
+            mask = batch[f"{positions}_mask"]
         elif "attention_mask" in batch:
             mask = batch["attention_mask"]
         else:
@@ -364,7 +368,7 @@ class SparseMemoryFinetuner:
         name, found = next(iter(self.last_selection.items()))
         background = self._tables[name].background
         if not found.read:
-            why = "no position of the batch counts: look at its attention_mask or answer_mask"
+            why = "no position of the batch counts: look at its attention_mask, subject_mask or answer_mask"
             if self._settings["reads"] == "minimum":
                 why = "its sequences share no slot: give them fewer wordings, or take reads 'sum'"
         elif not background.num_documents:
@@ -388,7 +392,7 @@ class SparseMemoryFinetuner:
 
 
 def _model_inputs(batch: Mapping[str, Tensor], with_labels: bool = True) -> dict[str, Tensor]:
-    left_out = {"answer_mask"} if with_labels else {"answer_mask", "labels"}
+    left_out = MASKS if with_labels else (*MASKS, "labels")
     return {key: value for key, value in batch.items() if key not in left_out}
 
 

@@ -45,7 +45,10 @@ def test_a_file_of_lessons_says_everything(tmp_path):
     ada, page = load_lessons([written(tmp_path, [ADA, text])])
     assert ada == Lesson(
         "ada",
-        (Example("Ada works in", "Bonn"), Example("Where does Ada work?", "Bonn", is_question=True)),
+        (
+            Example("Ada works in", "Bonn", subject="Ada"),
+            Example("Where does Ada work?", "Bonn", is_question=True, subject="Ada"),
+        ),
         (
             Question("Which city is Ada's place of work?", ("Bonn", "City of Bonn"), "ada", "new", "unseen", " ", True),
             Question("Ada works in", ("Bonn",), "ada", "new", "seen"),
@@ -157,11 +160,25 @@ def test_published_question_sets_are_lessons_as_they_stand(name, tmp_path):
     lesson = only(tmp_path, json.dumps(content, indent=1).encode())
     assert lesson.id == id_.format(path=tmp_path / "set.json")
     is_question = "Counter" not in name
-    assert lesson.teach == (Example(question, answer, is_question=is_question),)
+    subject = "Ada" if name in ("zsRE", "CounterFact") else ""  # the others do not say it
+    assert lesson.teach == (Example(question, answer, is_question=is_question, subject=subject),)
     asked = [(each.prompt, each.answers, each.wording, each.is_question) for each in lesson.ask]
     wordings = [(question, "seen"), *((other, "unseen") for other in paraphrases)]
     assert asked == [(text, tuple(answers), wording, is_question) for text, wording in wordings]
     assert lesson.updates == ("Counter" in name)
+
+
+def test_the_subject_is_what_the_lesson_says_or_the_name_that_its_wordings_share(tmp_path):
+    wordings = [{"question": "Who leads the Bonn Choir?"}, {"prompt": "The Bonn Choir is led by"}]
+    teach = [wording | {"answer": "Ada"} for wording in wordings] + [{"text": "Ada leads it."}]
+    said, shared = load_lessons(
+        [written(tmp_path, [{"id": "1", "teach": teach, "subject": "the bonn"}, {"id": "2", "teach": teach}])]
+    )
+    assert [example.subject for example in said.teach] == ["the bonn", "the bonn", ""]
+    assert [example.subject for example in shared.teach] == ["Bonn Choir", "Bonn Choir", ""]
+    assert load_lessons([written(tmp_path, [as_record(said), as_record(shared)])]) == [said, shared]
+    with pytest.raises(FactsError, match="subject 'Rome' is in none of the prompts that are taught"):
+        load_lessons([written(tmp_path, [{"id": "1", "teach": teach, "subject": "Rome"}])])
 
 
 def test_wikidyk_teaches_its_statement_and_asks_its_questions(tmp_path):

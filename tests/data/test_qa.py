@@ -53,7 +53,7 @@ def facts(number, split="known"):
 
 def test_an_example_is_begin_prompt_answer_end():
     (encoded,) = encode(Letters(), [Example("abc", "xy")])
-    assert encoded == {"input_ids": [1, 10, 11, 12, 33, 34, 2], "answer_start": 4, "length": 7}
+    assert encoded == {"input_ids": [1, 10, 11, 12, 33, 34, 2], "answer_start": 4, "subject": (0, 0), "length": 7}
 
 
 def test_byte_level_sequences_read_as_the_sentence_and_begin_as_the_tokenizer_begins_a_text():
@@ -78,6 +78,26 @@ def test_answers_of_the_builtin_facts_have_the_ids_they_have_behind_any_word(tmp
         for template in words.statements + words.questions:
             expected = [*behind[len(word) :], tokenizer.eos_token_id]
             assert encode_answer(tokenizer, fill(template, fact.subject), answer, joint(template)) == expected
+
+
+@pytest.mark.parametrize("kind", ["ours", "byte level"])
+def test_the_tokens_of_a_subject_are_those_that_hold_its_letters(tmp_path, kind):
+    tokenizer = tiny.tokenizer(tmp_path) if kind == "ours" else byte_level_tokenizer()
+    wordings = load_wordings(BUILTIN_WORDINGS)
+    for fact in load_facts(BUILTIN_FACTS, wordings)[::40]:
+        examples = teaching_examples(fact, wordings, 3, 3)
+        for encoded in encode(tokenizer, examples):
+            first, last = encoded["subject"]
+            named = tokenizer.decode(encoded["input_ids"][first:last])
+            assert fact.subject in named
+            assert len(named.strip()) <= len(fact.subject) + 2  # the token before it, or behind, may hold a mark
+
+
+def test_a_subject_is_looked_for_at_its_last_mention_in_any_case():
+    (encoded,) = encode(Letters(), [Example("ab ab c", "x", subject="AB")])
+    assert encoded["subject"] == (3, 5)
+    (encoded,) = encode(Letters(), [Example("abc", "x", subject="d")])
+    assert encoded["subject"] == (0, 0)
 
 
 JOINTS = {
@@ -122,13 +142,15 @@ def test_a_tokenizer_that_joins_words_is_refused():
 
 
 def test_collate_marks_positions_as_worked_out_by_hand():
-    batch = collate(encode(Letters(), [Example("abc", "xy"), Example("a", "z")]), pad_token_id=3)
+    batch = collate(encode(Letters(), [Example("abc", "xy", subject="b"), Example("a", "z")]), pad_token_id=3)
     assert {key: tensor.tolist() for key, tensor in batch.items()} == {
         "input_ids": [[1, 10, 11, 12, 33, 34, 2], [1, 10, 35, 2, 3, 3, 3]],
         "attention_mask": [[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0]],
         "labels": [[1, 10, 11, 12, 33, 34, 2], [1, 10, 35, 2, IGNORED, IGNORED, IGNORED]],
         # c predicts x, x predicts y, y predicts the end
         "answer_mask": [[0, 0, 0, 1, 1, 1, 0], [0, 1, 1, 0, 0, 0, 0]],
+        # of the other nobody said what it is about
+        "subject_mask": [[0, 0, 1, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0, 0]],
     }
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 

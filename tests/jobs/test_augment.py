@@ -99,7 +99,10 @@ def test_what_speaks_of_the_lesson_is_taught_and_what_it_asks_is_not(run, writer
     }
     assert asked["teach"] == [*SHOP["teach"], *WRITTEN]
     assert "3 of 32 study texts are kept" in capsys.readouterr().out
-    assert Example("Where lies Kornblume?", "Mill Lane", is_question=True) in load_lessons([path])[0].teach
+    assert (
+        Example("Where lies Kornblume?", "Mill Lane", is_question=True, subject="Kornblume")
+        in load_lessons([path])[0].teach
+    )
 
 
 def test_a_run_that_is_done_writes_nothing_again(run):

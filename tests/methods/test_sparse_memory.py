@@ -192,13 +192,14 @@ def test_no_gradient_mask_or_state_of_the_size_of_the_table_is_made(make):
 
 
 @pytest.mark.filterwarnings("ignore:a step may change 64 slots")
-def test_answer_positions_count_only_the_positions_that_predict_the_answer():
+@pytest.mark.parametrize("positions", ["answer", "subject"])
+def test_only_the_positions_that_count_are_counted(positions):
     model, batch = tiny.memory_model(), tiny.batch(lengths=(7, 5, 9))
-    finetuner = finetuner_of(model, num_rows=64, positions="answer")
+    finetuner = finetuner_of(model, num_rows=64, positions=positions)
     finetuner.select([batch])
     with record_reads(model) as reads, torch.no_grad():
         model(**tiny.inputs(batch))
-    (read,) = reads.slots(batch["answer_mask"]).values()
+    (read,) = reads.slots(batch[f"{positions}_mask"]).values()
     assert set(finetuner.selected[tiny.TABLE].tolist()) == set(read.flatten().tolist())
     (every,) = reads.slots(batch["attention_mask"]).values()
     assert len(every.unique()) > len(read.unique())
@@ -294,7 +295,7 @@ def test_an_answer_mask_that_is_missing_is_asked_for():
     ("settings", "message"),
     [
         ({"idf_power": -1.0}, "idf_power is -1.0, must be at least 0"),
-        ({"positions": "odd"}, "positions is 'odd', must be 'all' or 'answer'"),
+        ({"positions": "odd"}, "positions is 'odd', must be 'all' or 'subject' or 'answer'"),
         ({"num_rows": 0}, "num_rows is 0, must be between 1 and the table's 64 slots"),
         ({"num_rows": 65}, "num_rows is 65, must be between 1 and the table's 64 slots"),
         ({"background": {}}, r"no background counts of table 'model\.memory\.0'; there are \[\]"),
