@@ -101,8 +101,11 @@ class SparseMemoryConfig(LearnConfig):
             one chooses. 0 is the paper's rule; as many as there are documents, or more, keeps the rows of lessons
             apart, so that one can be deleted entirely.
         max_norm: how long the change of a row may become; None is no bound, as in the paper.
-        reads: sum counts how often a step's examples read a slot, as in the paper; minimum, how often the one that
-            reads it least, so that only slots which all its wordings share are written.
+        reads: sum counts how often a step's examples read a slot, as in the paper; wordings, how many of them read it;
+            minimum, how often the one that reads it least, so that only slots which all its wordings share are written.
+        select: how slots are ranked: tf_idf is the paper's rule; kl and kl_documents compare with the background's
+            reads or document frequencies, and know no idf_power; gradient puts the length of a slot's gradient in the
+            place of its reads, and takes twice the time; random is a control.
         optimizer: sgd is the paper's, without momentum.
     """
 
@@ -113,7 +116,8 @@ class SparseMemoryConfig(LearnConfig):
     positions: Literal["all", "subject", "answer"] = "all"
     protect: int = 10
     max_norm: float | None = None
-    reads: Literal["sum", "minimum"] = "sum"
+    reads: Literal["sum", "wordings", "minimum"] = "sum"
+    select: Literal["tf_idf", "kl", "kl_documents", "gradient", "random"] = "tf_idf"
     optimizer: Literal["sgd", "adam"] = "sgd"
 
     def __post_init__(self):

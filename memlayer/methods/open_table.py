@@ -20,7 +20,7 @@ from memlayer.methods.slot_steps import SlotSteps, check_optimizer, group_of
 from memlayer.methods.slot_store import SlotStore
 from memlayer.patch import TablePatch
 from memlayer.slots.counts import SlotCounts
-from memlayer.slots.selection import tf_idf, top_slots
+from memlayer.slots.selection import at_random, kl, tf_idf, top_slots
 
 # Columns of the store; the last two: how many lessons wrote a slot, and whether the one that is taught is among them.
 SLOTS, ORIGINALS, ROWS, WRITERS, MINE = "slots", "originals", "rows", "writers", "mine"
@@ -32,7 +32,7 @@ class Selection:
 
     Attributes:
         read: distinct slots that the batch read.
-        zero_idf: how many of them have score 0, since every background document reads them.
+        zero_idf: how many of them have no score above 0, since background text reads them as much.
         selected: how many may change.
     """
 
@@ -111,14 +111,33 @@ class OpenTable:
         return self.table.rows
 
     @torch.no_grad()
-    def choose(self, slots: Tensor, idf_power: float) -> None:
-        """Make the top slots of these reads, int32 and sorted here in place, the rows of this step."""
+    def choose(self, slots: Tensor, select: str, idf_power: float) -> None:
+        """Make the top slots of these reads, int32 and sorted here in place, the rows of this step.
+
+        Args:
+            select: how they are ranked, see ``SparseMemoryFinetuner``.
+        """
         slots_U, reads_U = _over_ranks(*_count_reads(slots))
+        protected_U = self._protected(slots_U)
+        if select == "random":
+            scores_U = at_random(slots_U)
+        elif select == "tf_idf":
+            scores_U = tf_idf(slots_U, reads_U, self.background, idf_power, protected_U)
+        else:
+            scores_U = kl(slots_U, reads_U, self.background, protected_U, documents=select == "kl_documents")
+        self.choose_by(slots_U, scores_U)
+
+    @torch.no_grad()
+    def choose_by_gradient(self, slots_U: Tensor, norms_U: Tensor, idf_power: float) -> None:
+        """Make those slots the rows of this step whose gradient is longest, and that background text reads little."""
+        self.choose_by(slots_U, tf_idf(slots_U, norms_U, self.background, idf_power, self._protected(slots_U)))
+
+    def choose_by(self, slots_U: Tensor, scores_U: Tensor) -> None:
+        """Make the top slots of these scores the rows of this step."""
         self.drop()
-        scores_U = tf_idf(slots_U, reads_U, self.background, idf_power, self._protected(slots_U))
         self.slots_R = top_slots(slots_U, scores_U, len(self.rows))
         count = len(self.slots_R)
-        self.selection = Selection(len(slots_U), int((scores_U == 0).sum()), count)
+        self.selection = Selection(len(slots_U), int((scores_U <= 0).sum()), count)
         self._at_R = -2 - self.table.row_of_slot[self.slots_R].long()
         rows_RV = self.table.weight[self.slots_R].to(self.rows.dtype)
         if ROWS in self._store:
@@ -152,7 +171,7 @@ class OpenTable:
             return
         self._warned = True
         every = "every slot read is selected" if not found.zero_idf else f"{found.selected} are selected"
-        of_zero = f", of which {found.zero_idf} have an idf of 0" if found.zero_idf else ""
+        of_zero = f", of which {found.zero_idf} score 0 as the background reads them" if found.zero_idf else ""
         warnings.warn(
             f"a step may change {len(self.rows)} slots of table {self.name!r} and its batch reads only "
             f"{found.read}{of_zero}: {every}",

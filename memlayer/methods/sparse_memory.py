@@ -9,7 +9,7 @@ ordinary parameter. Its optimizer may be any in which every number steps by itse
 A choice belongs to one training batch. A forward pass without gradients chooses nothing; every other one chooses
 anew, unless ``select`` has chosen for several; and a backward pass is refused where the rows are not its batch's.
 
-Source: arXiv:2510.15103, section 4. Left out: choosing by gradient, choosing per sequence.
+Source: arXiv:2510.15103, section 4. Left out: choosing per sequence.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,12 +25,15 @@ from memlayer.decoders.fingerprint import product_key_fingerprints
 from memlayer.layers.memory import MemoryTable
 from memlayer.methods.open_table import Capacity, OpenTable, Selection
 from memlayer.methods.prepared import Prepared
+from memlayer.methods.slot_gradients import recording
 from memlayer.patch import Base, MemoryPatch
 from memlayer.patch.base_model import mark
 from memlayer.slots.counts import SlotCounts
-from memlayer.slots.selection import read_by_all
+from memlayer.slots.selection import read_by_all, read_by_each
 
 POSITIONS = ("all", "subject", "answer")
+READS = ("sum", "wordings", "minimum")
+SELECT = ("tf_idf", "kl", "kl_documents", "gradient", "random")
 
 
 class SparseMemoryFinetuner:
@@ -62,8 +65,12 @@ class SparseMemoryFinetuner:
         protect: as read by how many more background documents a slot counts for each lesson that wrote it, when
             another one chooses; 0 is the paper's rule.
         max_norm: how long the change of a row may become; a step that takes it further is shortened. None is no bound.
-        reads: "sum" counts how often the batch reads a slot, as the paper has it; "minimum", how often that of its
-            sequences does which reads it least, so that only slots which all wordings of a lesson share are written.
+        reads: "sum" counts how often the batch reads a slot, as the paper has it; "wordings", how many of its sequences
+            read it; "minimum", how often that one does which reads it least, so that only slots which all wordings of
+            a lesson share are written.
+        select: how slots are ranked. "tf_idf" is the paper's rule; "kl" and "kl_documents" are those of
+            ``selection.kl``, which take no power; "gradient" puts the length of each slot's gradient in the place of
+            its reads, which costs a second forward and a second backward pass; "random" is a control.
 
     Attributes:
         last_selection: per table, how many slots the latest batch read, and how many were selected; for a log.
@@ -84,6 +91,7 @@ class SparseMemoryFinetuner:
         protect: int = 0,
         max_norm: float | None = None,
         reads: str = "sum",
+        select: str = "tf_idf",
     ):
         if not idf_power >= 0:
             raise ValueError(f"idf_power is {idf_power}, must be at least 0")
@@ -91,17 +99,20 @@ class SparseMemoryFinetuner:
             raise ValueError(f"protect is {protect}, must not be negative")
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm is {max_norm}, must be above 0")
-        if positions not in POSITIONS:
-            raise ValueError(f"positions is {positions!r}, must be {' or '.join(map(repr, POSITIONS))}")
-        if reads not in ("sum", "minimum"):
-            raise ValueError(f"reads is {reads!r}, must be 'sum' or 'minimum'")
+        for name, given, allowed in (
+            ("positions", positions, POSITIONS),
+            ("reads", reads, READS),
+            ("select", select, SELECT),
+        ):
+            if given not in allowed:
+                raise ValueError(f"{name} is {given!r}, must be {' or '.join(map(repr, allowed))}")
         self.model = model
         tables, product_keys = unsharded_tables(model), product_key_fingerprints(model)
         for name, table in tables.items():
             _check_table(name, table, background, num_rows)
             background[name].check_keys(name, product_keys[name])
         self._settings = {"num_rows": num_rows, "idf_power": float(idf_power), "positions": positions}
-        self._settings |= {"protect": protect, "max_norm": max_norm, "reads": reads}
+        self._settings |= {"protect": protect, "max_norm": max_norm, "reads": reads, "select": select}
         self._trainable = [p for p in model.parameters() if p.requires_grad]
         model.requires_grad_(False)
         rules = num_rows, protect, max_norm
@@ -171,6 +182,11 @@ class SparseMemoryFinetuner:
             self._passes_left -= 1
             with self._run(self._choice):
                 yield
+        elif self._settings["select"] == "gradient":
+            self._choose_by_gradient(batch)
+            self._choice = choice = object()
+            with self._run(choice):
+                yield
         else:
             self._begin()
             choice = object()
@@ -192,6 +208,10 @@ class SparseMemoryFinetuner:
         Raises:
             ValueError: gradients wait for the step of an earlier choice, or no slot that was read may be selected.
         """
+        if self._settings["select"] == "gradient":
+            raise ValueError(
+                f"a step of {len(micro_batches)} micro-batches with select 'gradient': that takes one batch"
+            )
         self._begin()
         counted = []
         with torch.no_grad(), record_reads(self.model) as reads:
@@ -289,22 +309,27 @@ class SparseMemoryFinetuner:
 
     def _slots_read(self, reads: Reads, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Slots read at the positions that count; int32, as tables hold fewer than 2**31 and micro-batches add up."""
+        mask = self._mask(batch)
+        counted, sequence_P = {}, mask.bool().nonzero()[:, 0]
+        for name, slots_PK in reads.slots(mask).items():
+            sequence_of_read_P = sequence_P.repeat(len(slots_PK) // max(1, len(sequence_P)))
+            if self._settings["reads"] == "wordings":
+                slots_PK = read_by_each(slots_PK, sequence_of_read_P)
+            elif self._settings["reads"] == "minimum":
+                slots_PK = read_by_all(slots_PK, sequence_of_read_P, len(mask))
+            counted[name] = slots_PK.flatten().int()
+        return counted
+
+    def _mask(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The positions whose reads count."""
         if (positions := self._settings["positions"]) != "all":
             if f"{positions}_mask" not in batch:
                 raise ValueError(f"the batch has no '{positions}_mask', only {sorted(batch)}")
-            mask = batch[f"{positions}_mask"]
-        elif "attention_mask" in batch:
-            mask = batch["attention_mask"]
-        else:
-            embedded = "input_ids" not in batch
-            mask = torch.ones_like(batch["inputs_embeds"][..., 0] if embedded else batch["input_ids"], dtype=torch.bool)
-        if self._settings["reads"] == "sum":
-            return {name: slots.flatten().int() for name, slots in reads.slots(mask).items()}
-        sequence_P = mask.bool().nonzero()[:, 0]
-        return {
-            name: read_by_all(slots, sequence_P.repeat(len(slots) // max(1, len(sequence_P))), len(mask)).int()
-            for name, slots in reads.slots(mask).items()
-        }
+            return batch[f"{positions}_mask"]
+        if "attention_mask" in batch:
+            return batch["attention_mask"]
+        embedded = "input_ids" not in batch
+        return torch.ones_like(batch["inputs_embeds"][..., 0] if embedded else batch["input_ids"], dtype=torch.bool)
 
     def _begin(self) -> None:
         """Drop a choice that no step followed: an evaluation's, a skipped step's, that of a batch left out.
@@ -357,7 +382,22 @@ class SparseMemoryFinetuner:
         if parts > 1 and self._settings["reads"] == "minimum":
             raise ValueError(f"a step of {parts} micro-batches with reads 'minimum': that takes a batch in one part")
         for name, table in self._tables.items():
-            table.choose(torch.cat([slots[name] for slots in counted]), self._settings["idf_power"])
+            slots = torch.cat([slots[name] for slots in counted])
+            table.choose(slots, self._settings["select"], self._settings["idf_power"])
+        self._look_at_choice()
+
+    def _choose_by_gradient(self, batch: Mapping[str, Tensor]) -> None:
+        """Choose by how much the loss wants each slot to move, which one more pass over the batch tells."""
+        self._begin()
+        self._choice = object()  # no row is open yet, so nothing is trained
+        with recording({name: t.table for name, t in self._tables.items()}) as found, self._run(self._choice):
+            norms = found.norms(self.model(**_model_inputs(batch)).loss, self._mask(batch).bool().flatten())
+        for name, table in self._tables.items():
+            table.choose_by_gradient(*norms[name], self._settings["idf_power"])
+        self._look_at_choice()
+
+    def _look_at_choice(self) -> None:
+        """Refuse a step that would learn nothing, and say where one has little to choose among."""
         self.last_selection = {name: table.selection for name, table in self._tables.items()}
         if not any(found.selected for found in self.last_selection.values()):
             self._refuse_nothing()
@@ -427,6 +467,7 @@ def prepare(model: nn.Module, background: Mapping[str, SlotCounts], settings) ->
         settings.protect,
         settings.max_norm,
         settings.reads,
+        settings.select,
     )
     optimizer = OPTIMIZERS[settings.optimizer](finetuner.parameters(), lr=settings.learning_rate)
     return Prepared(model, finetuner.watch(optimizer), finetuner.detach, finetuner)

@@ -46,6 +46,49 @@ def tf_idf(
     return frequency_U * torch.log((background.num_documents + 1) / (seen_U + 1)) ** idf_power
 
 
+def kl(
+    slots_U: Tensor, reads_U: Tensor, background: SlotCounts, protected_U: Tensor | int = 0, documents: bool = False
+) -> Tensor:
+    """Each slot's part of the divergence of the batch's reads from the background's: p log(p / q).
+
+    Source: arXiv:2604.05248, whose q is the share of the background's reads. Ours: one read is added to every slot, so
+    that q is never 0; ``documents`` takes the share of document frequencies, on which a few long documents weigh less.
+
+    Args:
+        slots_U, reads_U, background, protected_U: as of ``tf_idf``; a protected slot counts as read as often more as a
+            document reads a slot on average.
+
+    Returns:
+        scores_U: float64, below zero where the background reads the slot more than the batch does.
+    """
+    counts_N = background.document_frequency_N if documents else background.reads_N
+    a_document = (
+        1.0 if documents else float(background.reads_N.sum() / background.document_frequency_N.sum().clamp(min=1))
+    )
+    p_U = reads_U.double() / reads_U.sum().clamp(min=1)
+    q_U = (counts_N[slots_U] + protected_U * a_document + 1).double() / (counts_N.sum() + len(counts_N))
+    return p_U * torch.log(p_U / q_U)
+
+
+def at_random(slots_U: Tensor) -> Tensor:
+    """A control: as many rows, and any of those read. The same reads get the same scores."""
+    generator = torch.Generator().manual_seed(int(slots_U.sum()))
+    return torch.rand(len(slots_U), dtype=torch.float64, generator=generator).to(slots_U.device)
+
+
+def read_by_each(slots_PK: Tensor, sequence_P: Tensor) -> Tensor:
+    """The slots read, each as often as there are sequences that read it.
+
+    Args:
+        slots_PK, sequence_P: as of ``read_by_all``.
+
+    Returns:
+        slots_M: dtype of ``slots_PK``, repeated.
+    """
+    span = int(slots_PK.max()) + 1 if slots_PK.numel() else 1
+    return ((sequence_P[:, None] * span + slots_PK).flatten().unique() % span).to(slots_PK.dtype)
+
+
 def read_by_all(slots_PK: Tensor, sequence_P: Tensor, num_sequences: int) -> Tensor:
     """The slots that every sequence reads, each as often as the one that reads it least.
 

@@ -17,6 +17,7 @@ from memlayer.methods import METHODS
 from memlayer.methods.open_table import Selection
 from memlayer.methods.sparse_memory import SparseMemoryFinetuner
 from memlayer.slots.counts import SlotCounts
+from memlayer.slots.selection import at_random, kl, top_slots
 
 
 def table_of(model):
@@ -216,6 +217,59 @@ def test_with_the_least_reads_only_slots_that_every_sequence_reads_are_written()
         finetuner.select([tiny.part(batch, 0, 2), tiny.part(batch, 2, 4)])
     finetuner.loss(batch).backward()
     assert set(finetuner.selected[tiny.TABLE].tolist()) == shared != set()
+
+
+def test_with_reads_by_wordings_a_slot_that_one_sequence_reads_often_is_read_once():
+    model, batch = tiny.memory_model(), tiny.batch()
+    with torch.no_grad(), record_reads(model) as reads:
+        model(**tiny.inputs(batch))
+        by_sequence = reads.slots(batch["attention_mask"])[tiny.TABLE].split(7)
+    sequences = torch.zeros(64)
+    for slots in by_sequence:
+        sequences[slots.unique()] += 1
+    expected = set(sequences.argsort(descending=True, stable=True)[:5].tolist())
+    for parts in ([batch], [tiny.part(batch, 0, 2), tiny.part(batch, 2, 4)]):
+        finetuner = finetuner_of(model, num_rows=5, reads="wordings", idf_power=0)
+        finetuner.select(parts)
+        assert set(finetuner.selected[tiny.TABLE].tolist()) == expected
+        finetuner.detach()
+
+
+@pytest.mark.parametrize("layers", [[1], [0, 2]])
+def test_by_gradient_the_slots_are_written_that_the_loss_would_move_most(layers):
+    model, batch = tiny.memory_model(layers=layers), tiny.batch(lengths=(7, 5, 9))
+    model(**tiny.inputs(batch)).loss.backward()
+    norms = model.model.memory[0].weight.grad.norm(dim=1)
+    model.zero_grad()
+    finetuner = finetuner_of(model, num_rows=5, select="gradient", idf_power=0)
+    loss = finetuner.loss(batch)
+    assert set(finetuner.selected[tiny.TABLE].tolist()) == set(norms.topk(5).indices.tolist())
+    loss.backward()
+    (rows,) = finetuner.parameters()
+    torch.testing.assert_close(rows.grad.norm(dim=1), norms[finetuner.selected[tiny.TABLE]])
+    finetuner.parameters()[0].grad = None
+    with pytest.raises(ValueError, match="a step of 2 micro-batches with select 'gradient': that takes one batch"):
+        finetuner.select([tiny.part(batch, 0, 2), tiny.part(batch, 2, 3)])
+
+
+@pytest.mark.parametrize("select", ["kl", "kl_documents", "random"])
+def test_other_rules_choose_as_their_scores_say_and_learn(select):
+    model, batch = tiny.memory_model(), tiny.batch()
+    background = tiny.background(model)
+    finetuner = SparseMemoryFinetuner(model, background, 5, select=select)
+    optimizer = finetuner.watch(torch.optim.SGD(finetuner.parameters(), lr=1.0))
+    first = float(finetuner.loss(batch).detach())
+    with torch.no_grad(), record_reads(model) as reads:
+        model(**tiny.inputs(batch))
+        slots, counted = reads.slots(batch["attention_mask"])[tiny.TABLE].unique(return_counts=True)
+    rule = {"kl": kl, "kl_documents": partial(kl, documents=True), "random": lambda slots, *_: at_random(slots)}[select]
+    expected = top_slots(slots, rule(slots, counted, background[tiny.TABLE]), 5)
+    assert torch.equal(finetuner.selected[tiny.TABLE], expected)
+    for _ in range(4):
+        finetuner.loss(batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert float(finetuner.loss(batch).detach()) < first
 
 
 def test_padding_does_not_take_part_in_the_choice():
@@ -644,6 +698,8 @@ def test_what_the_latest_choice_was_made_among_is_told():
     background = saturated(64)
     background[tiny.TABLE].document_frequency_N[selected_by(tiny.batch())[:3]] = 4
     finetuner = SparseMemoryFinetuner(tiny.memory_model(), background, 5)
-    with pytest.warns(UserWarning, match=r"only \d+, of which \d+ have an idf of 0: 3 are selected"):
+    with pytest.warns(
+        UserWarning, match=r"only \d+, of which \d+ score 0 as the background reads them: 3 are selected"
+    ):
         finetuner.loss(tiny.batch())
     assert finetuner.last_selection[tiny.TABLE] == Selection(found.read, found.read - 3, 3)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memlayer.slots.counts import SlotCounts
-from memlayer.slots.selection import read_by_all, tf_idf, top_slots
+from memlayer.slots.selection import kl, read_by_all, read_by_each, tf_idf, top_slots
 
 
 def counts(document_frequency, num_documents):
@@ -90,3 +90,29 @@ def test_the_slots_that_all_sequences_read_are_those_of_a_loop(sequences):
     sequence_P = torch.tensor([index for index, sequence in enumerate(sequences) for _ in sequence])
     expected = [slot for slot in range(7) for _ in range(min(sequence.count(slot) for sequence in sequences))]
     assert read_by_all(slots_PK, sequence_P, len(sequences)).tolist() == expected
+
+
+def test_kl_equals_the_formula_worked_out_by_hand():
+    background = SlotCounts(torch.tensor([0, 3, 9, 0]), torch.tensor([0, 1, 3, 0]), 4, "by hand")
+    slots, reads = torch.tensor([0, 1, 2]), torch.tensor([2, 1, 1])
+    by_reads = [0.5 * math.log(0.5 / (1 / 16)), 0.25 * math.log(0.25 / (4 / 16)), 0.25 * math.log(0.25 / (10 / 16))]
+    assert kl(slots, reads, background).tolist() == pytest.approx(by_reads)
+    by_documents = [0.5 * math.log(0.5 / (1 / 8)), 0.25 * math.log(0.25 / (2 / 8)), 0.25 * math.log(0.25 / (4 / 8))]
+    assert kl(slots, reads, background, documents=True).tolist() == pytest.approx(by_documents)
+
+
+def test_by_kl_a_protected_slot_counts_as_read_more_often():
+    background = SlotCounts(
+        torch.tensor([0, 12]), torch.tensor([0, 4]), 4, "by hand"
+    )  # a document reads a slot 3 times
+    slots, reads, protected = torch.tensor([0]), torch.tensor([5]), torch.tensor([2])
+    assert kl(slots, reads, background, protected).tolist() == pytest.approx([math.log(1 / (7 / 14))])
+    assert kl(slots, reads, background, protected, documents=True).tolist() == pytest.approx([math.log(1 / (3 / 6))])
+
+
+@given(st.lists(st.lists(st.integers(0, 6), max_size=5), max_size=4))
+def test_read_by_each_counts_every_sequence_once(sequences):
+    slots_PK = torch.tensor([slot for each in sequences for slot in each], dtype=torch.int64)[:, None]
+    sequence_P = torch.tensor([number for number, each in enumerate(sequences) for _ in each], dtype=torch.int64)
+    expected = sorted(slot for each in sequences for slot in set(each))
+    assert sorted(read_by_each(slots_PK, sequence_P).tolist()) == expected
