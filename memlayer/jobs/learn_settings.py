@@ -127,11 +127,29 @@ class SparseMemoryConfig(LearnConfig):
 
 
 @dataclass
+class DenseMemoryConfig(LearnConfig):
+    """All values: every row of the memory that a step reads may move, and nothing else.
+
+    Attributes:
+        optimizer: adam, or sgd without momentum.
+    """
+
+    method: Literal["dense_memory"] = "dense_memory"
+    learning_rate: float = 1e-3
+    optimizer: Literal["adam", "sgd"] = "adam"
+
+
+@dataclass
 class FullConfig(LearnConfig):
-    """Full finetuning: every parameter, AdamW."""
+    """Full finetuning: every parameter.
+
+    Attributes:
+        optimizer: adamw, or sgd without momentum, which needs a far higher rate.
+    """
 
     method: Literal["full"] = "full"
     learning_rate: float = 3e-5
+    optimizer: Literal["adamw", "sgd"] = "adamw"
 
 
 @dataclass
@@ -154,4 +172,4 @@ class LoraConfig(LearnConfig):
         check_at_least(0, "learn", self, "lora_alpha")
 
 
-ANY_LEARN = SparseMemoryConfig | FullConfig | LoraConfig
+ANY_LEARN = SparseMemoryConfig | DenseMemoryConfig | FullConfig | LoraConfig

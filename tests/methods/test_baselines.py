@@ -4,12 +4,14 @@ import pytest
 import tiny
 import torch
 
+from memlayer.decoders.attach import record_reads
 from memlayer.decoders.fingerprint import state_fingerprint
-from memlayer.jobs.learn_settings import FullConfig, LoraConfig, SparseMemoryConfig
+from memlayer.jobs.learn_settings import DenseMemoryConfig, FullConfig, LoraConfig, SparseMemoryConfig
 from memlayer.methods import METHODS
 
 SETTINGS = {
     "sparse_memory": SparseMemoryConfig(learning_rate=1.0, num_rows=20),
+    "dense_memory": DenseMemoryConfig(learning_rate=0.01),
     "full": FullConfig(learning_rate=0.01),
     "lora": LoraConfig(learning_rate=0.05, lora_rank=4),
 }
@@ -62,6 +64,42 @@ def test_full_finetuning_changes_every_parameter_and_returns_no_patch():
     before = tiny.snapshot(model)
     assert learn(model, "full") is None
     assert changed(before, model) == set(before)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_dense_memory_moves_every_row_that_was_read_and_nothing_else(optimizer):
+    model, batch = tiny.memory_model(), tiny.batch()
+    before = tiny.snapshot(model)
+    with torch.no_grad(), record_reads(model) as reads:
+        model(**tiny.inputs(batch))
+        read = reads.slots(torch.ones_like(batch["attention_mask"]))[tiny.TABLE].unique()
+    prepared = METHODS["dense_memory"](model, {}, DenseMemoryConfig(learning_rate=0.01, optimizer=optimizer))
+    for _ in range(3):
+        prepared.model(**tiny.inputs(batch)).loss.backward()
+        prepared.optimizer.step()
+        prepared.optimizer.zero_grad()
+    prepared.finish()
+    assert changed(before, model) == {tiny.TABLE + ".weight"}
+    moved = (model.model.memory[0].weight != before[tiny.TABLE + ".weight"]).any(1).nonzero()[:, 0]
+    assert torch.equal(moved, read)
+
+
+def test_dense_memory_without_a_memory_is_refused():
+    with pytest.raises(ValueError, match="no memory"):
+        METHODS["dense_memory"](tiny.decoder(), {}, DenseMemoryConfig())
+
+
+def test_full_finetuning_by_sgd_is_one_step_along_the_gradient():
+    model, batch = tiny.memory_model(), tiny.batch()
+    before = tiny.snapshot(model)
+    model(**tiny.inputs(batch)).loss.backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    prepared = METHODS["full"](model, {}, FullConfig(learning_rate=0.1, optimizer="sgd"))
+    prepared.model(**tiny.inputs(batch)).loss.backward()
+    prepared.optimizer.step()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), before[name] - 0.1 * gradients[name])
 
 
 def test_lora_changes_linear_layers_but_no_table_embedding_or_norm():
