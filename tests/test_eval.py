@@ -13,7 +13,7 @@ from memlayer.data.qa import known_questions, new_questions
 from memlayer.decoders import files
 from memlayer.evaluation.forgetting import scores
 from memlayer.evaluation.qa import answer_questions
-from memlayer.evaluation.rows import CONTROL, result_row
+from memlayer.evaluation.rows import CONTROL, COSTS, result_row
 from memlayer.jobs.learn import learn
 from memlayer.jobs.pretrain import pretrain
 from memlayer.jobs.taught import load_learned, save_learned
@@ -60,7 +60,7 @@ def test_a_checkpoint_alone_is_asked_what_it_was_pretrained_on(tmp_path, checkpo
     config = config_of(LEARN, tmp_path / "asked", data={"num_new": 3, "first_new": 5})
     expected = ask(*files.load(checkpoint), config)
     assert expected["known_seen"]["exact_match"] > 0.5, "the checkpoint knows what it was pretrained on"
-    assert_row(row, expected, expected, seconds=0.0, parameters_changed=0)
+    assert_row(row, expected, expected)
     assert row["method"] == CONTROL
     assert CONTROL in done.stdout
     samples = [json.loads(line) for line in (tmp_path / "report" / "samples.jsonl").read_text().splitlines()]
@@ -73,12 +73,12 @@ def test_runs_are_compared_with_their_checkpoint_on_what_they_were_taught(tmp_pa
     control, *rows = rows_of(tmp_path / "report")
     config = config_of(LEARN, tmp_path / "asked")
     before = ask(*files.load(checkpoint), config)
-    assert_row(control, before, before, seconds=0.0, parameters_changed=0)
+    assert_row(control, before, before)
     assert [row["method"] for row in rows] == list(learned)
     for row, folder in zip(rows, learned.values(), strict=True):
         after = ask(*load_learned(checkpoint, folder), config)
         assert after != before
-        assert_row(row, before, after, **took(folder))
+        assert_row(row, before, after, costs=took(folder))
         assert row["method"] in done.stdout
     runs = [json.loads(line)["run"] for line in (tmp_path / "report" / "samples.jsonl").read_text().splitlines()]
     assert sorted(set(runs)) == sorted(map(str, learned.values()))
@@ -86,7 +86,7 @@ def test_runs_are_compared_with_their_checkpoint_on_what_they_were_taught(tmp_pa
 
 def took(folder):
     record = json.loads((folder / "learned.json").read_text())
-    return {key: record[key] for key in ("seconds", "parameters_changed")}
+    return {key: record[key] for key in COSTS}
 
 
 def test_facts_and_wordings_of_ones_own_are_taught_and_asked(tmp_path, checkpoint):

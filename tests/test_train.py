@@ -373,7 +373,7 @@ def test_pretraining_refuses_in_one_sentence_and_trains_nothing(tmp_path, overri
 
 
 LEARN_REFUSALS = [
-    ("learn.method=magic", "learn.method is 'magic', must be 'sparse_memory' or 'full' or 'lora'"),
+    ("learn.method=magic", "learn.method is 'magic', must be 'sparse_memory' or 'dense_memory' or 'full' or 'lora'"),
     ("learn.method=full", "learn.num_rows is a setting of sparse_memory, not of full"),
     ("learn.lora_rank=3", "learn.lora_rank is a setting of lora, not of sparse_memory"),
     ("checkpoint=null", "checkpoint is null, must be text"),
@@ -387,7 +387,7 @@ LEARN_REFUSALS = [
     ("learn.statements=-1", "learn.statements is -1, must be at least 0"),
     ("learn.questions=5", "5 questions per batch asked for, relation P740 has 4 to teach with"),
     ("learn.idf_power=-1", "learn.idf_power is -1.0, must be at least 0"),
-    ("learn.positions=some", "learn.positions is 'some', must be 'all' or 'answer'"),
+    ("learn.positions=some", "learn.positions is 'some', must be 'all' or 'subject' or 'answer'"),
     ("learn.loss_on=some", "learn.loss_on is 'some', must be 'all' or 'answer'"),
     ("learn.protect=-1", "learn.protect is -1, must be at least 0"),
     ("learn.optimizer=adamw", "learn.optimizer is 'adamw', must be 'sgd' or 'adam'"),

@@ -18,6 +18,8 @@ their counterparts with ``_f1`` are mean token F1.
     forgetting_seen, forgetting_unseen                     relative drop of the known facts, nan from 0
     seconds                time of the learning alone
     parameters_changed     numbers in the model that differ afterwards
+    may_change             numbers that one step may change
+    steps, examples, tokens                                what the method was shown, replayed examples included
     probes                 where other things were measured: a list of ``probes.compared``
 
 A score of a group without questions is nan. A mean over seeds carries each deviation under ``KEY_std``. Other keys are
@@ -35,16 +37,17 @@ CONTROL = "do nothing"
 WORDINGS = ("seen", "unseen")
 WHEN = ("before", "after")
 SUFFIXES = {measure: "" if measure == "exact_match" else f"_{measure}" for measure in (*MEASURES, "stderr")}
+COSTS = ("seconds", "parameters_changed", "may_change", "steps", "examples", "tokens")
 NUMBERS = (
     *(f"learning_{wording}{suffix}" for wording in WORDINGS for suffix in SUFFIXES.values()),
     *(f"known_{wording}{suffix}_{when}" for wording in WORDINGS for suffix in SUFFIXES.values() for when in WHEN),
     *(f"forgetting_{wording}" for wording in WORDINGS),
-    "seconds",
-    "parameters_changed",
+    *COSTS,
 )
 RECORDED = ("prediction", *MEASURES)  # of each question, before and after
 OLD_ANSWERS = tuple(f"old_answer_{wording}_{when}" for wording in WORDINGS for when in WHEN)
 NOT_ASKED = {**dict.fromkeys(SUFFIXES, math.nan), "n": 0}
+NOTHING = dict.fromkeys(COSTS, 0)  # what the run that changes nothing took
 REQUIRED = ("method", "strength", "chosen", *NUMBERS)
 
 
@@ -55,11 +58,14 @@ def result_row(
     after: Mapping[str, Mapping],
     *,
     seed: int,
-    seconds: float,
-    parameters_changed: int,
+    costs: Mapping[str, float] = NOTHING,
     chosen: bool = False,
 ) -> dict:
-    """A row from the ``forgetting.scores`` of known and new questions before and after learning."""
+    """A row from the ``forgetting.scores`` of known and new questions before and after learning.
+
+    Args:
+        costs: by ``COSTS``; what is not told is nan.
+    """
     row = {"method": method, "strength": strength, "chosen": chosen, "seed": seed}
     for wording in WORDINGS:
         new = after.get(f"new_{wording}", NOT_ASKED)
@@ -73,7 +79,7 @@ def result_row(
             old = [scores[group]["exact_match"] for scores in (before, after)]
             row |= {f"old_answer_{wording}_{when}": score for when, score in zip(WHEN, old)}
             row[f"old_answer_{wording}_n"] = before[group]["n"]
-    return row | {"seconds": seconds, "parameters_changed": parameters_changed}
+    return row | {key: costs.get(key, math.nan) for key in COSTS}
 
 
 def mean_rows(rows: Iterable[Mapping]) -> list[dict]:

@@ -60,6 +60,10 @@ EQUAL_NOTES = """\
 Who learns more forgets more. Here each method stands where it has learned as much, in unseen wordings, as every method
 does at one of its strengths with every seed: between two strengths the forgetting is taken from the line that joins
 them. A ± is the standard deviation over seeds."""
+COST_HEADER = ("method", "strength", "steps", "examples", "tokens", "seconds", "a step may change", "changed in all")
+COST_NOTES = """\
+What each method was shown, replayed examples included, how long its learning took, and how many numbers of the model it
+might change in a step and did change in all."""
 PROBE_HEADER = ("method", "strength", "probe", "items", "before", "after", "95 % of the change")
 PROBE_HEADER += ("kept", "right to wrong", "wrong to right", "McNemar p")
 PROBE_NOTES = """\
@@ -162,6 +166,7 @@ def markdown(title: str, rows: Sequence[Mapping], provenance: Mapping, equal: Ma
         *([OLD_ANSWER_NOTES] if _replaced(rows) else []),
         picture,
         *(_part(f"Where each has learned {equal['level']:.2f}", EQUAL_NOTES, _equal_table(equal)) if equal else []),
+        *_part("What it took", COST_NOTES, [COST_HEADER, *map(_cost_cells, rows)]),
         *_part("Probes", PROBE_NOTES, [PROBE_HEADER, *_probe_cells(rows)]),
         *_part("By how well the questions were known before", SLICK_NOTES, [SLICK_HEADER, *_category_cells(rows)]),
         "## The same by SQuAD's rule",
@@ -186,6 +191,11 @@ def _markdown_table(lines: Sequence[Sequence[str]]) -> str:
 def _squad_cells(row: Mapping) -> list[str]:
     scores = (_score(row, key) for key in SQUAD_SCORES.values())
     return [row["method"], row["strength"] + (" *" if row["chosen"] else ""), *scores]
+
+
+def _cost_cells(row: Mapping) -> list[str]:
+    shown = (row[key] for key in ("steps", "examples", "tokens", "seconds", "may_change", "parameters_changed"))
+    return [row["method"], row["strength"], *("-" if math.isnan(number) else f"{number:,.0f}" for number in shown)]
 
 
 def _replaced(rows: Sequence[Mapping]) -> bool:

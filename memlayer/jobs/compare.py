@@ -23,7 +23,7 @@ from memlayer.evaluation.probes import Probed
 from memlayer.evaluation.provenance import provenance
 from memlayer.evaluation.qa import Answered
 from memlayer.evaluation.report import write_report
-from memlayer.evaluation.rows import CONTROL, forgetting_at_equal_learning, mean_rows, result_row, sample
+from memlayer.evaluation.rows import CONTROL, NOTHING, forgetting_at_equal_learning, mean_rows, result_row, sample
 from memlayer.evaluation.tables import format_at_equal_learning, format_probes, format_table
 from memlayer.files import sha256_of, write_file
 from memlayer.jobs.config import CompareRun, LearnRun, load_config
@@ -283,8 +283,7 @@ def run_trial(trial: Trial) -> None:
         model, tokenizer = files.load(trial.config.checkpoint)
         measure = _measurement(trial, model, tokenizer)
         if trial.method == CONTROL:
-            nothing = {"patch": None, "seconds": 0.0, "steps": 0, "resumed_at": 0, "parameters_changed": 0}
-            learned = Learned(trial.config, model, tokenizer, **nothing)
+            learned = Learned(trial.config, model, tokenizer, patch=None, **NOTHING)
         else:
             known_only = trial.probes.known_only
             measure.remember(model, read_measured(trial.control) if known_only else Measured([], []))
@@ -336,8 +335,7 @@ def row(trial: Trial, before: Measured, chosen: bool = False) -> dict:
         scores(before.answers),
         scores(after.answers),
         seed=trial.config.seed,
-        seconds=took["seconds"],
-        parameters_changed=took["parameters_changed"],
+        costs=took,
         chosen=chosen and trial.method != CONTROL,  # the control has no strength to choose
     )
     return measured | {"probes": compared_probes(before, after)}

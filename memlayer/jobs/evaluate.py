@@ -104,11 +104,10 @@ def evaluate(asked: Evaluation) -> list[dict]:
     _check_runs(taught, checkpoint, model, tokenizer)
 
     before = measure(model, tokenizer, checkpoint, is_first=True)
-    rows = [_row(CONTROL, "", before, before, seed=base.seed, seconds=0.0, parameters_changed=0)]
+    rows = [_row(CONTROL, "", before, before, seed=base.seed)]
     if isinstance(base, RetrofitRun) and base.retrofit.steps:
         untouched, _ = load_base(base)
-        took = {"seed": base.seed, "seconds": 0.0, "parameters_changed": 0}
-        rows.append(_row("attach and heal", "", measure(untouched, tokenizer, base.base), before, **took))
+        rows.append(_row("attach and heal", "", measure(untouched, tokenizer, base.base), before, seed=base.seed))
         del untouched
     if taught:
         measure.remember(model, before)
@@ -118,8 +117,7 @@ def evaluate(asked: Evaluation) -> list[dict]:
             after = measure(*learned, run.folder)
         told = run.config.learn
         strength = f"lr {told.learning_rate:g}, {told.steps_per_fact} steps a fact"
-        took = {"seconds": run.seconds, "parameters_changed": run.parameters_changed}
-        rows.append(_row(told.method, strength, before, after, seed=run.config.seed, **took))
+        rows.append(_row(told.method, strength, before, after, seed=run.config.seed, costs=run.costs))
         pairs = zip(before.answers, after.answers, strict=True)
         samples += [sample(*pair) | {"run": str(run.folder)} for pair in pairs]
     told = json.loads(json.dumps(asdict(asked), default=str))

@@ -121,6 +121,7 @@ def _teach(lesson: _Prepared) -> Learned:
     told = provenance(config, lesson.sha256)
     terms = terms_of(config, model.to(arguments.device), tokenizer)
     prepared = METHODS[settings.method](model.to(arguments.device), lesson.background, settings)
+    may_change = sum(p.numel() for group in prepared.optimizer.param_groups for p in group["params"])
     trainer = MemoryTrainer(
         prepared.model,
         arguments,
@@ -155,13 +156,15 @@ def _teach(lesson: _Prepared) -> Learned:
         model.eval(),
         tokenizer,
         patch,
-        seconds,
-        trainer.state.global_step,
-        step_of(checkpoint),
-        changed,
-        lesson.sha256,
-        trainer.steps_left_out,
-        {name: asdict(full) for name, full in capacity.items()},
+        seconds=seconds,
+        steps=trainer.state.global_step,
+        parameters_changed=changed,
+        may_change=may_change,
+        **trainer.shown(),
+        resumed_at=step_of(checkpoint),
+        sha256=lesson.sha256,
+        steps_left_out=trainer.steps_left_out,
+        capacity={name: asdict(full) for name, full in capacity.items()},
     )
 
 

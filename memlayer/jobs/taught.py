@@ -21,13 +21,14 @@ from memlayer.data.hub_sets import local_file
 from memlayer.decoders import files
 from memlayer.decoders.fingerprint import state_fingerprint
 from memlayer.evaluation.provenance import commit
+from memlayer.evaluation.rows import COSTS
 from memlayer.files import sha256_of, write_file
 from memlayer.jobs.config import RunConfig, load_config
 from memlayer.jobs.run_folder import check_finite, is_done, write_result
 from memlayer.patch import MemoryPatch, patches
 
 RECORD = "learned.json"
-RECORDED = ("seconds", "steps", "resumed_at", "steps_left_out", "parameters_changed", "capacity", "sha256")
+RECORDED = (*COSTS, "resumed_at", "steps_left_out", "capacity", "sha256")
 
 
 @dataclass
@@ -39,6 +40,8 @@ class Learned:
         patch: the rows changed, where the method changes memory rows only.
         seconds: time of the learning alone, from step ``resumed_at``.
         parameters_changed: numbers in the model that are not what they were.
+        may_change: numbers that one step may change.
+        examples, tokens: what it was shown since ``resumed_at``, replayed examples included.
         sha256: name and SHA-256 of what the run started from: checkpoint, facts, wordings, background counts.
         steps_left_out: of those since ``resumed_at``, the steps whose loss was below ``learn.skip_below``.
         capacity: per table how full it is, where the method writes into one; see ``methods.open_table.Capacity``.
@@ -50,8 +53,11 @@ class Learned:
     patch: MemoryPatch | None
     seconds: float
     steps: int
-    resumed_at: int
     parameters_changed: int
+    may_change: int
+    examples: int
+    tokens: int
+    resumed_at: int = 0
     sha256: dict[str, str] = field(default_factory=dict)
     steps_left_out: int = 0
     capacity: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -62,14 +68,13 @@ class Taught:
     """A folder that ``save_learned`` wrote.
 
     Attributes:
-        seconds, parameters_changed: as in ``Learned``.
+        costs: by ``evaluation.rows.COSTS``, as in ``Learned``; runs of older versions tell some of them.
         sha256: of the ``checkpoint`` (its state), the ``facts`` and the ``wordings`` that the run began with.
     """
 
     folder: Path
     config: RunConfig
-    seconds: float
-    parameters_changed: int
+    costs: dict[str, float]
     sha256: dict[str, str]
 
     def check_files(self) -> None:
@@ -170,7 +175,7 @@ def read_taught(folder: str | Path) -> Taught:
     record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     if not {"checkpoint", *files_of(config)} <= record.get("sha256", {}).keys():
         raise ValueError(f"{folder} does not say which checkpoint and facts it was taught from: teach again")
-    return Taught(folder, config, record["seconds"], record["parameters_changed"], record["sha256"])
+    return Taught(folder, config, {key: record[key] for key in COSTS if key in record}, record["sha256"])
 
 
 def load_learned(checkpoint: str | Path, folder: str | Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:

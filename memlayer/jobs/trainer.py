@@ -156,7 +156,7 @@ class MemoryTrainer(StepwiseTrainer):
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
-        self._terms = terms
+        self._terms, self._examples, self._tokens = terms, 0, torch.zeros((), dtype=torch.int64)
         if terms:
             self.add_callback(_TermsAroundTheStep(terms))
         self._lessons, self._skip_below, self.steps_left_out = lessons, skip_below, 0
@@ -265,6 +265,9 @@ class MemoryTrainer(StepwiseTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The Trainer's loss; with a finetuner, the top slots are chosen at the end of the forward pass."""
         counted = dict(inputs)
+        if model.training and "attention_mask" in inputs:
+            self._examples += len(inputs["input_ids"])
+            self._tokens = self._tokens + inputs["attention_mask"].sum()  # looked at when all is done: no waiting
         for mask in MASKS:
             inputs.pop(mask, None)
         if not return_outputs:
@@ -278,6 +281,13 @@ class MemoryTrainer(StepwiseTrainer):
             self.steps_left_out += 1
             return loss.detach().requires_grad_()  # its backward pass reaches no parameter
         return loss + self._of_terms(model, inputs, outputs.logits, num_items_in_batch) if self._terms else loss
+
+    def shown(self) -> dict[str, int]:
+        """How many examples and tokens this process's model was shown in training, those of the terms included."""
+        return {
+            "examples": self._examples + sum(term.examples for term in self._terms),
+            "tokens": int(self._tokens) + sum(term.tokens for term in self._terms),
+        }
 
     def _is_learned(self, loss: Tensor) -> bool:
         return self._skip_below is not None and loss.item() < self._skip_below

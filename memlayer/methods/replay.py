@@ -79,6 +79,8 @@ class Replay(Term):
         """The weighted loss of the next few examples."""
         drawn = self._draw()
         inputs = _inputs(self._batch([self._examples[index] for index in drawn]), model)
+        self.examples += len(drawn)
+        self.tokens += sum(self._examples[index]["length"] for index in drawn)
         if self._target == "text":
             return self._weight * model(**inputs).loss
         counts_BL = inputs.pop("labels")[:, 1:] != IGNORED

@@ -19,9 +19,12 @@ class Term:
 
     Attributes:
         step: of the run, from 0.
+        examples, tokens: what the term has shown to the model so far, beside the lessons.
     """
 
     step: int = 0
+    examples: int = 0
+    tokens: int = 0
 
     def begin(self, model: nn.Module) -> None:
         """Look at the model before anything moves."""

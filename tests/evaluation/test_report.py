@@ -13,7 +13,7 @@ from memlayer.evaluation import tables
 from memlayer.evaluation.pareto import pareto_figure
 from memlayer.evaluation.qa import Answered
 from memlayer.evaluation.report import write_report
-from memlayer.evaluation.rows import CONTROL, mean_rows, result_row, sample
+from memlayer.evaluation.rows import CONTROL, COSTS, mean_rows, result_row, sample
 from memlayer.evaluation.tables import format_table
 
 PROVENANCE = {"command": "python demo.py", "commit": "abc", "seeds": [0], "config": {"lr": 1e-3}}
@@ -43,8 +43,16 @@ def scored(known, new):
 
 def row(method="sparse", strength="lr 1", known=0.9, new=0.6, seed=0, known_before=1.0, **more):
     before, after = scored(known_before, 0.0), scored(known, new)
-    costs = {"seconds": 12.34, "parameters_changed": 25600}
-    return result_row(method, strength, before, after, seed=seed, **costs | more)
+    costs = {
+        "seconds": 12.34,
+        "parameters_changed": 25600,
+        "may_change": 512,
+        "steps": 50,
+        "examples": 300,
+        "tokens": 4321,
+    }
+    told = {key: more.pop(key) for key in COSTS if key in more}
+    return result_row(method, strength, before, after, seed=seed, costs=costs | told, **more)
 
 
 ROWS = [
@@ -115,9 +123,10 @@ def test_the_report_says_the_same_in_words(tmp_path):
     assert '- commit: `"abc"`' in text
     table = [line for line in text.splitlines() if line.startswith("|")]
     widths = [line.count("|") for line in table]
-    assert widths == [len(tables.HEADER) + 1] * 6 + [len(tables.SQUAD_HEADER) + 1] * 6
+    assert widths == [len(of) + 1 for of in (tables.HEADER, tables.COST_HEADER, tables.SQUAD_HEADER) for _ in range(6)]
     assert "| full | lr 1e-4 * | 0.30 | 0.90 |".replace("0.90", "0.45") in text, "by SQuAD's rule"
     assert "old answer" not in text
+    assert "| sparse | lr 1 | 50 | 300 | 4,321 | 12 | 512 | 25,600 |" in text
 
 
 def test_numbers_that_json_lacks_become_null(tmp_path):
@@ -133,7 +142,7 @@ def replaced(row_before, row_after):
         scored(0.9, 0.5) | {"replaced_seen": group(right), "replaced_unseen": group(right / 2)}
         for right in (row_before, row_after)
     )
-    return result_row("sparse", "lr 1", before, after, seed=0, seconds=1.0, parameters_changed=1)
+    return result_row("sparse", "lr 1", before, after, seed=0)
 
 
 def test_old_answers_of_facts_taught_anew_stand_in_a_column_of_their_own(tmp_path):
@@ -155,7 +164,7 @@ def test_old_answers_of_facts_taught_anew_stand_in_a_column_of_their_own(tmp_pat
 
 def test_known_facts_that_were_not_asked_are_told_so(tmp_path):
     new = {name: each for name, each in scored(0.9, 0.5).items() if name.startswith("new")}
-    alone = result_row("full", "", new, new, seed=0, seconds=1.0, parameters_changed=1)
+    alone = result_row("full", "", new, new, seed=0)
     assert format_table([alone]).count("not asked") == 2
     write_report(tmp_path, "Title", [alone], PROVENANCE, [])
     (found,) = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["rows"]
@@ -192,8 +201,8 @@ def test_a_write_that_fails_leaves_the_earlier_report(tmp_path, monkeypatch):
 
 
 def test_a_row_that_lacks_numbers_is_refused(tmp_path):
-    partial = {key: value for key, value in ROWS[1].items() if key not in ("seconds", "parameters_changed")}
-    with pytest.raises(ValueError, match=r"row sparse lr 0\.5 lacks seconds, parameters_changed"):
+    partial = {key: value for key, value in ROWS[1].items() if key not in COSTS}
+    with pytest.raises(ValueError, match=rf"row sparse lr 0\.5 lacks {', '.join(COSTS)}"):
         write_report(tmp_path, "Title", [partial], PROVENANCE, [])
     with pytest.raises(ValueError, match="no rows"):
         format_table([])

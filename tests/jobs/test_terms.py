@@ -28,6 +28,10 @@ def test_every_method_replays_beside_its_lessons(tmp_path, checkpoint, method, t
     assert len(batches) == kept + 2 * number
     assert all(len(batch) == 4 for batch in batches[kept + 1 :: 2])
     assert state_fingerprint(alone.model) != state_fingerprint(beside.model)
+    assert (alone.steps, alone.examples, beside.examples) == (number, 3 * number, (3 + 4) * number)
+    assert beside.tokens - alone.tokens == sum(
+        int((batch != beside.tokenizer.pad_token_id).sum()) for batch in batches[kept + 1 :: 2]
+    )
     if beside.patch is not None:
         (table,) = beside.patch.tables.values()
         assert len(table.rows) <= 2 * 2 * 4  # facts, steps, rows of a step: replay chooses none
