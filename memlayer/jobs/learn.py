@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 
@@ -170,8 +170,20 @@ def _teach(lesson: _Prepared) -> Learned:
 
 def inputs_of(config: RunConfig) -> dict[str, str]:
     """Name and SHA-256 of what a learning run starts from: the weights of its checkpoint, and its files."""
-    weights = files.weight_files(config.checkpoint)
-    return _inputs(config, fingerprint({name: tensor for file in weights for name, tensor in load_file(file).items()}))
+    weights = [Path(file) for file in files.weight_files(config.checkpoint)]
+    return _inputs(
+        config, _fingerprint(tuple((file, file.stat().st_mtime_ns, file.stat().st_size) for file in weights))
+    )
+
+
+@lru_cache(maxsize=8)
+def _fingerprint(weights: tuple[tuple[Path, int, int], ...]) -> str:
+    """Of a checkpoint's weights; a comparison asks for that of one checkpoint at every trial.
+
+    Args:
+        weights: its files, when each was last written and how long it is.
+    """
+    return fingerprint({name: tensor for file, *_ in weights for name, tensor in load_file(file).items()})
 
 
 def _inputs(config: RunConfig, checkpoint_sha256: str) -> dict[str, str]:

@@ -1,10 +1,28 @@
 """Finetuning methods, one file each; METHODS is the table of their names.
 
-A method takes a model and plain settings and returns what a training loop needs (``Prepared``).
+**A method** is a function ``prepare(model, background, settings) -> Prepared``. It gets a causal language model as it
+was loaded, the background counts of its tables (None where there are none), and its own settings: any object with the
+attributes that the method reads, for jobs the dataclass of that name in ``jobs/learn_settings.py``. It may freeze, wrap
+or hook the model. What it returns is all that a loop needs: a model to run forward, an optimizer to step, and
+``finish``, which gives the caller's model back as an ordinary one that has learned::
+
+    prepared = METHODS["full"](model, None, FullConfig(learning_rate=1e-5))
+    for batch in batches:
+        prepared.model(**batch).loss.backward()
+        prepared.optimizer.step()
+        prepared.optimizer.zero_grad()
+    prepared.finish()
+
+A method that chooses for each step what may move has a ``finetuner`` beside it, whose ``loss`` or ``selecting`` stands
+around the forward pass.
+
+**A term** (``terms.py``) is what a step heeds beside its batch, whatever the method: replayed examples, a bound, a
+projected gradient. No loop knows a method or a term by its name.
 """
 
 from memlayer.methods import dense_memory, full, lora, sparse_memory
 from memlayer.methods.prepared import Prepared
+from memlayer.methods.terms import Term
 
 METHODS = {
     "sparse_memory": sparse_memory.prepare,
@@ -13,4 +31,4 @@ METHODS = {
     "lora": lora.prepare,
 }
 
-__all__ = ["METHODS", "Prepared"]
+__all__ = ["METHODS", "Prepared", "Term"]
