@@ -5,21 +5,24 @@ Where the gradient g of a batch would raise the loss on the remembered examples,
 
     g <- g - (g . r / r . r) r
 
-Source: Chaudhry et al., arXiv:1812.00420, equation 11. Ours: nothing, but that a parameter without a gradient counts as
-one whose gradient is zero.
+Source: Chaudhry et al., arXiv:1812.00420, equation 11. The paper's: all of it; its memory is a sample of what was
+learned before, here it is whatever the term is given. Ours: a parameter without a gradient counts as one whose gradient
+is zero, and with sparse memory finetuning the vectors are those of the rows that the step may change.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from memlayer.methods.replay import Replay
 
-def project(gradients: Sequence[Tensor], reference: Sequence[Tensor]) -> list[Tensor]:
-    """The gradients, without what goes against the reference; all tensors together are one vector.
+
+def project(gradients: Sequence[Tensor | None], reference: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The gradients, without what goes against the reference; all tensors together are one vector, None is zero.
 
     Args:
-        gradients: of the batch, a tensor a parameter.
+        gradients: of the batch, one a parameter, dense or sparse.
         reference: of the remembered examples, in the same order and shapes.
 
     Returns:
@@ -28,36 +31,65 @@ def project(gradients: Sequence[Tensor], reference: Sequence[Tensor]) -> list[Te
     Raises:
         ValueError: the two differ in number or shapes.
     """
-    if [g.shape for g in gradients] != [r.shape for r in reference]:
-        raise ValueError(f"{len(gradients)} gradients and {len(reference)} of the reference differ in number or shapes")
+    if len(gradients) != len(reference):
+        raise ValueError(f"{len(gradients)} gradients and {len(reference)} of the reference")
+    for number, (g, r) in enumerate(zip(gradients, reference)):
+        if g is not None and r is not None and g.shape != r.shape:
+            raise ValueError(f"gradient {number} is {tuple(g.shape)}, that of the reference {tuple(r.shape)}")
     along = sum(_dot(g, r) for g, r in zip(gradients, reference))
     length = sum(_dot(r, r) for r in reference)
     if not length or along >= 0:
         return list(gradients)
-    return [(g - along / length * r).to(g.dtype) for g, r in zip(gradients, reference)]
+    return [_less(g, r, along / length) for g, r in zip(gradients, reference)]
 
 
-@torch.no_grad()
-def project_gradients(parameters: Sequence[nn.Parameter], reference: Sequence[Tensor | None]) -> bool:
-    """Project the ``grad`` of each parameter in place, before an optimizer's step.
+class AGem(Replay):
+    """The projection as a term: of the replayed examples the gradient is heeded, and nothing is added to the loss.
 
-    Args:
-        reference: of each parameter, what ``torch.autograd.grad(..., allow_unused=True)`` gives of the loss on the
-            remembered examples.
-
-    Returns:
-        whether the gradients went against it and were changed.
+    Its arguments are those of ``Replay``, whose weight does not matter here. A run of one process: the reference is
+    not averaged over several.
     """
-    have = [p.grad is not None for p in parameters]
-    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-    known = [torch.zeros_like(p) if r is None else r for p, r in zip(parameters, reference, strict=True)]
-    projected = project(gradients, known)
-    if changed := any(new is not old for new, old in zip(projected, gradients)):
-        for parameter, there, new, r in zip(parameters, have, projected, known):
-            if there or r.any():
-                parameter.grad = new
-    return changed
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._reference: dict[int, Tensor] = {}  # by the parameter's id, summed over the micro-batches of a step
+        self._of_step = -1
+        self.projected = 0  # steps whose gradient was changed
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor], logits: Tensor) -> None:
+        """Keep the gradient of the next few examples."""
+        if self._of_step != self.step:
+            self._reference, self._of_step = {}, self.step
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        gradients = torch.autograd.grad(super().loss(model, batch, logits), trained, allow_unused=True)
+        for parameter, gradient in zip(trained, gradients):
+            if gradient is not None:
+                known = self._reference.get(id(parameter))
+                self._reference[id(parameter)] = gradient if known is None else known + gradient
+
+    @torch.no_grad()
+    def after_backward(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Project the gradients on what does not go against the kept one."""
+        reference = [self._reference.get(id(parameter)) for parameter in parameters]
+        gradients = [parameter.grad for parameter in parameters]
+        found = project(gradients, reference)
+        self._reference = {}
+        if any(new is not old for new, old in zip(found, gradients)):
+            self.projected += 1
+            for parameter, gradient in zip(parameters, found):
+                parameter.grad = gradient
 
 
-def _dot(one: Tensor, other: Tensor) -> float:
+def _dot(one: Tensor | None, other: Tensor | None) -> float:
+    if one is None or other is None:
+        return 0.0
+    if one.is_sparse and other.is_sparse:
+        return float((one.coalesce().double() * other.coalesce().double()).sum())
+    one, other = (each.to_dense() if each.is_sparse else each for each in (one, other))
     return float((one.double() * other.double()).sum())
+
+
+def _less(gradient: Tensor | None, reference: Tensor | None, times: float) -> Tensor | None:
+    if reference is None:
+        return gradient
+    return -times * reference if gradient is None else (gradient - times * reference).to(gradient.dtype)

@@ -13,12 +13,14 @@ untouched model says is kept once for all lessons, a float a token: no second mo
 Shapes: B sequences, L tokens, W windows of a sequence (L - n), V vocabulary.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from memlayer.data.qa import collate
 from memlayer.evaluation.qa import evaluating
+from memlayer.methods.terms import Term
 
 
 def token_log_probs(logits_BLV: Tensor, input_ids_BL: Tensor) -> Tensor:
@@ -49,41 +51,22 @@ def ngram_penalty(log_p_BT: Tensor, reference_BT: Tensor, counted_BT: Tensor, n:
     return (now_BW - before_BW - margin).clamp(min=0)[counted_BW].mean()
 
 
-@torch.no_grad()
-def reference_log_probs(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> dict[bytes, Tensor]:
-    """What a model says of the tokens of each sequence, to be looked up by the sequence.
-
-    Args:
-        model: any causal language model; it is left as found.
-        batches: ``input_ids`` and ``attention_mask``, padded on either side.
-
-    Returns:
-        per sequence, by ``sequence_key``, log p of each token but the first, float32, on the CPU.
-    """
-    references = {}
-    with evaluating(model):
-        for batch in batches:
-            ids_BL, there_BL = batch["input_ids"], batch["attention_mask"].bool()
-            logits_BLV = model(input_ids=ids_BL, attention_mask=batch["attention_mask"]).logits
-            for ids_L, there_L, log_p_T in zip(ids_BL, there_BL, token_log_probs(logits_BLV, ids_BL)):
-                references[sequence_key(ids_L[there_L])] = log_p_T[(there_L[1:] & there_L[:-1])].cpu()
-    return references
-
-
 def sequence_key(ids_L: Tensor) -> bytes:
     """A sequence without padding as a key of a dict."""
     return ids_L.to("cpu", torch.int32).numpy().tobytes()
 
 
-class NGramRegulariser:
-    """The penalty as a term: ``loss`` gives what is to be added to a step's loss.
+class NGramRegulariser(Term):
+    """The penalty as a term, for whatever of the lessons is given to it.
 
     Args:
-        batches: all sequences that will be taught.
+        examples: all that will be taught, as ``data.qa.encode`` returns it.
+        pad_token_id: what fills a batch.
         n: tokens of a window.
         margin: see ``ngram_penalty``.
         weight: of the penalty beside the loss.
-        exempt_answers: whether windows that hold a token of an answer are left out.
+        exempt_answers: whether windows that hold a token of an answer are left out; a text has no answer.
+        batch_size: examples at a time when the untouched model is asked.
 
     Raises:
         ValueError: a number outside its range.
@@ -91,53 +74,68 @@ class NGramRegulariser:
 
     def __init__(
         self,
-        batches: Iterable[Mapping[str, Tensor]],
+        examples: Sequence[dict],
+        pad_token_id: int,
         n: int = 4,
         margin: float = 0.1,
         weight: float = 1.0,
         exempt_answers: bool = True,
+        batch_size: int = 32,
     ):
         if n < 1 or not 0 <= margin < 1 or weight < 0:
             raise ValueError(f"n={n}, margin={margin}, weight={weight}: n is 1 or more, 0 <= margin < 1, 0 <= weight")
-        self.n, self.margin, self.weight, self.exempt_answers = n, margin, weight, exempt_answers
-        self._batches, self._references = batches, {}
+        self._n, self._margin, self._weight, self._exempt_answers = n, margin, weight, exempt_answers
+        self._lessons, self._pad_token_id, self._batch_size = list(examples), pad_token_id, batch_size
+        # Of each sequence, by its key: log p of each token but the first, and where its answer begins.
+        self._references: dict[bytes, tuple[Tensor, int]] = {}
 
+    @torch.no_grad()
     def begin(self, model: nn.Module) -> None:
         """Keep what the untouched model says of the lessons."""
-        self._references = reference_log_probs(model, self._batches)
+        device = next(model.parameters()).device
+        with evaluating(model):
+            for start in range(0, len(self._lessons), self._batch_size):
+                some = self._lessons[start : start + self._batch_size]
+                batch = collate(some, self._pad_token_id)
+                ids_BL, there_BL = (batch[key].to(device) for key in ("input_ids", "attention_mask"))
+                log_p_BT = token_log_probs(model(input_ids=ids_BL, attention_mask=there_BL).logits, ids_BL).cpu()
+                for example, log_p_T in zip(some, log_p_BT):
+                    key = sequence_key(torch.tensor(example["input_ids"]))
+                    self._references[key] = (log_p_T[: example["length"] - 1].clone(), example["answer_start"])
 
-    def loss(self, model: nn.Module, batch: Mapping[str, Tensor], logits_BLV: Tensor) -> Tensor | None:
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor], logits: Tensor) -> Tensor | None:
         """The weighted penalty of a batch; None where no window counts.
 
         Args:
-            batch: ``input_ids``, ``attention_mask`` and, to exempt answers, ``answer_mask``. Windows count whatever
-                the labels say, so that a lesson of which only the answer is trained on keeps its phrasing too.
-            logits_BLV: of the last positions of the batch, or all.
+            batch: ``input_ids`` and ``attention_mask``; windows count whatever its labels say.
+            logits: of the last positions of the batch, or all: where prompts have none, they are not looked at.
 
         Raises:
-            ValueError: a sequence that ``begin`` has not seen, or a batch without ``answer_mask`` to exempt answers.
+            ValueError: a sequence that is none of the lessons, or ``begin`` was not called.
         """
-        length, total = logits_BLV.shape[1], batch["input_ids"].shape[1]
-        ids_BL, there_BL = batch["input_ids"][:, -length:], batch["attention_mask"].bool()[:, -length:]
-        counted_BT = there_BL[:, 1:] & there_BL[:, :-1]
-        if self.exempt_answers:
-            if "answer_mask" not in batch:
-                raise ValueError(f"answers cannot be exempt: the batch has no 'answer_mask', only {sorted(batch)}")
-            # A position of the answer mask predicts the token behind it.
-            counted_BT = counted_BT & ~batch["answer_mask"].bool()[:, -length:][:, :-1]
-        reference_BT = self._reference(batch, total)[:, -(length - 1) :] if length > 1 else counted_BT.float()
-        log_p_BT = token_log_probs(logits_BLV, ids_BL)
-        penalty = ngram_penalty(log_p_BT, reference_BT.to(log_p_BT.device), counted_BT, self.n, self.margin)
-        return None if penalty is None else self.weight * penalty
+        length = logits.shape[1]
+        if length < 2:
+            return None
+        reference_BT, counted_BT = (each[:, 1 - length :].to(logits.device) for each in self._looked_up(batch))
+        log_p_BT = token_log_probs(logits, batch["input_ids"][:, -length:])
+        penalty = ngram_penalty(log_p_BT, reference_BT, counted_BT, self._n, self._margin)
+        return None if penalty is None else self._weight * penalty
 
-    def _reference(self, batch: Mapping[str, Tensor], length: int) -> Tensor:
-        there_BL = batch["attention_mask"].bool().cpu()
-        reference_BT = torch.zeros(len(there_BL), length - 1)
-        for row, (ids_L, there_L) in enumerate(zip(batch["input_ids"].cpu(), there_BL)):
-            if (known := self._references.get(sequence_key(ids_L[there_L]))) is None:
+    def _looked_up(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """What the untouched model said of each token but the first, and which of them count."""
+        ids_BL, there_BL = batch["input_ids"].cpu(), batch["attention_mask"].bool().cpu()
+        reference_BT, counted_BT = torch.zeros(ids_BL[:, 1:].shape), torch.zeros(ids_BL[:, 1:].shape, dtype=torch.bool)
+        for row, (ids_L, there_L) in enumerate(zip(ids_BL, there_BL)):
+            known = self._references.get(sequence_key(ids_L[there_L]))
+            if known is None:
                 raise ValueError(
                     f"sequence {row} of the batch, of {int(there_L.sum())} tokens, is none of the "
                     f"{len(self._references)} that the reference was taken of: give all lessons, and call begin first"
                 )
-            reference_BT[row, there_L[1:] & there_L[:-1]] = known
-        return reference_BT
+            log_p_T, answer_start = known
+            first = int(there_L.nonzero()[0])
+            reference_BT[row, first : first + len(log_p_T)] = log_p_T
+            # An answer that begins with the second token is a text's: it has no prompt to keep apart.
+            until = answer_start - 1 if self._exempt_answers and answer_start > 1 else len(log_p_T)
+            counted_BT[row, first : first + until] = True
+        return reference_BT, counted_BT

@@ -51,15 +51,21 @@ def taught_a_little(model, batch, steps=10, term=None):
     return model
 
 
+def examples_of(batch):
+    """The sequences of a batch of ``tiny.batch``, whose answers are their last two tokens."""
+    rows = [ids_L[there_L].tolist() for ids_L, there_L in zip(batch["input_ids"], batch["attention_mask"].bool())]
+    return [{"input_ids": row, "answer_start": len(row) - 2, "length": len(row)} for row in rows]
+
+
 def regulariser_of(model, batch, **more):
-    term = NGramRegulariser([batch], **more)
+    term = NGramRegulariser(examples_of(batch), tiny.PAD, batch_size=3, **more)
     term.begin(model)
     return term
 
 
 def test_at_the_untouched_model_it_is_zero_and_pulls_nowhere():
     model, batch = tiny.decoder(), tiny.batch(LENGTHS)
-    term = regulariser_of(model, batch)
+    term = regulariser_of(model, batch, exempt_answers=False)
     loss = term.loss(model, batch, model(**tiny.inputs(batch)).logits)
     loss.backward()
     assert loss == 0
@@ -82,6 +88,21 @@ def test_exempt_tokens_and_padding_get_no_gradient_and_the_others_do():
     assert (logits.grad.abs().sum(-1) > 0)[exempt_BL].any()
 
 
+def test_it_is_the_penalty_of_what_the_untouched_model_said():
+    batch = tiny.batch(LENGTHS)
+    term = regulariser_of(tiny.decoder(), batch, n=3, margin=0.05, weight=2.0)
+    model = taught_a_little(tiny.decoder(), batch)
+    with torch.no_grad():
+        logits, before = (each(**tiny.inputs(batch)).logits for each in (model, tiny.decoder()))
+    now, reference = (
+        each.log_softmax(-1)[:, :-1].gather(-1, batch["input_ids"][:, 1:, None])[..., 0] for each in (logits, before)
+    )
+    counted = torch.arange(1, 12) < torch.tensor(LENGTHS)[:, None] - 2
+    expected = 2 * by_brute_force(now, reference, counted, 3, 0.05)
+    assert float(term.loss(model, batch, logits)) == pytest.approx(expected, rel=1e-5)  # float32
+    assert expected > 0.01
+
+
 def test_where_the_padding_is_and_which_logits_are_kept_changes_nothing_else():
     model, batch = tiny.decoder(), tiny.batch((9, 9))
     term = regulariser_of(model, batch, n=2, margin=0.0)
@@ -91,7 +112,16 @@ def test_where_the_padding_is_and_which_logits_are_kept_changes_nothing_else():
     padded = {key: torch.nn.functional.pad(tensor, (3, 0)) for key, tensor in batch.items()}
     assert torch.equal(term.loss(model, padded, torch.nn.functional.pad(logits, (0, 0, 3, 0))), whole)
     assert torch.equal(term.loss(model, padded, logits), whole)
-    assert term.loss(model, batch, logits[:, -2:]) is None, "only answer tokens are left"
+    assert term.loss(model, batch, logits[:, -3:]) is None, "only answer tokens are left"
+    assert term.loss(model, batch, logits[:, -1:]) is None
+
+
+def test_a_text_has_no_answer_to_be_exempt():
+    model, text = tiny.decoder(), {"input_ids": list(range(5, 15)), "answer_start": 1, "length": 10}
+    batch = {"input_ids": torch.tensor([text["input_ids"]]), "attention_mask": torch.ones(1, 10, dtype=torch.int64)}
+    term = NGramRegulariser([text], tiny.PAD)
+    term.begin(model)
+    assert term.loss(model, batch, model(**batch).logits) == 0
 
 
 def test_it_halves_what_is_memorised_of_texts():
@@ -110,7 +140,5 @@ def test_what_it_has_no_reference_of_is_refused():
     term = regulariser_of(model, batch)
     with pytest.raises(ValueError, match="none of the 4 that the reference was taken of"):
         term.loss(model, tiny.batch(LENGTHS, seed=1), torch.zeros(4, 12, tiny.VOCAB))
-    with pytest.raises(ValueError, match="no 'answer_mask'"):
-        term.loss(model, tiny.inputs(batch), torch.zeros(4, 12, tiny.VOCAB))
     with pytest.raises(ValueError, match="margin=1"):
-        NGramRegulariser([], margin=1.0)
+        NGramRegulariser([], tiny.PAD, margin=1.0)
