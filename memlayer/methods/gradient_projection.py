@@ -36,8 +36,8 @@ def project(gradients: Sequence[Tensor | None], reference: Sequence[Tensor | Non
     for number, (g, r) in enumerate(zip(gradients, reference)):
         if g is not None and r is not None and g.shape != r.shape:
             raise ValueError(f"gradient {number} is {tuple(g.shape)}, that of the reference {tuple(r.shape)}")
-    along = sum(_dot(g, r) for g, r in zip(gradients, reference))
-    length = sum(_dot(r, r) for r in reference)
+    along = sum(dot(g, r) for g, r in zip(gradients, reference))
+    length = sum(dot(r, r) for r in reference)
     if not length or along >= 0:
         return list(gradients)
     return [_less(g, r, along / length) for g, r in zip(gradients, reference)]
@@ -80,7 +80,8 @@ class AGem(Replay):
                 parameter.grad = gradient
 
 
-def _dot(one: Tensor | None, other: Tensor | None) -> float:
+def dot(one: Tensor | None, other: Tensor | None) -> float:
+    """The product of two gradients of one parameter, dense or sparse, in float64; None is zero."""
     if one is None or other is None:
         return 0.0
     if one.is_sparse and other.is_sparse:
