@@ -9,13 +9,19 @@ logarithm of posterior over prior Fisher information, rounded up, at most 20; th
 number held within bound / 2**bits after each step. Ours, since BLIP also rounds the weight itself, which makes a
 weight without bits zero and is fatal to a pretrained one: only the change from the starting weights is bound, a number
 without bits is not bound at all, and one with the most bits does not move; the prior is a quantile of the Fisher
-information, whose scale depends on how losses are averaged; rows as a unit.
+information, whose scale depends on how losses are averaged; a bound below the paper's 6 over the root of the inputs,
+since it is one on changes; a memory's rows as a unit.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+
+from memlayer.evaluation.qa import evaluating
+from memlayer.layers.memory import MemoryTable
+from memlayer.methods.terms import Term
 
 MOST_BITS = 20
 
@@ -96,18 +102,100 @@ def project(parameter: Tensor, start: Tensor, within: Tensor) -> None:
     parameter.copy_(torch.where(within == 0, start, bounded))
 
 
-class TrustRegion:
-    """The radii of a model's parameters, and the projection of all of them.
+def sampled_fisher(model: nn.Module, sequences: Iterable[Sequence[int]], seed: int = 0) -> dict[str, Tensor]:
+    """The Fisher information about each parameter: its mean squared gradient of what the model itself would say.
+
+    The tokens to predict are drawn from the model behind the sequence's own, as BLIP draws labels: with the true ones
+    it would be another number, the empirical one.
 
     Args:
-        model: as it is before anything is learned.
-        radii: per parameter name the radius of each number or row; parameters that are not named move freely.
+        model: any causal language model; it is left as found.
+        sequences: token ids of background text, at least 2 of each; one backward pass each.
+        seed: of what is drawn.
 
     Raises:
-        ValueError: the model lacks a parameter, or a radius does not go with its shape.
+        ValueError: there is no sequence.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
+    generator, number = torch.Generator().manual_seed(seed), 0
+    with evaluating(model):
+        for ids in sequences:
+            device = next(model.parameters()).device
+            log_p_TV = model(input_ids=torch.tensor([ids], device=device)).logits[0, :-1].float().log_softmax(-1)
+            drawn_T1 = torch.multinomial(log_p_TV.detach().exp().cpu(), 1, generator=generator).to(device)
+            loss = -log_p_TV.gather(-1, drawn_T1).mean()
+            gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+            for information, gradient in zip(found.values(), gradients):
+                if gradient is not None:
+                    information += (gradient.to_dense() if gradient.is_sparse else gradient).float() ** 2
+            number += 1
+    if not number:
+        raise ValueError("the Fisher information needs at least one sequence of background text")
+    return {name: information / number for name, information in found.items()}
+
+
+@torch.no_grad()
+def radii_of(model: nn.Module, fisher: Mapping[str, Tensor], bound: float, quantile: float = 0.5) -> dict[str, Tensor]:
+    """How far each number of a model may move, and of a memory's tables each row.
+
+    Args:
+        fisher: about each parameter, by its name.
+        bound: what is halved with each bit, over the root of the width of a parameter's rows.
+        quantile: the prior of a parameter's numbers, see ``fisher_prior``.
+
+    Returns:
+        per parameter that the background says anything about its radii, (N, 1) for a table.
+    """
+    rows = {id(module.weight) for module in model.modules() if isinstance(module, MemoryTable)}
+    radii = {}
+    for name, parameter in model.named_parameters():
+        if name in fisher and fisher[name].any():
+            information = per_row(fisher[name]) if id(parameter) in rows else fisher[name]
+            bits = information_bits(information, fisher_prior(information, quantile))
+            radii[name] = radius(bits, bound / math.sqrt(parameter.shape[-1]))
+    return radii
+
+
+class TrustRegion(Term):
+    """The trust region as a term: of the untouched model it finds out what matters, and after each step it projects.
+
+    It holds a copy of what it bounds, and looks at all of that after each step. It bounds a model's own parameters, so
+    it has no hold on a LoRA that is kept apart from them.
+
+    Args:
+        sequences: token ids of background text.
+        bound: see ``radii_of``.
+        quantile: see ``radii_of``.
+        seed: of the labels that are drawn.
+
+    Raises:
+        ValueError: the bound is not above 0, or there is no sequence.
     """
 
-    def __init__(self, model: nn.Module, radii: Mapping[str, Tensor]):
+    def __init__(self, sequences: Sequence[Sequence[int]], bound: float = 1.0, quantile: float = 0.5, seed: int = 0):
+        if bound <= 0 or not 0 <= quantile <= 1 or not sequences:
+            raise ValueError(
+                f"bound={bound}, quantile={quantile}, {len(sequences)} sequences: the bound is above 0, the quantile "
+                "between 0 and 1, and there is at least one sequence"
+            )
+        self._sequences, self._bound, self._quantile, self._seed = sequences, bound, quantile, seed
+        self._held: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def begin(self, model: nn.Module) -> None:
+        """Measure what matters to the background, and hold the model to where it is."""
+        fisher = sampled_fisher(model, self._sequences, self._seed)
+        self.hold(model, radii_of(model, fisher, self._bound, self._quantile))
+
+    def hold(self, model: nn.Module, radii: Mapping[str, Tensor]) -> None:
+        """Hold each number within its radius of where it is now; parameters that are not named move freely.
+
+        Args:
+            radii: per parameter name, of its shape, or of (N, 1) for its rows.
+
+        Raises:
+            ValueError: the model lacks a parameter, or radii do not go with its shape.
+        """
         parameters = dict(model.named_parameters())
         for name, within in radii.items():
             if name not in parameters:
@@ -115,17 +203,17 @@ class TrustRegion:
             shape = tuple(parameters[name].shape)
             if tuple(within.shape) not in (shape, (*shape[:-1], 1)):
                 raise ValueError(f"parameter {name!r} is {shape}, its radii {tuple(within.shape)}")
-        self._bound = [(parameters[name], parameters[name].detach().clone(), radii[name]) for name in radii]
+        self._held = [(parameters[name], parameters[name].detach().clone(), radii[name]) for name in radii]
 
-    def after_step(self, _parameters=()) -> None:
+    def after_step(self, parameters: Sequence[nn.Parameter] = ()) -> None:
         """Put back what has moved too far."""
-        for parameter, start, within in self._bound:
+        for parameter, start, within in self._held:
             project(parameter, start, within.to(parameter.device))
 
     def farthest(self) -> float:
         """The largest share of its radius that a number has used; 0 where none may move."""
         shares = [0.0]
-        for parameter, start, within in self._bound:
+        for parameter, start, within in self._held:
             moved = (parameter.detach().double() - start.double()).abs() / within.to(parameter.device)
             shares.append(float(moved.nan_to_num(0.0, posinf=torch.inf).max()))
         return max(shares)

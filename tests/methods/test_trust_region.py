@@ -5,6 +5,7 @@ import math
 import pytest
 import tiny
 import torch
+from finetuning import finetuner_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,8 +17,12 @@ from memlayer.methods.trust_region import (
     information_bits,
     per_row,
     project,
+    radii_of,
     radius,
+    sampled_fisher,
 )
+
+BACKGROUND = torch.randint(4, tiny.VOCAB, (6, 9), generator=torch.Generator().manual_seed(9)).tolist()
 
 
 @given(st.floats(0, 1e6), st.floats(1e-6, 1e3), st.integers(0, 5))
@@ -74,53 +79,108 @@ def taught(model, region, steps=100):
     return model
 
 
-def fisher_of(model):
-    """Mean squared gradient over single sequences, by parameter."""
-    batch, found = tiny.batch(seed=9), {}
-    for row in range(4):
-        model(**tiny.inputs(tiny.part(batch, row, row + 1))).loss.backward()
+def holding(model, radii):
+    region = TrustRegion(BACKGROUND)
+    region.hold(model, radii)
+    return region
+
+
+def test_the_information_is_the_mean_squared_gradient_of_what_the_model_would_say():
+    model = tiny.memory_model(mode="add")
+    model.model.layers[1].mlp.memory.out.weight.data.normal_()
+    found = sampled_fisher(model, BACKGROUND, seed=3)
+    assert all(p.grad is None for p in model.parameters())
+    generator, expected = torch.Generator().manual_seed(3), {}
+    for ids in BACKGROUND:
+        logits = model(torch.tensor([ids])).logits[0, :-1]
+        drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+        torch.nn.functional.cross_entropy(logits, drawn).backward()
         for name, parameter in model.named_parameters():
-            found[name] = found.get(name, 0) + parameter.grad**2 / 4
+            expected[name] = expected.get(name, 0) + parameter.grad**2 / len(BACKGROUND)
         model.zero_grad()
-    return found
+    for name, information in found.items():
+        torch.testing.assert_close(information, expected[name], atol=1e-7, rtol=1e-4)  # float32
+    model.model.memory[0].sparse = True
+    torch.testing.assert_close(sampled_fisher(model, BACKGROUND, seed=3), found)
 
 
 def test_after_a_hundred_steps_no_number_has_left_its_radius():
     model = tiny.decoder()
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
-    bits = {name: information_bits(f, fisher_prior(f, 0.2)) for name, f in fisher_of(model).items()}
-    region = TrustRegion(model, {name: radius(each, 0.1) for name, each in bits.items()})
+    region = TrustRegion(BACKGROUND, bound=0.5, quantile=0.2)
+    region.begin(model)
     assert region.farthest() == 0
+    radii = radii_of(model, sampled_fisher(model, BACKGROUND), 0.5, 0.2)
     taught(model, region)
     assert 0.99 < region.farthest() <= 1
     for name, parameter in model.named_parameters():
-        within = radius(bits[name], 0.1)
-        assert ((parameter.detach().double() - start[name].double()).abs() <= within).all()
+        assert ((parameter.detach().double() - start[name].double()).abs() <= radii[name]).all()
+
+
+def test_what_the_background_says_changes_less_than_without_the_region():
+    """At the same loss on what is taught, and not because less of it was learned."""
+    background = torch.tensor(BACKGROUND)
+    losses = {}
+    for held in (False, True):
+        model = tiny.decoder()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        for _ in range(60):  # it knows the background
+            model(input_ids=background, labels=background).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        region = TrustRegion(BACKGROUND, bound=0.3, quantile=0.5)
+        region.begin(model)
+        batch, optimizer = tiny.batch(seed=1), torch.optim.AdamW(model.parameters(), lr=0.003)
+        for _ in range(200):
+            loss = model(**tiny.inputs(batch)).loss
+            if float(loss.detach()) < 1.0:
+                break
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if held:
+                region.after_step()
+        with torch.no_grad():
+            losses[held] = float(model(input_ids=background, labels=background).loss)
+        assert float(loss.detach()) < 1.0
+    assert losses[True] < losses[False] - 0.1
 
 
 def test_without_bits_nothing_is_held_and_with_the_most_nothing_moves():
     plain, free, frozen = (tiny.decoder() for _ in range(3))
     taught(plain, None, 10)
     names = dict(free.named_parameters())
-    taught(free, TrustRegion(free, {n: radius(torch.zeros_like(p), 1.0) for n, p in names.items()}), 10)
+    taught(free, holding(free, {n: radius(torch.zeros_like(p), 1.0) for n, p in names.items()}), 10)
     assert all(torch.equal(one, other) for one, other in zip(plain.parameters(), free.parameters()))
     held = {n: radius(torch.full_like(p, MOST_BITS), 1.0) for n, p in frozen.named_parameters()}
-    taught(frozen, TrustRegion(frozen, held), 10)
+    taught(frozen, holding(frozen, held), 10)
     assert all(torch.equal(one, other) for one, other in zip(tiny.decoder().parameters(), frozen.parameters()))
 
 
-def test_rows_may_share_a_radius():
-    model = tiny.memory_model()
+def test_rows_of_a_memory_share_a_radius_and_sparse_memory_finetuning_stays_within():
+    model = tiny.memory_model(mode="add")
+    model.model.layers[1].mlp.memory.out.weight.data.normal_()
     name = "model.memory.0.weight"
-    fisher = torch.rand(64, 16)
-    assert torch.equal(per_row(fisher)[:, 0], fisher.mean(1))
-    within = torch.full((64, 1), 0.01).double()
+    fisher = sampled_fisher(model, BACKGROUND)
+    assert torch.equal(per_row(fisher[name])[:, 0], fisher[name].mean(1))
+    within = radii_of(model, fisher, 0.2)[name]
+    assert within.shape == (64, 1)
     start = model.get_parameter(name).detach().clone()
-    region = TrustRegion(model, {name: within})
-    with torch.no_grad():
-        model.get_parameter(name).add_(torch.linspace(-1, 1, 64)[:, None])
-    region.after_step()
-    assert (model.get_parameter(name).detach() - start).abs().max() <= 0.01
+    region = TrustRegion(BACKGROUND, bound=0.2)
+    region.begin(model)
+    finetuner = finetuner_of(model, num_rows=20)
+    optimizer = finetuner.watch(torch.optim.SGD(finetuner.parameters(), lr=5.0))
+    for _ in range(10):
+        finetuner.loss(tiny.batch(seed=1)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        region.after_step(finetuner.parameters())
+    patch = finetuner.detach()
+    moved = (model.get_parameter(name).detach().double() - start.double()).abs()
+    assert (moved <= within).all()
+    assert region.farthest() > 0.99
+    patch.revert(model)
+    assert torch.equal(model.get_parameter(name), start)
 
 
 @pytest.mark.parametrize(
@@ -130,8 +190,11 @@ def test_rows_may_share_a_radius():
         (lambda: information_bits(torch.tensor([1.0]), 0.0), "the prior above 0"),
         (lambda: radius(torch.tensor([1]), 0.0), "bound is 0.0"),
         (lambda: fisher_prior(torch.ones(2), 1.5), "quantile is 1.5"),
-        (lambda: TrustRegion(tiny.decoder(), {"head": torch.ones(1)}), "no parameter 'head'"),
-        (lambda: TrustRegion(tiny.decoder(), {"model.norm.weight": torch.ones(3)}), r"is \(16,\), its radii \(3,\)"),
+        (lambda: TrustRegion(BACKGROUND, bound=0.0), "bound=0.0"),
+        (lambda: TrustRegion([]), "0 sequences"),
+        (lambda: sampled_fisher(tiny.decoder(), []), "at least one sequence"),
+        (lambda: holding(tiny.decoder(), {"head": torch.ones(1)}), "no parameter 'head'"),
+        (lambda: holding(tiny.decoder(), {"model.norm.weight": torch.ones(3)}), r"is \(16,\), its radii \(3,\)"),
     ],
 )
 def test_what_gives_no_region_is_refused(call, words):
