@@ -119,7 +119,7 @@ def _teach(lesson: _Prepared) -> Learned:
         check_output(arguments.output_dir)
         checkpoint = checkpoint_to_resume(arguments, config, lesson.sha256)
     told = provenance(config, lesson.sha256)
-    terms = terms_of(config, model.to(arguments.device), tokenizer)
+    terms = terms_of(config, model.to(arguments.device), tokenizer, chain(*lesson.micro_batches))
     prepared = METHODS[settings.method](model.to(arguments.device), lesson.background, settings)
     may_change = sum(p.numel() for group in prepared.optimizer.param_groups for p in group["params"])
     trainer = MemoryTrainer(

@@ -19,7 +19,8 @@ class ReplayConfig:
         length: tokens of such a text at most.
         batch_size: examples beside each micro-batch.
         weight: of their loss beside the lesson's.
-        target: text trains on the examples; base holds the model to what it said of them before learning.
+        target: text trains on the examples; base holds the model to what it said of them before learning; gradient
+            adds nothing, but a step may not go against the examples' gradient (A-GEM).
         loss_on: tokens that count; of a text, all.
     """
 
@@ -29,7 +30,7 @@ class ReplayConfig:
     length: int = 64
     batch_size: int = 8
     weight: float = 1.0
-    target: Literal["text", "base"] = "text"
+    target: Literal["text", "base", "gradient"] = "text"
     loss_on: LossOn = "all"
 
     def __post_init__(self):
@@ -44,10 +45,62 @@ class ReplayConfig:
 
 
 @dataclass
+class NGramConfig:
+    """N-gram regulariser: phrasings of the lessons may not become much likelier than they were.
+
+    Attributes:
+        n: tokens of an n-gram.
+        margin: how much more probable, a token in the geometric mean, an n-gram may become for nothing.
+        weight: of the penalty beside the lesson's loss.
+        exempt_answers: whether n-grams with a token of an answer are left out; then the rest has to be trained on,
+            with loss_on all.
+    """
+
+    n: int = 4
+    margin: float = 0.1
+    weight: float = 1.0
+    exempt_answers: bool = True
+
+    def __post_init__(self):
+        check_at_least(1, "learn.terms.ngram", self, "n")
+        check_at_least(0, "learn.terms.ngram", self, "margin", "weight")
+        if self.margin >= 1:
+            raise ValueError(f"learn.terms.ngram.margin is {self.margin}, must be below 1: it is a probability")
+
+
+@dataclass
+class TrustRegionConfig:
+    """Trust region: the more a number matters to texts that the untouched model writes, the less it may move.
+
+    Attributes:
+        generated: how many such texts tell what matters; a backward pass each.
+        length: tokens of such a text at most.
+        bound: how far a number may move is this over the root of its row's width, halved with each bit of information.
+        quantile: of a parameter's numbers, the share that may move freely, about.
+    """
+
+    generated: int = 64
+    length: int = 64
+    bound: float = 1.0
+    quantile: float = 0.5
+
+    def __post_init__(self):
+        prefix = "learn.terms.trust_region"
+        check_at_least(1, prefix, self, "generated", "length")
+        if self.bound <= 0 or not 0 <= self.quantile <= 1:
+            raise ValueError(
+                f"{prefix} has bound {self.bound} and quantile {self.quantile}: the first must be above 0, the second "
+                "between 0 and 1"
+            )
+
+
+@dataclass
 class TermsConfig:
     """What each step heeds beside its lesson, with any method; a term that is not named is not there."""
 
     replay: ReplayConfig | None = None
+    ngram: NGramConfig | None = None
+    trust_region: TrustRegionConfig | None = None
 
 
 @dataclass
@@ -168,6 +221,8 @@ class LoraConfig(LearnConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.terms.trust_region is not None:
+            raise ValueError("learn.terms.trust_region holds the model's own weights, learn.method=lora trains others")
         check_at_least(1, "learn", self, "lora_rank")
         check_at_least(0, "learn", self, "lora_alpha")
 

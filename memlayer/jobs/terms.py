@@ -1,6 +1,7 @@
 """The terms that a learning run asks for, made from its settings, its checkpoint and its files."""
 
 import random
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,30 +15,46 @@ from memlayer.data.lessons import load_lessons
 from memlayer.data.prompts import Prompts
 from memlayer.data.qa import Example, begin_tokens, encode, pad_token, pretraining_examples
 from memlayer.jobs.config import LearnRun, PretrainRun, load_config
-from memlayer.jobs.learn_settings import ReplayConfig
+from memlayer.jobs.learn_settings import ReplayConfig, TrustRegionConfig
 from memlayer.jobs.lessons import prompts_of
+from memlayer.methods.gradient_projection import AGem
+from memlayer.methods.ngram_regulariser import NGramRegulariser
 from memlayer.methods.replay import Replay
 from memlayer.methods.terms import Term
+from memlayer.methods.trust_region import TrustRegion
 
 GENERATED_AT_ONCE = 64
 
 
-def terms_of(config: LearnRun, model: nn.Module, tokenizer) -> list[Term]:
+def terms_of(config: LearnRun, model: nn.Module, tokenizer, taught: Iterable[dict]) -> list[Term]:
     """What each step heeds beside its lesson.
 
     Args:
         model: untouched, on the device where it will learn.
+        taught: all examples of the lessons, encoded.
 
     Raises:
-        FactsError, ValueError: a file, or a setting that does not fit the checkpoint.
+        FactsError, ValueError: a file, or a setting that does not fit the checkpoint or several processes.
     """
     terms: list[Term] = []
     told, process = config.learn.terms, PartialState().process_index
     if told.replay is not None:
         replayed = _replayed(told.replay, config, model, tokenizer)
         seed = config.seed * 1_000 + process
-        kept = {"batch_size": told.replay.batch_size, "weight": told.replay.weight, "target": told.replay.target}
-        terms.append(Replay(replayed, pad_token(tokenizer), **kept, loss_on=told.replay.loss_on, seed=seed))
+        kept = {"batch_size": told.replay.batch_size, "loss_on": told.replay.loss_on, "seed": seed}
+        if told.replay.target == "gradient":
+            if PartialState().num_processes > 1:
+                raise ValueError("learn.terms.replay.target=gradient needs one process: gradients are not averaged")
+            terms.append(AGem(replayed, pad_token(tokenizer), **kept))
+        else:
+            weight, target = told.replay.weight, told.replay.target
+            terms.append(Replay(replayed, pad_token(tokenizer), weight=weight, target=target, **kept))
+    if told.ngram is not None:
+        terms.append(NGramRegulariser(list(taught), pad_token(tokenizer), **asdict(told.ngram)))
+    if told.trust_region is not None:
+        bound, quantile = told.trust_region.bound, told.trust_region.quantile
+        written = [each["input_ids"] for each in _generated(told.trust_region, config, model, tokenizer)]
+        terms.append(TrustRegion(written, bound, quantile, config.seed))
     for term in terms:
         term.begin(model)
     return terms
@@ -78,7 +95,7 @@ def _known(told: ReplayConfig, config: LearnRun, prompts: Prompts, tokenizer) ->
 
 
 @torch.no_grad()
-def _generated(told: ReplayConfig, config: LearnRun, model: nn.Module, tokenizer) -> list[dict]:
+def _generated(told: ReplayConfig | TrustRegionConfig, config: LearnRun, model: nn.Module, tokenizer) -> list[dict]:
     """Texts that the untouched model writes itself, from what it takes for the beginning of a text."""
     begin = begin_tokens(tokenizer) or [tokenizer.eos_token_id]
     generator_state = torch.get_rng_state()
@@ -86,7 +103,7 @@ def _generated(told: ReplayConfig, config: LearnRun, model: nn.Module, tokenizer
     written: list[dict] = []
     with tqdm(
         total=told.generated,
-        desc="the untouched model writes what is replayed",
+        desc="the untouched model writes texts of its own",
         unit="text",
         disable=not told.generated or bool(config.trainer.get("disable_tqdm")),
     ) as bar:

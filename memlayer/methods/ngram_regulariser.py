@@ -60,7 +60,7 @@ class NGramRegulariser(Term):
     """The penalty as a term, for whatever of the lessons is given to it.
 
     Args:
-        examples: all that will be taught, as ``data.qa.encode`` returns it.
+        examples: all that will be taught, as ``data.qa.encode`` returns it; the same ones may come again.
         pad_token_id: what fills a batch.
         n: tokens of a window.
         margin: see ``ngram_penalty``.
@@ -85,7 +85,8 @@ class NGramRegulariser(Term):
         if n < 1 or not 0 <= margin < 1 or weight < 0:
             raise ValueError(f"n={n}, margin={margin}, weight={weight}: n is 1 or more, 0 <= margin < 1, 0 <= weight")
         self._n, self._margin, self._weight, self._exempt_answers = n, margin, weight, exempt_answers
-        self._lessons, self._pad_token_id, self._batch_size = list(examples), pad_token_id, batch_size
+        different = {tuple(example["input_ids"]): example for example in examples}
+        self._lessons, self._pad_token_id, self._batch_size = list(different.values()), pad_token_id, batch_size
         # Of each sequence, by its key: log p of each token but the first, and where its answer begins.
         self._references: dict[bytes, tuple[Tensor, int]] = {}
 

@@ -60,9 +60,38 @@ def test_what_the_untouched_model_writes_is_replayed_and_is_the_same_again(tmp_p
     assert runs[0] == runs[1]
 
 
+@pytest.mark.parametrize(
+    "terms",
+    [
+        {"replay": KNOWN | {"target": "gradient", "loss_on": "answer"}},
+        {"ngram": {"exempt_answers": False, "margin": 0.0, "weight": 50.0}},
+        {"trust_region": {"generated": 4, "length": 9, "bound": 1e-4}},
+    ],
+    ids=lambda terms: next(iter(terms)),
+)
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_term_has_its_say_in_every_method_that_it_can_serve(tmp_path, checkpoint, method, terms):
+    told = {"method": method, "loss_on": "all", "learning_rate": 10.0 if method == "sparse_memory" else 1e-2}
+    if method == "lora" and "trust_region" in terms:
+        with pytest.raises(ValueError, match=r"learn\.method=lora trains others"):
+            learned_by(checkpoint, tmp_path / "refused", terms=terms, **told)
+        return
+    runs = [learned_by(checkpoint, tmp_path / name, terms=kept, **told) for name, kept in (("a", {}), ("b", terms))]
+    assert state_fingerprint(runs[0].model) != state_fingerprint(runs[1].model)
+    assert (runs[1].examples > runs[0].examples) == ("replay" in terms)
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [
+        {"replay": KNOWN | {"target": "base"}},
+        {"replay": KNOWN | {"target": "gradient"}},
+        {"ngram": {"exempt_answers": False, "margin": 0.0}, "trust_region": {"generated": 4, "length": 9}},
+    ],
+)
 @pytest.mark.parametrize("method", ["sparse_memory", "full"])
-def test_a_run_that_goes_on_replays_what_the_uninterrupted_one_does(tmp_path, checkpoint, method):
-    told = {"method": method, "terms": {"replay": KNOWN | {"target": "base"}}}
+def test_a_run_that_goes_on_replays_what_the_uninterrupted_one_does(tmp_path, checkpoint, method, terms):
+    told = {"method": method, "terms": terms}
     whole = learned_by(checkpoint, tmp_path / "whole", **told)
     trainer = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 5}
     learned_by(checkpoint, tmp_path / "part", trainer=trainer, **told)
@@ -95,10 +124,27 @@ def test_files_are_replayed_and_told_apart_when_they_change(tmp_path, checkpoint
         ({"known": [3]}, r"learn.terms.replay.known is \[3\], must be the first and the last"),
         ({"known": [0, 99]}, r"learn.terms.replay.known is \[0, 99\], there are 24 known facts"),
         ({"known": [0, 3]}, "replay of 8 examples a step, there are 3"),
-        ({"known": [0, 9], "target": "past"}, "learn.terms.replay.target is 'past', must be 'text' or 'base'"),
+        (
+            {"known": [0, 9], "target": "past"},
+            "learn.terms.replay.target is 'past', must be 'text' or 'base' or 'gradient'",
+        ),
         ({"known": [0, 9], "weight": -1}, "learn.terms.replay.weight is -1.0, must be at least 0"),
     ],
 )
 def test_what_cannot_be_replayed_is_refused(tmp_path, checkpoint, replay, sentence):
     with pytest.raises(ValueError, match=sentence):
         learned_by(checkpoint, tmp_path / "run", terms={"replay": replay})
+
+
+@pytest.mark.parametrize(
+    ("terms", "sentence"),
+    [
+        ({"ngram": {"n": 0}}, "learn.terms.ngram.n is 0, must be at least 1"),
+        ({"ngram": {"margin": 1.0}}, "learn.terms.ngram.margin is 1.0, must be below 1"),
+        ({"trust_region": {"bound": 0.0}}, "learn.terms.trust_region has bound 0.0 and quantile 0.5"),
+        ({"trust_region": {"generated": 0}}, "learn.terms.trust_region.generated is 0, must be at least 1"),
+    ],
+)
+def test_a_setting_outside_its_range_is_refused(tmp_path, checkpoint, terms, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        learned_by(checkpoint, tmp_path / "run", terms=terms)
