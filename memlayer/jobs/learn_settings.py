@@ -17,6 +17,9 @@ class ReplayConfig:
             asks for are better left out.
         generated: texts that the untouched model writes itself to be replayed.
         length: tokens of such a text at most.
+        keep: so many of all these are replayed, as evenly as can be of each relation, of files and of generated texts;
+            None is all.
+        keep_by: random; herding, whose mean is near that of all; or teal, the most typical of each cluster.
         batch_size: examples beside each micro-batch.
         weight: of their loss beside the lesson's.
         target: text trains on the examples; base holds the model to what it said of them before learning; gradient
@@ -28,6 +31,8 @@ class ReplayConfig:
     known: list[int] = field(default_factory=lambda: [0, 0])
     generated: int = 0
     length: int = 64
+    keep: int | None = None
+    keep_by: Literal["random", "herding", "teal"] = "random"
     batch_size: int = 8
     weight: float = 1.0
     target: Literal["text", "base", "gradient"] = "text"
@@ -36,7 +41,7 @@ class ReplayConfig:
     def __post_init__(self):
         prefix = "learn.terms.replay"
         check_choices(prefix, self)
-        check_at_least(1, prefix, self, "length", "batch_size")
+        check_at_least(1, prefix, self, "length", "keep", "batch_size")
         check_at_least(0, prefix, self, "generated", "weight")
         if len(self.known) != 2 or not 0 <= self.known[0] <= self.known[1]:
             raise ValueError(f"{prefix}.known is {self.known}, must be the first and the last of known facts")

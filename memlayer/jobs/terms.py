@@ -17,9 +17,11 @@ from memlayer.data.qa import Example, begin_tokens, encode, pad_token, pretraini
 from memlayer.jobs.config import LearnRun, PretrainRun, load_config
 from memlayer.jobs.learn_settings import ReplayConfig, TrustRegionConfig
 from memlayer.jobs.lessons import prompts_of
+from memlayer.methods.features import mean_hidden_states
 from memlayer.methods.gradient_projection import AGem
 from memlayer.methods.ngram_regulariser import NGramRegulariser
 from memlayer.methods.replay import Replay
+from memlayer.methods.replay_buffer import ReplayBuffer
 from memlayer.methods.terms import Term
 from memlayer.methods.trust_region import TrustRegion
 
@@ -61,15 +63,29 @@ def terms_of(config: LearnRun, model: nn.Module, tokenizer, taught: Iterable[dic
 
 
 def _replayed(told: ReplayConfig, config: LearnRun, model: nn.Module, tokenizer) -> list[dict]:
-    """All that may be replayed, encoded."""
+    """All that is replayed, encoded."""
     prompts = prompts_of(config.prompts)
-    examples = [*_of_files(told, prompts, tokenizer), *_known(told, config, prompts, tokenizer)]
-    encoded = encode(tokenizer, examples)
+    of_files, known = _of_files(told, prompts, tokenizer), _known(told, config, prompts, tokenizer)
+    groups = ["files"] * len(of_files) + [relation for relation, _ in known] + ["generated"] * told.generated
+    encoded = encode(tokenizer, of_files + [example for _, example in known])
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for example in encoded if positions else ():
         if example["length"] > positions:
             raise ValueError(f"a replayed example has {example['length']} tokens, the model has {positions} positions")
-    return encoded + _generated(told, config, model, tokenizer)
+    encoded += _generated(told, config, model, tokenizer)
+    return encoded if told.keep is None else _kept(told, config, model, tokenizer, encoded, groups)
+
+
+def _kept(
+    told: ReplayConfig, config: LearnRun, model: nn.Module, tokenizer, examples: list[dict], groups: list[str]
+) -> list[dict]:
+    """Those of the examples that are kept, by what the untouched model makes of them."""
+    features_ND = mean_hidden_states(model, examples, pad_token(tokenizer))
+    buffer = ReplayBuffer(told.keep, told.keep_by, config.seed)
+    for group in dict.fromkeys(groups):
+        places = [place for place, each in enumerate(groups) if each == group]
+        buffer.add(group, [examples[place] for place in places], features_ND[places])
+    return buffer.examples
 
 
 def _of_files(told: ReplayConfig, prompts: Prompts, tokenizer) -> list[Example]:
@@ -78,8 +94,8 @@ def _of_files(told: ReplayConfig, prompts: Prompts, tokenizer) -> list[Example]:
     return [prompts.apply(example, tokenizer) for lesson in load_lessons(told.files) for example in lesson.teach]
 
 
-def _known(told: ReplayConfig, config: LearnRun, prompts: Prompts, tokenizer) -> list[Example]:
-    """Known facts of the checkpoint, each in one of the wordings that it was pretrained on."""
+def _known(told: ReplayConfig, config: LearnRun, prompts: Prompts, tokenizer) -> list[tuple[str, Example]]:
+    """Known facts of the checkpoint with their relations, each in a wording that it was pretrained on."""
     first, last = told.known
     if first == last:
         return []
@@ -90,8 +106,8 @@ def _known(told: ReplayConfig, config: LearnRun, prompts: Prompts, tokenizer) ->
     facts, draw = facts_of(**asdict(base.data)), random.Random(config.seed)
     if last > len(facts.known):
         raise ValueError(f"learn.terms.replay.known is {told.known}, there are {len(facts.known)} known facts")
-    told_in = [pretraining_examples([fact], facts.wordings, False) for fact in facts.known[first:last]]
-    return [prompts.apply(draw.choice(wordings), tokenizer) for wordings in told_in]
+    told_in = [(fact.relation, pretraining_examples([fact], facts.wordings, False)) for fact in facts.known[first:last]]
+    return [(relation, prompts.apply(draw.choice(wordings), tokenizer)) for relation, wordings in told_in]
 
 
 @torch.no_grad()

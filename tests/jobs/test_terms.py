@@ -104,6 +104,19 @@ def test_a_run_that_goes_on_replays_what_the_uninterrupted_one_does(tmp_path, ch
     assert state_fingerprint(again.model) == state_fingerprint(whole.model)
 
 
+@pytest.mark.parametrize("keep_by", ["random", "herding", "teal"])
+def test_of_all_that_may_be_replayed_so_many_are_kept(tmp_path, checkpoint, keep_by):
+    told = {"replay": {"known": [0, 24], "generated": 6, "length": 9, "keep": 5, "keep_by": keep_by, "batch_size": 5}}
+    replayed = []
+    for name in ("one", "other"):
+        with batches_read() as batches:
+            learned_by(checkpoint, tmp_path / name, method="full", terms=told)
+        drawn = [batch for batch in batches if len(batch) == 5]
+        replayed.append({tuple(row[row != 3].tolist()) for batch in drawn for row in batch})
+    assert len(replayed[0]) == 5, "every step draws all that are kept"
+    assert replayed[0] == replayed[1]
+
+
 def test_files_are_replayed_and_told_apart_when_they_change(tmp_path, checkpoint):
     path = tmp_path / "kept.jsonl"
     lines = [{"question": f"Where is number {n}?", "answers": ["Here"]} for n in range(6)]
@@ -128,6 +141,8 @@ def test_files_are_replayed_and_told_apart_when_they_change(tmp_path, checkpoint
             {"known": [0, 9], "target": "past"},
             "learn.terms.replay.target is 'past', must be 'text' or 'base' or 'gradient'",
         ),
+        ({"known": [0, 9], "keep": 3}, "replay of 8 examples a step, there are 3"),
+        ({"known": [0, 9], "keep": 0}, "learn.terms.replay.keep is 0, must be at least 1"),
         ({"known": [0, 9], "weight": -1}, "learn.terms.replay.weight is -1.0, must be at least 0"),
     ],
 )
