@@ -6,20 +6,16 @@ started with; then the new facts are taught. It is no method for new facts: of t
     delta = train(theta, old) - theta      theta' = theta - strength * delta      theta* = train(theta', new)
 
 Source: Ni et al., arXiv:2311.08011. The paper's: the three steps, each training full or by LoRA, in any combination.
-Its values of the strength are not public text that we have seen: choose one by other lessons (``best_strength``). Ours:
-the slot-sparse form, where a memory patch of the old facts tells the rows, so that forgetting touches a few hundred
-rows and is a patch itself, reverted to the bit.
+Its values of the strength are not public text that we have seen: choose one by other lessons (``best_strength``). The
+slot-sparse form is in patch/forgetting.py.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-
-from memlayer.patch import MemoryPatch
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
@@ -101,26 +97,6 @@ def forget_then_learn(
         add_delta(model, delta, -strength)
     train_new(model)
     return delta
-
-
-def forgetting_patch(learned: MemoryPatch, strength: float) -> MemoryPatch:
-    """The patch that moves the rows of another one the other way: original - strength * (row - original).
-
-    Args:
-        learned: the rows that finetuning on the old answers wrote; to be reverted before this one is applied.
-        strength: of forgetting.
-
-    Raises:
-        ValueError: the strength is not above 0.
-    """
-    if strength <= 0:
-        raise ValueError(f"strength is {strength}, must be above 0: else there is no row to change")
-    tables = {}
-    for name, table in learned.tables.items():
-        rows, originals = _wide(table.rows), _wide(table.originals)
-        tables[name] = replace(table, rows=(originals - strength * (rows - originals)).to(table.rows.dtype))
-    told = {"forgets": learned.fingerprint, "strength": strength}
-    return MemoryPatch(tables, learned.provenance | told, learned.base)
 
 
 def best_strength(tried: Mapping[float, tuple[float, float]], kept_before: float, max_drop: float = 0.02) -> float:

@@ -6,6 +6,7 @@
 from memlayer.patch.base_model import Base
 from memlayer.patch.deleting import delete_lessons
 from memlayer.patch.files import CONFIG_FILE, ROWS_FILE
+from memlayer.patch.forgetting import forgetting_patch
 from memlayer.patch.memory_patch import MemoryPatch, patches
 from memlayer.patch.merging import merge
 from memlayer.patch.squashing import squash
@@ -18,6 +19,7 @@ __all__ = [
     "MemoryPatch",
     "TablePatch",
     "delete_lessons",
+    "forgetting_patch",
     "merge",
     "patches",
     "squash",

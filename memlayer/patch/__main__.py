@@ -6,9 +6,12 @@
     python -m memlayer.patch merge runs/one/patch runs/two/patch runs/merged --on-conflict ties
     python -m memlayer.patch squash runs/yesterday/patch runs/today/patch runs/both
     python -m memlayer.patch delete runs/learn/patch "ada lovelace" runs/without_ada
+    python -m memlayer.patch forget runs/old_answers/patch runs/forgetting --strength 0.5
 
 merge takes patches that were learned from the same model; squash takes a chain, each learned on top of the one before.
 delete takes a lesson back out of a patch; `show` lists the lessons that a patch tells apart.
+forget turns round a patch that taught answers which have changed: apply it to the model without that patch, then teach
+the new answers.
 
 OUT is a new folder, and complete once it is there.
 """
@@ -28,6 +31,7 @@ from memlayer.decoders.attach import memory_tables
 from memlayer.files import writing
 from memlayer.patch.deleting import delete_lessons
 from memlayer.patch.files import CARD_FILE, CONFIG_FILE, ROWS_FILE
+from memlayer.patch.forgetting import forgetting_patch
 from memlayer.patch.memory_patch import MemoryPatch
 from memlayer.patch.merging import POLICIES, merge
 from memlayer.patch.squashing import squash
@@ -87,6 +91,11 @@ def parse_options() -> argparse.Namespace:
     deleting.add_argument("lessons", nargs="+", metavar="LESSON", help="ids of lessons, as show lists them")
     deleting.add_argument("out", type=Path, metavar="OUT", help="folder to write, new or empty")
     deleting.set_defaults(run=delete)
+    forgetting = commands.add_parser("forget", help="the patch that moves the rows of another one the other way")
+    forgetting.add_argument("patch", type=Path, metavar="PATCH", help="folder of a patch that taught the old answers")
+    forgetting.add_argument("out", type=Path, metavar="OUT", help="folder to write, new or empty")
+    forgetting.add_argument("--strength", type=float, default=1.0, help="how far (default: %(default)s)")
+    forgetting.set_defaults(run=forget)
     return parser.parse_args()
 
 
@@ -148,6 +157,13 @@ def delete(options: argparse.Namespace) -> None:
     deleted = delete_lessons(MemoryPatch.load(options.patch), options.lessons)
     deleted.patch.save(options.out)
     print(f"wrote {options.out}: {deleted}")
+
+
+def forget(options: argparse.Namespace) -> None:
+    """Write the patch that forgets what another one taught."""
+    check_new(options.out)
+    forgetting_patch(MemoryPatch.load(options.patch), options.strength).save(options.out)
+    print(f"wrote {options.out}: apply it to the model without {options.patch}")
 
 
 def check_new(out: Path) -> None:

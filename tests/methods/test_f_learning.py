@@ -13,7 +13,6 @@ from memlayer.methods.f_learning import (
     best_strength,
     delta_since,
     forget_then_learn,
-    forgetting_patch,
     lora_delta,
     restore,
     snapshot,
@@ -132,27 +131,6 @@ def test_a_lora_change_is_the_difference_that_merging_makes():
         lora_delta(wrapped, "other")
 
 
-@pytest.mark.parametrize("strength", [0.5, 1.0])
-def test_rows_are_forgotten_by_a_patch_that_reverts_to_the_bit(strength):
-    model = tiny.memory_model(mode="add")
-    model.model.layers[1].mlp.memory.out.weight.data.normal_()
-    untouched = tiny.snapshot(model)
-    finetuner, _ = learn(model, [OLD] * 4)
-    learned = finetuner.detach()
-    learned.revert(model)
-    before = loss_of(model, OLD)
-    forgetting = forgetting_patch(learned, strength)
-    forgetting.apply(model)
-    assert loss_of(model, OLD) > before
-    table = learned.tables[tiny.TABLE]
-    written = model.get_parameter("model.memory.0.weight").detach()
-    assert torch.equal(written[table.slots], table.originals - strength * (table.rows - table.originals))
-    moved = (written != untouched["model.memory.0.weight"]).any(1).nonzero()[:, 0]
-    assert torch.isin(moved, table.slots).all()
-    forgetting.revert(model)
-    assert all(torch.equal(tensor, untouched[name]) for name, tensor in model.state_dict().items())
-
-
 def test_the_strength_that_learned_most_is_taken_where_the_rest_is_kept():
     tried = {0.0: (0.5, 0.9), 0.5: (0.7, 0.9), 1.0: (0.7, 0.89), 2.0: (0.9, 0.5)}
     assert best_strength(tried, 0.9) == 0.5
@@ -165,7 +143,6 @@ def test_the_strength_that_learned_most_is_taken_where_the_rest_is_kept():
     ("call", "words"),
     [
         (lambda: forget_then_learn(tiny.decoder(), trained_on(OLD), trained_on(NEW), -1.0), "strength is -1.0"),
-        (lambda: forgetting_patch(None, 0.0), "strength is 0.0"),
         (lambda: add_delta(tiny.decoder(), {"head": torch.zeros(1)}, 1.0), "no parameter 'head'"),
         (lambda: restore(tiny.decoder(), {"model.norm.weight": torch.zeros(1)}), r"is \(16,\) in the model, \(1,\)"),
     ],

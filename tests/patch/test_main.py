@@ -45,7 +45,7 @@ def tree(folder):
 def test_help_names_the_commands_and_what_they_take():
     done = run("-m", "memlayer.patch", "--help")
     assert (done.returncode, done.stderr) == (0, "")
-    for name in ("show", "apply", "revert", "merge", "squash"):
+    for name in ("show", "apply", "revert", "merge", "squash", "forget"):
         assert f"python -m memlayer.patch {name} " in done.stdout
     assert "PATCH MODEL OUT" in run(SCRIPT, "apply", "--help").stdout
     assert "{error,last,mean,ties}" in run(SCRIPT, "merge", "--help").stdout
@@ -177,3 +177,15 @@ def test_a_write_that_fails_leaves_nothing_half_written(folders, tmp_path, monke
     printed = capsys.readouterr()
     assert printed.out == ""
     assert f"cannot write {tmp_path / 'out'}: no space is left on the device; make room" in printed.err
+
+
+def test_forget_turns_a_patch_round(folders, tmp_path):
+    done = run(SCRIPT, "forget", folders / "one", tmp_path / "out", "--strength", "0.5")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"wrote {tmp_path / 'out'}")
+    one, out = (MemoryPatch.load(folder).tables[tiny.TABLE] for folder in (folders / "one", tmp_path / "out"))
+    assert torch.equal(out.rows, one.originals - 0.5 * (one.rows - one.originals))
+    refused = run(SCRIPT, "forget", folders / "one", tmp_path / "none", "--strength", "0")
+    assert refused.returncode == 1
+    assert "strength is 0, must be above 0" in refused.stderr
+    assert not (tmp_path / "none").exists()
