@@ -21,6 +21,7 @@ from memlayer.jobs.config import RunConfig, load_config
 from memlayer.jobs.learn import learn
 from memlayer.jobs.pretrain import pretrain
 from memlayer.jobs.taught import Learned
+from memlayer.methods import STORES
 
 REPO = Path(__file__).parents[1]
 SERVER = get_context("forkserver")
@@ -125,13 +126,16 @@ def refusal(script: str, *arguments: object) -> str:
 def write_config(path: Path, base: dict, /, **changes: object) -> Path:
     """Write ``base``, with ``changes`` to sections merged into them, as a YAML config; returns the path.
 
-    Of LEARN's settings num_rows is left out for another method than sparse memory, which has none.
+    Of LEARN's settings those are left out that a method has not: num_rows is sparse memory's, and where nothing is
+    trained there are no steps.
     """
     merged = dict(base)
     for key, value in changes.items():
         merged[key] = base.get(key, {}) | value if isinstance(value, dict) else value
-    if merged.get("learn", {}).get("method", "sparse_memory") != "sparse_memory":
-        merged["learn"] = {key: value for key, value in merged["learn"].items() if key != "num_rows"}
+    method = merged.get("learn", {}).get("method", "sparse_memory")
+    if method != "sparse_memory":
+        lacks = {"num_rows", "steps_per_fact"} if method in STORES else {"num_rows"}
+        merged["learn"] = {key: value for key, value in merged["learn"].items() if key not in lacks}
     path.write_text(yaml.safe_dump(merged), encoding="utf-8")
     return path
 

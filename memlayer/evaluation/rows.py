@@ -28,6 +28,7 @@ kept in results.json and shown nowhere.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from memlayer.evaluation.forgetting import MEASURES, over_seeds, relative_drop
 from memlayer.evaluation.matched import matched
@@ -96,13 +97,17 @@ def mean_rows(rows: Iterable[Mapping]) -> list[dict]:
 
 
 def sample(before, after) -> dict:
-    """One line of samples.jsonl from a question answered before and after learning (two ``qa.Answered``)."""
-    question = before.question
-    if question != after.question:
-        raise ValueError(f"a sample is of one question, not {question.prompt!r} and {after.question.prompt!r}")
+    """One line of samples.jsonl from a question answered before and after learning (two ``qa.Answered``).
+
+    Where a method asks it otherwise, ``asked_after`` says how.
+    """
+    question, asked = before.question, after.question.prompt
+    if question != replace(after.question, prompt=question.prompt):
+        raise ValueError(f"a sample is of one question, not {question.prompt!r} and {asked!r}")
     return {
         "fact": question.fact,
         "question": question.prompt,
+        **({"asked_after": asked} if asked != question.prompt else {}),
         "answers": list(question.answers),
         "group": question.group,
         "wording": question.wording,

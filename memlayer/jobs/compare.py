@@ -209,8 +209,13 @@ def trials(config: CompareRun, seed: int, validation: bool) -> list[Trial]:
             raise ValueError(f"methods.{name}.config is {method.config}, of job {run.job}: name one of job learn")
         if not planned:
             plan(CONTROL, "", run)
-        for rate in method.learning_rates:
-            plan(name, f"lr {rate:g}", replace(run, learn=replace(run.learn, learning_rate=rate)))
+        varied = run.learn.strength
+        wanted, other = ("learning_rates", "strengths")[:: 1 if varied == "learning_rate" else -1]
+        if getattr(method, other):
+            raise ValueError(f"methods.{name}.{other}: {run.learn.method} is varied in learn.{varied}, by {wanted}")
+        for value in getattr(method, wanted):
+            strength = f"{'lr' if varied == 'learning_rate' else varied} {value:g}"
+            plan(name, strength, replace(run, learn=replace(run.learn, **{varied: value})))
     return planned
 
 
@@ -289,7 +294,8 @@ def run_trial(trial: Trial) -> None:
             measure.remember(model, read_measured(trial.control) if known_only else Measured([], []))
             del model
             learned = learn(trial.config)
-        measured = measure(learned.model, learned.tokenizer, trial.folder, is_first=trial.method == CONTROL)
+        ask = learned.store and learned.store.ask
+        measured = measure(learned.model, learned.tokenizer, trial.folder, trial.method == CONTROL, ask)
 
         def write(folder: Path) -> None:
             write_learned(learned, folder, with_model=False)
@@ -299,9 +305,8 @@ def run_trial(trial: Trial) -> None:
 
 
 def _measurement(trial: Trial, model, tokenizer) -> Measurement:
-    prompts = prompts_of(trial.config.prompts)
-    questions = [prompts.apply(question, tokenizer) for question in _questions(trial.config, trial.known)]
-    return Measurement(model, tokenizer, questions, trial.probes, disable_tqdm=True)
+    prompts, questions = prompts_of(trial.config.prompts), _questions(trial.config, trial.known)
+    return Measurement(model, tokenizer, questions, trial.probes, prompts=prompts, disable_tqdm=True)
 
 
 def _questions(config: LearnRun, known: tuple[int, int]) -> list[Question]:

@@ -24,7 +24,7 @@ from memlayer.evaluation.rows import CONTROL, result_row, sample
 from memlayer.jobs import typed, written
 from memlayer.jobs.config import PretrainRun, RetrofitRun, RunConfig, load_config
 from memlayer.jobs.lessons import lessons_of, prompts_of
-from memlayer.jobs.measure import Measured, Measurement, check_finite, compared_probes, questions_of_known
+from memlayer.jobs.measure import PLAIN, Measured, Measurement, check_finite, compared_probes, questions_of_known
 from memlayer.jobs.preflight import check_output
 from memlayer.jobs.retrofit import load_base
 from memlayer.jobs.sections import DataConfig, ProbesConfig
@@ -96,10 +96,8 @@ def evaluate(asked: Evaluation) -> list[dict]:
     check_output(asked.output)
     device = device_of(asked.device)
     model, tokenizer = files.load(checkpoint)
-    prompts = prompts_of(taught[0].config.prompts) if taught else None
-    if prompts:
-        questions = [prompts.apply(question, tokenizer) for question in questions]
-    generation = {"batch_size": asked.batch_size, "max_new_tokens": asked.max_new_tokens}
+    prompts = prompts_of(taught[0].config.prompts) if taught else PLAIN
+    generation = {"prompts": prompts, "batch_size": asked.batch_size, "max_new_tokens": asked.max_new_tokens}
     measure = Measurement(model, tokenizer, questions, asked.probes, device, **generation)
     _check_runs(taught, checkpoint, model, tokenizer)
 
@@ -114,10 +112,9 @@ def evaluate(asked: Evaluation) -> list[dict]:
     samples = []
     for run in taught:
         with run.model(model, tokenizer) as learned:
-            after = measure(*learned, run.folder)
+            after = measure(*learned, run.folder, ask=run.store and run.store.ask)
         told = run.config.learn
-        strength = f"lr {told.learning_rate:g}, {told.steps_per_fact} steps a fact"
-        rows.append(_row(told.method, strength, before, after, seed=run.config.seed, costs=run.costs))
+        rows.append(_row(told.method, told.in_words, before, after, seed=run.config.seed, costs=run.costs))
         pairs = zip(before.answers, after.answers, strict=True)
         samples += [sample(*pair) | {"run": str(run.folder)} for pair in pairs]
     told = json.loads(json.dumps(asdict(asked), default=str))

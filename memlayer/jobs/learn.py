@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArgum
 
 from memlayer.data.facts import facts_of, taught_anew
 from memlayer.data.hub_sets import local_file
+from memlayer.data.lessons import Lesson
 from memlayer.data.qa import collate, encode, pad_token
 from memlayer.decoders import files
 from memlayer.decoders.attach import memory_tables
@@ -26,13 +27,14 @@ from memlayer.evaluation.qa import check_answers
 from memlayer.files import sha256_of
 from memlayer.jobs.checkpoints import checkpoint_to_resume, step_of
 from memlayer.jobs.config import PretrainRun, RunConfig, load_config
+from memlayer.jobs.learn_settings import LearnConfig
 from memlayer.jobs.lessons import lessons_of, prompts_of
 from memlayer.jobs.preflight import check_checkpoint, check_lengths, check_output, training_arguments
 from memlayer.jobs.run_folder import claimed, is_done
 from memlayer.jobs.taught import Learned, files_of, provenance, save_learned
 from memlayer.jobs.terms import terms_of
 from memlayer.jobs.trainer import MemoryTrainer, train_to_end
-from memlayer.methods import METHODS
+from memlayer.methods import METHODS, STORES
 from memlayer.slots.counts import COUNTS_FILE, SlotCounts, load_counts
 
 log = logging.getLogger(__name__)
@@ -46,6 +48,8 @@ class _Prepared:
     arguments: TrainingArguments
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
+    lessons: list[Lesson]
+    encoded: list[list[dict]]
     micro_batches: list[list[dict]]
     lesson_of_step: list[str]
     background: dict[str, SlotCounts] | None
@@ -95,12 +99,21 @@ def _prepare(config: RunConfig) -> _Prepared:
     encoded = [encode(tokenizer, each) for each in examples]
     check_lengths(list(chain(*encoded)), model.config.max_position_embeddings, list(chain(*examples)))
     check_answers(tokenizer, chain(*examples))
+    micro_batches, ids = _in_steps(config, arguments, lessons, encoded) if settings.method in METHODS else ([], [])
+    inputs = _inputs(config, state_fingerprint(model))
+    background = _background(config, model)
+    return _Prepared(config, arguments, model, tokenizer, lessons, encoded, micro_batches, ids, background, inputs)
+
+
+def _in_steps(
+    config: RunConfig, arguments: TrainingArguments, lessons: Sequence[Lesson], encoded: Sequence[list[dict]]
+) -> tuple[list[list[dict]], list[str]]:
+    """The micro-batches of all steps in order, and of each step the lesson that it teaches."""
+    settings = config.learn
     steps = in_order(encoded, settings.steps_per_fact, settings.order, settings.batch_size)
     micro_batches = shared_out(steps, arguments.world_size * arguments.gradient_accumulation_steps)
     ids = chain(*in_order([[lesson.id] for lesson in lessons], settings.steps_per_fact, settings.order, None))
-    inputs = _inputs(config, state_fingerprint(model))
-    background = _background(config, model)
-    return _Prepared(config, arguments, model, tokenizer, micro_batches, list(ids), background, inputs)
+    return micro_batches, list(ids)
 
 
 def _background(config: RunConfig, model: nn.Module) -> dict[str, SlotCounts] | None:
@@ -115,6 +128,8 @@ def _background(config: RunConfig, model: nn.Module) -> dict[str, SlotCounts] | 
 def _teach(lesson: _Prepared) -> Learned:
     config, arguments, model, tokenizer = lesson.config, lesson.arguments, lesson.model, lesson.tokenizer
     settings, checkpoint = config.learn, None
+    if settings.method in STORES:
+        return _keep(lesson)
     if arguments.save_strategy != "no":
         check_output(arguments.output_dir)
         checkpoint = checkpoint_to_resume(arguments, config, lesson.sha256)
@@ -168,6 +183,31 @@ def _teach(lesson: _Prepared) -> Learned:
     )
 
 
+def _keep(lesson: _Prepared) -> Learned:
+    """Keep the lessons beside the model, which stays as it is and answers with them."""
+    config, model = lesson.config, lesson.model.to(lesson.arguments.device).eval()
+    start = time.perf_counter()
+    store = STORES[config.learn.method].of(model, lesson.lessons, lesson.encoded, config.learn)
+    seconds = time.perf_counter() - start
+    changed = files.numbers_changed(model, config.checkpoint)
+    store.attach(model)
+    read = list(chain(*lesson.encoded))
+    return Learned(
+        config,
+        model,
+        lesson.tokenizer,
+        patch=None,
+        seconds=seconds,
+        steps=0,
+        parameters_changed=changed,
+        may_change=0,
+        examples=len(read),
+        tokens=sum(example["length"] for example in read),
+        sha256=lesson.sha256,
+        store=store,
+    )
+
+
 def inputs_of(config: RunConfig) -> dict[str, str]:
     """Name and SHA-256 of what a learning run starts from: the weights of its checkpoint, and its files."""
     weights = [Path(file) for file in files.weight_files(config.checkpoint)]
@@ -189,7 +229,7 @@ def _fingerprint(weights: tuple[tuple[Path, int, int], ...]) -> str:
 def _inputs(config: RunConfig, checkpoint_sha256: str) -> dict[str, str]:
     counts = Path(config.checkpoint) / COUNTS_FILE
     paths = files_of(config) | ({"background_counts": counts} if counts.is_file() else {})
-    if replay := config.learn.terms.replay:
+    if isinstance(config.learn, LearnConfig) and (replay := config.learn.terms.replay):
         paths |= {f"replay {number}": local_file(path) for number, path in enumerate(replay.files, start=1)}
     return {"checkpoint": checkpoint_sha256} | {name: sha256_of(path) for name, path in paths.items()}
 

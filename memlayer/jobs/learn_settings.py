@@ -1,10 +1,11 @@
-"""The section ``learn`` of a run's settings: one dataclass for each finetuning method."""
+"""The section ``learn`` of a run's settings: one dataclass for each method that trains."""
 
 from dataclasses import dataclass, field
 from typing import Literal
 
 from memlayer.checks import check_at_least, check_choices
 from memlayer.jobs.sections import LossOn
+from memlayer.jobs.store_settings import AnyMethodConfig, RetrievalConfig
 
 
 @dataclass
@@ -108,17 +109,14 @@ class TermsConfig:
     trust_region: TrustRegionConfig | None = None
 
 
-@dataclass
-class LearnConfig:
-    """How new facts or lessons are taught, with any method.
+@dataclass(kw_only=True)
+class LearnConfig(AnyMethodConfig):
+    """How new facts or lessons are taught, with any method that trains.
 
     Attributes:
-        method: how the model is changed; it decides which other settings there are.
         learning_rate: of the method's optimizer; constant.
         steps_per_fact: optimizer steps on a fact or lesson.
         order: depth_first takes all steps of a lesson before the next one; rounds takes one step of each, and again.
-        statements: of a fact, seen statements in each step's batch.
-        questions: of a fact, seen questions in each step's batch.
         batch_size: examples of a lesson that a step trains on, the next ones in its next step; None is all of them.
         loss_on: tokens that are trained on; of a text, all.
         skip_below: a step is left out where its loss is below so many nats a token: the lesson is learned. In rounds it
@@ -126,23 +124,23 @@ class LearnConfig:
         terms: what each step heeds beside its lesson.
     """
 
-    method: str
     learning_rate: float
     steps_per_fact: int = 5
     order: Literal["depth_first", "rounds"] = "depth_first"
-    statements: int = 3
-    questions: int = 3
     batch_size: int | None = None
     loss_on: LossOn = "answer"
     skip_below: float | None = None
     terms: TermsConfig = field(default_factory=TermsConfig)
 
     def __post_init__(self):
-        check_choices("learn", self)
+        super().__post_init__()
         check_at_least(1, "learn", self, "steps_per_fact", "batch_size")
-        check_at_least(0, "learn", self, "learning_rate", "statements", "questions", "skip_below")
-        if not self.statements + self.questions:
-            raise ValueError("learn.statements and learn.questions are both 0: there is nothing to teach a fact with")
+        check_at_least(0, "learn", self, "learning_rate", "skip_below")
+
+    @property
+    def in_words(self) -> str:
+        """How strongly the run taught."""
+        return f"lr {self.learning_rate:g}, {self.steps_per_fact} steps a fact"
 
 
 @dataclass
@@ -232,4 +230,4 @@ class LoraConfig(LearnConfig):
         check_at_least(0, "learn", self, "lora_alpha")
 
 
-ANY_LEARN = SparseMemoryConfig | DenseMemoryConfig | FullConfig | LoraConfig
+ANY_LEARN = SparseMemoryConfig | DenseMemoryConfig | FullConfig | LoraConfig | RetrievalConfig

@@ -34,7 +34,7 @@ RESULTS = {
     "pretrain": MODEL_FILES,
     "retrofit": (*MODEL_FILES, "results.json", "report.md", "losses.png"),
     "augment": ("lessons.jsonl",),
-    "learn": ("patch", "model", "learned.json", "answers.jsonl", "probes.json"),
+    "learn": ("patch", "model", "store", "learned.json", "answers.jsonl", "probes.json"),
     "compare": ("results.json", "report.md", "pareto.png", "samples.jsonl"),
 }
 WITHOUT_EFFECT = {"output", *(f"trainer.{name}" for name in ("disable_tqdm", "report_to", "run_name"))}

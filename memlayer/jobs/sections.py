@@ -164,16 +164,20 @@ class MethodConfig:
     Attributes:
         config: file of a learning run; the comparison decides its output, checkpoint, seed and what it is taught.
         learning_rates: strengths to try.
+        strengths: the same of a method that trains nothing: values of learn.min_share of retrieval.
         settings: what else to change in it, each as section.key=value.
     """
 
     config: str
-    learning_rates: list[float]
+    learning_rates: list[float] = field(default_factory=list)
+    strengths: list[float] = field(default_factory=list)
     settings: list[str] = field(default_factory=list)
 
     def __post_init__(self):
-        if len(set(self.learning_rates)) < max(1, len(self.learning_rates)):
-            raise ValueError(f"learning_rates of {self.config} are {self.learning_rates}: name one or more, each once")
+        name = "strengths" if self.strengths and not self.learning_rates else "learning_rates"
+        tried = getattr(self, name)
+        if len(set(tried)) < max(1, len(tried)):
+            raise ValueError(f"{name} of {self.config} are {tried}: name one or more, each once")
 
 
 @dataclass

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 from accelerate import PartialState
@@ -25,6 +25,7 @@ from memlayer.evaluation.rows import COSTS
 from memlayer.files import sha256_of, write_file
 from memlayer.jobs.config import RunConfig, load_config
 from memlayer.jobs.run_folder import check_finite, is_done, write_result
+from memlayer.methods import STORES, Store
 from memlayer.patch import MemoryPatch, patches
 
 RECORD = "learned.json"
@@ -36,7 +37,7 @@ class Learned:
     """The outcome of one learning run.
 
     Attributes:
-        model: the model that has learned, an ordinary one again.
+        model: the model that has learned, an ordinary one again; with a store attached, where the method keeps one.
         patch: the rows changed, where the method changes memory rows only.
         seconds: time of the learning alone, from step ``resumed_at``.
         parameters_changed: numbers in the model that are not what they were.
@@ -45,6 +46,7 @@ class Learned:
         sha256: name and SHA-256 of what the run started from: checkpoint, facts, wordings, background counts.
         steps_left_out: of those since ``resumed_at``, the steps whose loss was below ``learn.skip_below``.
         capacity: per table how full it is, where the method writes into one; see ``methods.open_table.Capacity``.
+        store: the lessons beside the model, where the method changes no weight.
     """
 
     config: RunConfig
@@ -61,6 +63,7 @@ class Learned:
     sha256: dict[str, str] = field(default_factory=dict)
     steps_left_out: int = 0
     capacity: dict[str, dict[str, int]] = field(default_factory=dict)
+    store: Store | None = None
 
 
 @dataclass(frozen=True)
@@ -110,25 +113,37 @@ class Taught:
         """Whether the run wrote a whole model, rather than a patch."""
         return (self.folder / "model").is_dir()
 
+    @cached_property
+    def store(self) -> Store | None:
+        """The lessons that are kept beside the model, where the run's method changes no weight."""
+        kind = STORES.get(self.config.learn.method)
+        return kind and kind.read(self.folder / "store", self.config.learn)
+
     @contextmanager
     def model(
         self, base: nn.Module, tokenizer: PreTrainedTokenizerBase
     ) -> Iterator[tuple[nn.Module, PreTrainedTokenizerBase]]:
-        """The model that has learned: the one in the folder, or ``base`` with the patch until the context ends.
+        """The model that has learned: the one in the folder, or ``base`` with patch or store until the context ends.
 
         Raises:
-            FileNotFoundError: the folder holds neither.
-            ValueError: the patch does not fit, or a file is damaged.
+            FileNotFoundError: the folder holds none of them.
+            ValueError: the patch or the store does not fit, or a file is damaged.
         """
         if self.has_model:
             yield files.load(self.folder / "model")
+        elif self.store is not None:
+            take_off = self.store.attach(base)
+            try:
+                yield base, tokenizer
+            finally:
+                take_off()
         else:
             with patches(base, [MemoryPatch.load(self.folder / "patch")]):
                 yield base, tokenizer
 
 
 def save_learned(learned: Learned, folder: str | Path, with_model: bool = True) -> None:
-    """Write the patch, or the whole model where there is none, with the resolved config and what it took.
+    """Write the patch, the store or else the whole model, with the resolved config and what it took.
 
     Args:
         with_model: False leaves a whole model out, for comparisons that only ask it questions.
@@ -149,6 +164,8 @@ def write_learned(learned: Learned, folder: Path, with_model: bool) -> None:
     if learned.patch is not None:
         check_finite({f"the patch of {name}": table.rows for name, table in learned.patch.tables.items()})
         learned.patch.save(folder / "patch")
+    elif learned.store is not None:
+        learned.store.save(folder / "store")
     elif with_model:
         check_finite(dict(learned.model.named_parameters()))
         files.save(learned.model, learned.tokenizer, folder / "model")
@@ -179,10 +196,12 @@ def read_taught(folder: str | Path) -> Taught:
 
 
 def load_learned(checkpoint: str | Path, folder: str | Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """The model that ``save_learned`` wrote: the checkpoint with the patch applied, or a whole model.
+    """The model that ``save_learned`` wrote: the checkpoint with patch or store, or a whole model.
+
+    A store that changes what is asked leaves its model as it is: ``read_taught(folder).store`` says what to ask.
 
     Raises:
-        FileNotFoundError: the folder holds neither.
+        FileNotFoundError: the folder holds none of them.
         ValueError: the run began with another checkpoint, or the facts it was taught have changed.
     """
     taught = read_taught(folder)
@@ -191,6 +210,9 @@ def load_learned(checkpoint: str | Path, folder: str | Path) -> tuple[nn.Module,
     taught.check_checkpoint(checkpoint, state_fingerprint(model))
     if taught.has_model:
         return files.load(taught.folder / "model")
+    if taught.store is not None:
+        taught.store.attach(model)
+        return model, tokenizer
     MemoryPatch.load(taught.folder / "patch").apply(model)
     return model, tokenizer
 

@@ -1,4 +1,4 @@
-"""Finetuning methods, one file each; METHODS is the table of their names.
+"""Methods, one file each: METHODS is the table of those that train, STORES of those that change no weight.
 
 **A method** is a function ``prepare(model, background, settings) -> Prepared``. It gets a causal language model as it
 was loaded, the background counts of its tables (None where there are none), and its own settings: any object with the
@@ -18,10 +18,15 @@ around the forward pass.
 
 **A term** (``terms.py``) is what a step heeds beside its batch, whatever the method: replayed examples, a bound, a
 projected gradient. No loop knows a method or a term by its name.
+
+**A store** (``stored.py``) takes a method's place where no weight may change: it keeps the lessons beside the model,
+and changes what is asked or what the output head answers.
 """
 
 from memlayer.methods import dense_memory, full, lora, sparse_memory
 from memlayer.methods.prepared import Prepared
+from memlayer.methods.retrieval import Retrieval
+from memlayer.methods.stored import Store
 from memlayer.methods.terms import Term
 
 METHODS = {
@@ -30,5 +35,6 @@ METHODS = {
     "full": full.prepare,
     "lora": lora.prepare,
 }
+STORES: dict[str, type[Store]] = {"retrieval": Retrieval}
 
-__all__ = ["METHODS", "Prepared", "Term"]
+__all__ = ["METHODS", "STORES", "Prepared", "Store", "Term"]

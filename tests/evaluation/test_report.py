@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from dataclasses import replace
 
 import pytest
 from numpy.testing import assert_allclose
@@ -219,6 +220,9 @@ def test_a_sample_is_one_question_before_and_after():
     assert (found["fact"], found["prediction_before"], found["prediction_after"]) == ("born|Ada", "Rome", "Łódź")
     assert (found["exact_match_before"], found["exact_match_after"], found["f1_squad_after"]) == (False, True, 0.5)
     assert (found["nll_before"], found["nll_after"]) == (3.0, 0.1)
+    assert "asked_after" not in found
+    told = replace(after, question=replace(question, prompt="Ada is from Łódź. Where?"))
+    assert sample(before, told) == found | {"asked_after": "Ada is from Łódź. Where?"}
     other = Answered(Question("Who?", ("x",), "k", "new", "seen"), "", False, 0.0, False, 0.0, 1.0)
     with pytest.raises(ValueError, match=r"'Where\?' and 'Who\?'"):
         sample(before, other)

@@ -232,6 +232,24 @@ def test_a_comparison_teaches_every_method_the_same_and_goes_on_where_it_was(tmp
     assert "holds this result already" in run("train.py", path).stdout
 
 
+def test_a_method_that_trains_nothing_is_compared_at_strengths_of_its_own(comparison, tmp_path):
+    learned = {"method": "retrieval", "statements": 2, "questions": 1}
+    settings = write_config(tmp_path / "retrieval.yaml", LEARN | {"learn": learned}, output="-")
+    path = comparison(compare={"seeds": 1, "num_validation": 0}, probes={"known_only": True})
+    told = yaml.safe_load(path.read_text())
+    told["methods"] = {"retrieval": {"config": str(settings), "strengths": [0.2, 1.5]}}
+    path.write_text(yaml.safe_dump(told))
+    compare(load_config(path))
+    control, always, never = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert [each["strength"] for each in (always, never)] == ["min_share 0.2", "min_share 1.5"]
+    assert always["parameters_changed"] == never["parameters_changed"] == 0
+    kl = [each["probes"][-1] for each in (always, never)]
+    assert [each["name"] for each in kl] == [KL, KL]
+    assert kl[0]["after"] > 0 == kl[1]["after"], "a lesson that is never shown changes nothing"
+    assert never["learning_unseen"] == control["learning_unseen"]
+    assert (tmp_path / "out" / "trials" / "seed0" / "test" / "retrieval min_share 0.2" / "store").is_dir()
+
+
 def without_seconds(row):
     return {key: value for key, value in row.items() if not key.startswith("seconds")}
 
@@ -249,6 +267,14 @@ def without_seconds(row):
             "of job pretrain: name one",
         ),
         ({"methods": {"full": {"config": "configs/learn_full.yaml", "learning_rates": [1, 1]}}}, "each once"),
+        (
+            {"methods": {"full": {"config": "configs/learn_full.yaml", "strengths": [1]}}},
+            "methods.full.strengths: full is varied in learn.learning_rate, by learning_rates",
+        ),
+        (
+            {"methods": {"full": {"config": "configs/learn_full.yaml"}}},
+            "learning_rates of configs/learn_full.yaml are []",
+        ),
         ({"methods": {"a/b": {"config": "configs/learn_full.yaml", "learning_rates": [1]}}}, "not with a slash"),
         ({"methods": {CONTROL: {"config": "configs/learn_full.yaml", "learning_rates": [1]}}}, "not 'do nothing'"),
         ({"probes": {"questions": ["absent.jsonl"]}}, "absent.jsonl"),

@@ -13,9 +13,10 @@ from memlayer.jobs.config import ANY_RUN, LearnRun, PretrainRun, RetrofitRun, lo
 from memlayer.jobs.config_help import attributes, describe_settings
 from memlayer.jobs.learn_settings import ANY_LEARN, FullConfig, LearnConfig, LoraConfig, SparseMemoryConfig
 from memlayer.jobs.sections import DataConfig, TextConfig
+from memlayer.jobs.store_settings import RetrievalConfig
 from memlayer.jobs.typed import members, name_of, names, typed_fields
 from memlayer.layers.config import MemoryConfig
-from memlayer.methods import METHODS
+from memlayer.methods import METHODS, STORES
 
 MINIMAL = "job: learn\noutput: runs/x\ncheckpoint: runs/base\n"
 RUN = LearnRun(output="runs/x", checkpoint="runs/base")
@@ -124,7 +125,7 @@ def test_settings_of_the_trainer_have_the_types_of_training_arguments(tmp_path, 
 
 def test_which_settings_there_are_follows_from_job_and_method(tmp_path):
     kinds = {each.method: each for each in get_args(ANY_LEARN)}
-    assert list(kinds) == list(METHODS)
+    assert list(kinds) == [*METHODS, *STORES]
     for method, kind in kinds.items():
         config = load_config(write(tmp_path, MINIMAL), [f"learn.method={method}"])
         assert config.learn == kind()
@@ -139,6 +140,10 @@ def test_which_settings_there_are_follows_from_job_and_method(tmp_path):
         (lambda: SparseMemoryConfig(learning_rate=float("nan")), "learn.learning_rate is nan, must be at least 0"),
         (lambda: SparseMemoryConfig(statements=0, questions=0), "there is nothing to teach a fact with"),
         (lambda: LoraConfig(lora_rank=0), "learn.lora_rank is 0, must be at least 1"),
+        (lambda: RetrievalConfig(min_share=-0.1), "learn.min_share is -0.1, must be at least 0"),
+        (lambda: RetrievalConfig(shown=0), "learn.shown is 0, must be at least 1"),
+        (lambda: RetrievalConfig(frame="Known:"), "learn.frame is 'Known:', must hold {lesson} once"),
+        (lambda: RetrievalConfig(statements=0, questions=0), "there is nothing to teach a fact with"),
         (lambda: TextConfig(), "no text to heal on"),
         (lambda: TextConfig(files=["a"], dataset="b"), "text.files and text.dataset are both set"),
         (lambda: replace(RUN, trainer={"optim": "adafactor"}), "trainer.optim cannot be set in job learn"),
@@ -157,6 +162,11 @@ def test_what_is_made_in_python_is_checked_alike(make, message):
         (MINIMAL, ["learning_rate=3"], "learning_rate is not a setting; did you mean learn.learning_rate?"),
         (MINIMAL, ["save_steps=3"], "save_steps is not a setting; did you mean trainer.save_steps?"),
         (MINIMAL, ["learn.method=full", "learn.protect=7"], "learn.protect is a setting of sparse_memory, not of full"),
+        (
+            MINIMAL,
+            ["learn.method=retrieval", "learn.learning_rate=1"],
+            "and lora, not of retrieval",
+        ),
         (MINIMAL, ["pretrain.steps=3"], "pretrain is a setting of pretrain, not of learn"),
         (MINIMAL, ["learn.num_rows=many"], "learn.num_rows is 'many', must be a whole number"),
         (MINIMAL, ["learn.num_rows=1.5"], "learn.num_rows is '1.5', must be a whole number"),

@@ -12,9 +12,10 @@ from memlayer.evaluation.probes import Probed, compared
 from memlayer.evaluation.rows import without_nan
 from memlayer.jobs.evaluate import Evaluation, evaluate, load_probes
 from memlayer.jobs.learn import learn
-from memlayer.jobs.measure import KL
+from memlayer.jobs.lessons import lessons_of, prompts_of
+from memlayer.jobs.measure import KL, Measurement
 from memlayer.jobs.sections import ProbesConfig
-from memlayer.jobs.taught import save_learned
+from memlayer.jobs.taught import read_taught, save_learned
 
 __all__ = ["checkpoint"]  # a fixture
 PAIRS = [
@@ -129,6 +130,39 @@ def test_text_that_the_model_has_not_changed_on_has_no_change(tmp_path, checkpoi
 def test_bad_probes_are_refused_in_one_sentence(tmp_path, checkpoint, told, sentence):
     path = probes_file(tmp_path, **told)
     assert sentence in refusal("eval.py", checkpoint, "--num-new", 1, "--probes", path, "--output", tmp_path / "out")
+
+
+def test_questions_near_a_lesson_are_asked_after_it_and_others_and_text_as_they_stand(tmp_path, checkpoint):
+    """Prompts of 96 positions: the page of a lesson is cut to what they leave."""
+    page = {"id": "page", "teach": [{"text": "Zoe lives in Lima. " * 6}], "ask": []}
+    page["ask"] = [{"question": "Zoe lives in which town?", "answers": ["Lima"]}]
+    path = tmp_path / "lessons.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in [*PAIRS, page]))
+    base = {key: value for key, value in LEARN.items() if key != "data"} | {"learn": {}}
+    sections = {"lessons": {"files": [str(path)]}, "prompts": FRAME, "learn": {"method": "retrieval"}}
+    config = config_of(base, tmp_path / "run", checkpoint=str(checkpoint), **sections)
+    save_learned(learn(config), tmp_path / "run")
+    told = probes_file(tmp_path)
+    model, tokenizer = files.load(checkpoint)
+    asked = Evaluation(checkpoint, [tmp_path / "run"], num_known=3, probes=load_probes(told), output=tmp_path / "out")
+    before, after = evaluate(asked)
+    assert after["parameters_changed"] == 0
+    told_again, _, nats, text, kl = after["probes"]
+    assert nats["before"] != nats["after"], "a probe that a lesson answers is asked after it"
+    assert (text["name"], text["change"]) == ("text", 0)
+    assert kl["after"] > 0
+    assert before["probes"][0]["n"] == told_again["n"] == 1
+    run_of = read_taught(tmp_path / "run")
+    questions = [question for lesson in lessons_of(config) for question in lesson.ask]
+    measure = Measurement(model, tokenizer, questions, ProbesConfig(), prompts=prompts_of(config.prompts))
+    *pairs, cut = [each.question.prompt for each in measure(model, tokenizer, "-", ask=run_of.store.ask).answers]
+    assert pairs == [
+        f"Question: Where does {name} work? {city}\nWhere does {name} work? Answer:"
+        for name, city in (("Ada", "Bonn"), ("Bo", "Rome"))
+    ]
+    assert cut.startswith("Question: Zoe lives in Lima. Zoe lives")
+    assert cut.endswith("\nZoe lives in which town? Answer:")
+    assert 80 < len(tokenizer(cut)["input_ids"]) < 96
 
 
 def test_settings_of_facts_are_refused_where_lessons_were_taught(tmp_path, checkpoint, lessons):

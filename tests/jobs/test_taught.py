@@ -8,8 +8,9 @@ from training import batches_read
 
 from memlayer.decoders import files
 from memlayer.decoders.fingerprint import state_fingerprint
-from memlayer.jobs.taught import load_learned, save_learned
-from memlayer.methods import METHODS
+from memlayer.jobs.lessons import lessons_of
+from memlayer.jobs.taught import load_learned, read_taught, save_learned
+from memlayer.methods import METHODS, STORES
 
 __all__ = ["checkpoint"]  # a fixture
 TABLE = "model.memory.0"
@@ -25,6 +26,25 @@ def test_what_is_loaded_is_what_was_learned_to_the_bit(tmp_path, checkpoint, met
     assert state_fingerprint(model) == state_fingerprint(learned.model) != state_fingerprint(base)
     assert all(p.requires_grad for p in learned.model.parameters())
     assert not learned.model.training
+
+
+@pytest.mark.parametrize("method", sorted(STORES))
+def test_a_method_that_keeps_lessons_changes_no_number_takes_no_step_and_writes_its_store(tmp_path, checkpoint, method):
+    base, _ = files.load(checkpoint)
+    with batches_read() as batches:
+        learned = learned_by(checkpoint, tmp_path / "run", method=method)
+    assert (len(batches) > 0) == (method != "retrieval"), "what is read to be kept"
+    assert (learned.steps, learned.parameters_changed, learned.patch) == (0, 0, None)
+    assert state_fingerprint(learned.model) == state_fingerprint(base)
+    save_learned(learned, tmp_path / "run")
+    assert not (tmp_path / "run" / "model").exists()
+    model, _ = load_learned(checkpoint, tmp_path / "run")
+    assert state_fingerprint(model) == state_fingerprint(base)
+    question = lessons_of(learned.config)[0].ask[0]
+    kept = read_taught(tmp_path / "run").store
+    assert kept.ask(question, lambda asked: True) == learned.store.ask(question, lambda asked: True)
+    with pytest.raises(ValueError, match="holds this result already"):
+        save_learned(learned, tmp_path / "run")
 
 
 def test_a_result_is_never_written_over(tmp_path, checkpoint):

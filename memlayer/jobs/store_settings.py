@@ -1,0 +1,61 @@
+"""What every method is told, and the section ``learn`` of those that change no weight: one dataclass for each."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from memlayer.checks import check_at_least, check_choices
+from memlayer.methods.retrieval import LESSON
+
+
+@dataclass(kw_only=True)
+class AnyMethodConfig:
+    """What every method is told.
+
+    Attributes:
+        method: how the model is changed, or what is kept beside it; it decides which other settings there are.
+        statements: of a fact, seen statements that teach it, in each step's batch where there are steps.
+        questions: of a fact, seen questions that teach it.
+    """
+
+    method: str
+    statements: int = 3
+    questions: int = 3
+
+    strength: ClassVar[str] = "learning_rate"  # the setting that a comparison varies
+
+    def __post_init__(self):
+        check_choices("learn", self)
+        check_at_least(0, "learn", self, "statements", "questions")
+        if not self.statements + self.questions:
+            raise ValueError("learn.statements and learn.questions are both 0: there is nothing to teach a fact with")
+
+    @property
+    def in_words(self) -> str:
+        """How strongly the run taught."""
+        return f"{self.strength} {getattr(self, self.strength):g}"
+
+
+@dataclass(kw_only=True)
+class RetrievalConfig(AnyMethodConfig):
+    """The lesson in the prompt, found by BM25: nothing is trained, and questions near a lesson are asked after it.
+
+    Attributes:
+        min_share: a lesson stands before a question only if its score is at least this share of the highest that any
+            text could reach; 0 puts the best one before every question, more than 1 before none.
+        shown: how many of a lesson's examples stand before a question, the first ones; all of them are searched.
+        frame: what stands before a question, with the lesson in the place of ``{lesson}``.
+    """
+
+    method: Literal["retrieval"] = "retrieval"
+    min_share: float = 0.3
+    shown: int = 1
+    frame: str = LESSON + "\n"
+
+    strength: ClassVar[str] = "min_share"
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_at_least(0, "learn", self, "min_share")
+        check_at_least(1, "learn", self, "shown")
+        if self.frame.count(LESSON) != 1:
+            raise ValueError(f"learn.frame is {self.frame!r}, must hold {LESSON} once")
