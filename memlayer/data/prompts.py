@@ -14,6 +14,7 @@ from memlayer.data.qa import Example, Question
 
 STYLES = ("plain", "few_shot", "chat")
 QUESTION = "{question}"
+LESSON = "{lesson}"  # in what stands before a question that is asked after a lesson
 ANSWER = "x"  # stands for any answer where a chat template is asked what follows one
 # Asked before a question of the style few_shot, where no others are named.
 BUILTIN_SHOTS = (

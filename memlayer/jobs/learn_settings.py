@@ -5,7 +5,7 @@ from typing import Literal
 
 from memlayer.checks import check_at_least, check_choices
 from memlayer.jobs.sections import LossOn
-from memlayer.jobs.store_settings import AnyMethodConfig, RetrievalConfig
+from memlayer.jobs.store_settings import AnyMethodConfig, HebbianConfig, NearestConfig, RetrievalConfig
 
 
 @dataclass
@@ -230,4 +230,6 @@ class LoraConfig(LearnConfig):
         check_at_least(0, "learn", self, "lora_alpha")
 
 
-ANY_LEARN = SparseMemoryConfig | DenseMemoryConfig | FullConfig | LoraConfig | RetrievalConfig
+ANY_LEARN = (
+    SparseMemoryConfig | DenseMemoryConfig | FullConfig | LoraConfig | RetrievalConfig | NearestConfig | HebbianConfig
+)

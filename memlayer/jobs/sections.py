@@ -164,7 +164,8 @@ class MethodConfig:
     Attributes:
         config: file of a learning run; the comparison decides its output, checkpoint, seed and what it is taught.
         learning_rates: strengths to try.
-        strengths: the same of a method that trains nothing: values of learn.min_share of retrieval.
+        strengths: the same of a method that trains nothing: values of learn.min_share of retrieval, of learn.alpha
+            of nearest and hebbian.
         settings: what else to change in it, each as section.key=value.
     """
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from memlayer.checks import check_at_least, check_choices
-from memlayer.methods.retrieval import LESSON
+from memlayer.data.prompts import LESSON
 
 
 @dataclass(kw_only=True)
@@ -59,3 +59,53 @@ class RetrievalConfig(AnyMethodConfig):
         check_at_least(1, "learn", self, "shown")
         if self.frame.count(LESSON) != 1:
             raise ValueError(f"learn.frame is {self.frame!r}, must hold {LESSON} once")
+
+
+@dataclass(kw_only=True)
+class NeighboursConfig(AnyMethodConfig):
+    """How an output head answers with the states that it met at the answers of lessons.
+
+    Attributes:
+        alpha: how strongly the neighbours of a state answer; 0 leaves the model as it is.
+        num_neighbours: the nearest states that count.
+        min_similarity: where no state has at least this cosine the model answers alone.
+        temperature: a neighbour counts e times less for each such step of cosine.
+    """
+
+    alpha: float = 0.9
+    num_neighbours: int = 16
+    min_similarity: float = 0.95
+    temperature: float = 0.01
+
+    strength: ClassVar[str] = "alpha"
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_at_least(0, "learn", self, "alpha")
+        check_at_least(1, "learn", self, "num_neighbours")
+        check_at_least(-1, "learn", self, "min_similarity")
+        if not self.temperature > 0:
+            raise ValueError(f"learn.temperature is {self.temperature}, must be above 0")
+        if self.alpha > 1:
+            raise ValueError(f"learn.alpha is {self.alpha}, must be at most 1")
+
+
+@dataclass(kw_only=True)
+class NearestConfig(NeighboursConfig):
+    """Nearest neighbours: the tokens that followed near states are mixed into what is said; alpha is their share."""
+
+    method: Literal["nearest"] = "nearest"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.alpha == 1:
+            raise ValueError(
+                f"learn.alpha is {self.alpha}, must be below 1: the model's own tokens would have no likelihood left"
+            )
+
+
+@dataclass(kw_only=True)
+class HebbianConfig(NeighboursConfig):
+    """Hebbian output head: rows of the head turn towards the near states that their tokens followed, by alpha."""
+
+    method: Literal["hebbian"] = "hebbian"

@@ -24,6 +24,8 @@ and changes what is asked or what the output head answers.
 """
 
 from memlayer.methods import dense_memory, full, lora, sparse_memory
+from memlayer.methods.hebbian import Hebbian
+from memlayer.methods.nearest import Nearest
 from memlayer.methods.prepared import Prepared
 from memlayer.methods.retrieval import Retrieval
 from memlayer.methods.stored import Store
@@ -35,6 +37,6 @@ METHODS = {
     "full": full.prepare,
     "lora": lora.prepare,
 }
-STORES: dict[str, type[Store]] = {"retrieval": Retrieval}
+STORES: dict[str, type[Store]] = {"retrieval": Retrieval, "nearest": Nearest, "hebbian": Hebbian}
 
 __all__ = ["METHODS", "STORES", "Prepared", "Store", "Term"]

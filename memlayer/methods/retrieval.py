@@ -19,10 +19,10 @@ from torch import nn
 
 from memlayer.data.bm25 import BM25
 from memlayer.data.lessons import Lesson
+from memlayer.data.prompts import LESSON
 from memlayer.data.qa import Question
 from memlayer.files import reading, write_file
 
-LESSON = "{lesson}"  # in a frame, stands for the lesson's text
 FILE = "lessons.jsonl"
 
 

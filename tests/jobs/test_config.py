@@ -13,7 +13,7 @@ from memlayer.jobs.config import ANY_RUN, LearnRun, PretrainRun, RetrofitRun, lo
 from memlayer.jobs.config_help import attributes, describe_settings
 from memlayer.jobs.learn_settings import ANY_LEARN, FullConfig, LearnConfig, LoraConfig, SparseMemoryConfig
 from memlayer.jobs.sections import DataConfig, TextConfig
-from memlayer.jobs.store_settings import RetrievalConfig
+from memlayer.jobs.store_settings import HebbianConfig, NearestConfig, RetrievalConfig
 from memlayer.jobs.typed import members, name_of, names, typed_fields
 from memlayer.layers.config import MemoryConfig
 from memlayer.methods import METHODS, STORES
@@ -143,6 +143,11 @@ def test_which_settings_there_are_follows_from_job_and_method(tmp_path):
         (lambda: RetrievalConfig(min_share=-0.1), "learn.min_share is -0.1, must be at least 0"),
         (lambda: RetrievalConfig(shown=0), "learn.shown is 0, must be at least 1"),
         (lambda: RetrievalConfig(frame="Known:"), "learn.frame is 'Known:', must hold {lesson} once"),
+        (lambda: NearestConfig(alpha=1.0), "learn.alpha is 1.0, must be below 1"),
+        (lambda: HebbianConfig(alpha=1.1), "learn.alpha is 1.1, must be at most 1"),
+        (lambda: HebbianConfig(temperature=0.0), "learn.temperature is 0.0, must be above 0"),
+        (lambda: HebbianConfig(num_neighbours=0), "learn.num_neighbours is 0, must be at least 1"),
+        (lambda: NearestConfig(min_similarity=-1.5), "learn.min_similarity is -1.5, must be at least -1"),
         (lambda: RetrievalConfig(statements=0, questions=0), "there is nothing to teach a fact with"),
         (lambda: TextConfig(), "no text to heal on"),
         (lambda: TextConfig(files=["a"], dataset="b"), "text.files and text.dataset are both set"),

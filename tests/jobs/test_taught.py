@@ -3,9 +3,11 @@
 import math
 
 import pytest
+import torch
 from commands import checkpoint, learned_by
 from training import batches_read
 
+from memlayer.data.qa import encode
 from memlayer.decoders import files
 from memlayer.decoders.fingerprint import state_fingerprint
 from memlayer.jobs.lessons import lessons_of
@@ -43,6 +45,15 @@ def test_a_method_that_keeps_lessons_changes_no_number_takes_no_step_and_writes_
     question = lessons_of(learned.config)[0].ask[0]
     kept = read_taught(tmp_path / "run").store
     assert kept.ask(question, lambda asked: True) == learned.store.ask(question, lambda asked: True)
+    ids = torch.tensor([encode(learned.tokenizer, lessons_of(learned.config)[0].teach)[0]["input_ids"]])
+    with torch.no_grad():
+        of_base, of_learned, of_loaded = (each(input_ids=ids).logits for each in (base, learned.model, model))
+        with read_taught(tmp_path / "run").model(base, learned.tokenizer) as (attached, _):
+            of_attached = attached(input_ids=ids).logits
+        assert torch.equal(base(input_ids=ids).logits, of_base), "taken off again"
+    assert torch.equal(of_loaded, of_learned)
+    assert torch.equal(of_attached, of_learned)
+    assert torch.equal(of_learned, of_base) == (method == "retrieval")
     with pytest.raises(ValueError, match="holds this result already"):
         save_learned(learned, tmp_path / "run")
 
