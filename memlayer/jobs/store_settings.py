@@ -43,13 +43,14 @@ class RetrievalConfig(AnyMethodConfig):
         min_share: a lesson stands before a question only if its score is at least this share of the highest that any
             text could reach; 0 puts the best one before every question, more than 1 before none.
         shown: how many of a lesson's examples stand before a question, the first ones; all of them are searched.
-        frame: what stands before a question, with the lesson in the place of ``{lesson}``.
+        frame: what stands before a question, with the lesson, less a full stop at its end, in the place of
+            ``{lesson}``.
     """
 
     method: Literal["retrieval"] = "retrieval"
     min_share: float = 0.3
     shown: int = 1
-    frame: str = LESSON + "\n"
+    frame: str = LESSON + ". "
 
     strength: ClassVar[str] = "min_share"
 

@@ -53,7 +53,7 @@ class Retrieval:
         ValueError: there is no lesson, or ``frame`` does not hold ``{lesson}`` once.
     """
 
-    def __init__(self, kept: Sequence[Kept], min_share: float = 0.3, frame: str = LESSON + "\n"):
+    def __init__(self, kept: Sequence[Kept], min_share: float = 0.3, frame: str = LESSON + ". "):
         if frame.count(LESSON) != 1:
             raise ValueError(f"frame is {frame!r}, must hold {LESSON} once")
         self.kept, self.min_share, self.frame = kept, min_share, frame
@@ -65,7 +65,7 @@ class Retrieval:
         kept = [
             Kept(
                 lesson.id,
-                " ".join(example.text for example in lesson.teach[: settings.shown]),
+                " ".join(example.text for example in lesson.teach[: settings.shown]).removesuffix("."),  # the frame's
                 " ".join(example.text for example in lesson.teach),
             )
             for lesson in lessons

@@ -157,11 +157,11 @@ def test_questions_near_a_lesson_are_asked_after_it_and_others_and_text_as_they_
     measure = Measurement(model, tokenizer, questions, ProbesConfig(), prompts=prompts_of(config.prompts))
     *pairs, cut = [each.question.prompt for each in measure(model, tokenizer, "-", ask=run_of.store.ask).answers]
     assert pairs == [
-        f"Question: Where does {name} work? {city}\nWhere does {name} work? Answer:"
+        f"Question: Where does {name} work? {city}. Where does {name} work? Answer:"
         for name, city in (("Ada", "Bonn"), ("Bo", "Rome"))
     ]
     assert cut.startswith("Question: Zoe lives in Lima. Zoe lives")
-    assert cut.endswith("\nZoe lives in which town? Answer:")
+    assert cut.endswith(". Zoe lives in which town? Answer:")
     assert 80 < len(tokenizer(cut)["input_ids"]) < 96
 
 

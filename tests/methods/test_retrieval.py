@@ -51,6 +51,12 @@ def test_how_near_a_lesson_must_be_is_a_setting():
     assert asked(kept(min_share=1.01), "Ada works in Bonn") == "Ada works in Bonn"
 
 
+def test_the_full_stop_behind_a_lesson_is_the_frames():
+    page = Lesson("page", (Example("", "Zoe lives in Lima.", ""),), ())
+    store = Retrieval.of(None, [page], None, settings(frame="{lesson}. "))
+    assert asked(store, "Where is it Zoe lives?") == "Zoe lives in Lima. Where is it Zoe lives?"
+
+
 def test_so_many_examples_are_shown_in_the_frame_and_all_are_searched():
     text = asked(kept(shown=2, frame="Known: {lesson}. "), "Where does Bo work?")
     assert text == "Known: Bo works in Rome Where does Bo work? Rome. Where does Bo work?"
