@@ -145,7 +145,6 @@ class HierarchicalMemory(nn.Module):
             told = (opened.metadata() or {}).get(SETTINGS)
         if told is None:
             raise ValueError(f"{file} holds no hierarchical memory")
-        memory, state = cls(**json.loads(told)), load_file(file)
-        memory.to(next(tensor.dtype for name, tensor in state.items() if name.startswith("blocks.")))
-        memory.load_state_dict(state)
+        memory = cls(**json.loads(told))
+        memory.load_state_dict(load_file(file), assign=True)  # in the dtypes of the file
         return memory

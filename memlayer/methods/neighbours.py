@@ -10,6 +10,7 @@ A lesson is found in another wording only as far as the model's own states are a
 Shapes: T positions, D width, C vocabulary, M states kept, K neighbours.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -94,7 +95,7 @@ def states_of(model: nn.Module, examples: Sequence[dict]) -> Kept:
     return kept
 
 
-class NeighbourStore:
+class NeighbourStore(ABC):
     """States beside a model, whose output head answers with them; a ``Store`` but for its rule.
 
     Args:
@@ -161,8 +162,15 @@ class NeighbourStore:
         logits_TC[near_T] = self.rule(head, *found, place_TK[near_T]).to(logits.dtype)
         return logits_TC.view(logits.shape)
 
+    @abstractmethod
     def rule(
         self, head: nn.Module, logits_TC: Tensor, states_TD: Tensor, similarity_TK: Tensor, place_TK: Tensor
     ) -> Tensor:
-        """What the logits become at positions that have a neighbour near enough."""
-        raise NotImplementedError
+        """What the logits become at positions that have a neighbour near enough, float32.
+
+        Args:
+            head: the output head.
+            logits_TC: what it says there, float32.
+            states_TD: what goes into it, float32.
+            similarity_TK, place_TK: of the neighbours, nearest first, and where they are in ``kept``.
+        """

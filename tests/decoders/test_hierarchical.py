@@ -93,9 +93,27 @@ def test_a_step_on_one_cluster_leaves_the_logits_of_others_as_they_were_to_the_b
     assert torch.equal(logits_of(model, batch), before), "without a path the model is as it was"
 
 
-def test_what_is_saved_is_loaded_to_the_bit(model, memory, tmp_path):
+def test_of_a_memory_of_the_same_size_that_is_not_routed_others_do_hear(model, memory):
+    """The control of the step above: all texts take one path."""
+    batch = texts()
+    memory.attach(model)
+    one = memory.paths(model, batch)[:, 0] == 0
+    alike_BP = torch.zeros(len(one), 2, dtype=torch.int64)
+    before = logits_of(model, batch)
+    optimizer = torch.optim.AdamW(memory.parameters(), lr=0.1)
+    taught = {key: tensor[one] for key, tensor in batch.items()}
+    with memory.routed(alike_BP[one]):
+        model(**taught, labels=taught["input_ids"], use_cache=False).loss.backward()
+    optimizer.step()
+    with memory.routed(alike_BP):
+        assert (logits_of(model, batch)[~one] != before[~one]).any(-1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_saved_is_loaded_to_the_bit(model, memory, tmp_path, dtype):
     for parameter in memory.parameters():
         torch.nn.init.normal_(parameter)
+    memory.blocks.to(dtype)
     memory.save(tmp_path / "memory.safetensors")
     again = HierarchicalMemory.load(tmp_path / "memory.safetensors")
     batch, answers = texts(seed=3), []
@@ -105,7 +123,10 @@ def test_what_is_saved_is_loaded_to_the_bit(model, memory, tmp_path):
             answers.append(logits_of(model, batch))
         take_off()
     assert torch.equal(*answers)
-    assert again.state_dict().keys() == memory.state_dict().keys()
+    assert {name: tensor.dtype for name, tensor in again.state_dict().items()} == {
+        name: tensor.dtype for name, tensor in memory.state_dict().items()
+    }
+    assert all(parameter.requires_grad for parameter in again.parameters())
     assert again.num_fetched == memory.num_fetched == 2 * 3 * tiny.WIDTH * (6 + 4)
 
 

@@ -3,12 +3,13 @@
 import math
 from types import SimpleNamespace
 
+import families
 import pytest
 import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from memlayer.data.facts import facts_of
 from memlayer.data.lessons import lessons_of_facts
@@ -147,6 +148,29 @@ def test_only_positions_near_a_kept_state_change_and_taking_the_store_off_is_exa
     assert torch.equal(logits_of(model, kept), before[0])
 
 
+BENDS = {"gemma2", "granite"}  # their logits behind the output head
+
+
+@pytest.mark.parametrize("family", sorted({**families.FAMILIES, **families.MIXTURES}))
+def test_every_family_answers_from_its_output_head(family):
+    model = families.decoder(family, tied=True)
+    told = examples()
+    ids = torch.tensor([told[3]["input_ids"]])
+    before, place = logits_of(model, ids), told[3]["answer_start"] - 1
+    for kind in (Hebbian,) if family in BENDS else (Hebbian, Nearest):
+        take_off = kind.of(model, [], [told], settings(alpha=0.0, min_similarity=-1)).attach(model)
+        assert torch.equal(logits_of(model, ids), before)
+        take_off()
+        take_off = kind.of(model, [], [told], settings(alpha=0.99)).attach(model)
+        said, token = logits_of(model, ids)[0, place].log_softmax(-1), told[3]["input_ids"][place + 1]
+        assert said[token] > before[0, place].log_softmax(-1)[token]
+        take_off()
+    if family in BENDS:
+        with pytest.raises(ValueError, match="changes its logits after the output head"):
+            Nearest.of(model, [], [told], settings())
+        assert not model.get_output_embeddings()._forward_hooks
+
+
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory):
     """64 facts, as a tiny model that knows nothing reads them."""
@@ -191,12 +215,3 @@ def test_states_of_another_model_and_states_that_are_not_finite_are_refused():
     torch.nn.init.constant_(model.model.norm.weight, math.nan)
     with pytest.raises(ValueError, match="24 of 24 states are not finite: nothing is kept"):
         Hebbian.of(model, [], [told], settings())
-
-
-def test_nearest_refuses_a_family_that_bends_its_logits_after_the_head():
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    sizes |= {"num_key_value_heads": 1, "head_dim": 8, "vocab_size": tiny.VOCAB, "final_logit_softcapping": 5.0}
-    model = AutoModelForCausalLM.from_config(Gemma2Config(**sizes), dtype=torch.float32).eval()
-    with pytest.raises(ValueError, match="Gemma2ForCausalLM changes its logits after the output head"):
-        Nearest.of(model, [], [examples()], settings())
-    assert not model.lm_head._forward_hooks
