@@ -10,7 +10,12 @@ What a text may be routed by is for the caller to say (``attention_mask``): a qu
 a text that is routed by all of its tokens has told each of them what comes after it. A question has to take the path of
 the text that taught its answer: ``cluster_tree.routing_agreement`` says how often it does.
 
-The memory is a module of its own beside the model, attached by hooks: the model's own numbers, names and files stay.
+The memory is a module of its own beside the model, attached by hooks: the model's own numbers, names and files stay::
+
+    memory = HierarchicalMemory(width, layers=[4, 8], sizes=(64, 16), branching=8, embed_at=4).fit(model, texts)
+    memory.attach(model)
+    with memory.routed(memory.paths(model, prompts)):
+        loss = model(**batch).loss
 
 Shapes: B sequences, L tokens, D width, P levels of a path.
 """

@@ -209,13 +209,14 @@ def trials(config: CompareRun, seed: int, validation: bool) -> list[Trial]:
             raise ValueError(f"methods.{name}.config is {method.config}, of job {run.job}: name one of job learn")
         if not planned:
             plan(CONTROL, "", run)
-        varied = run.learn.strength
-        wanted, other = ("learning_rates", "strengths")[:: 1 if varied == "learning_rate" else -1]
+        key = run.learn.strength
+        short, wanted, other = "lr", "learning_rates", "strengths"
+        if key != "learning_rate":
+            short, wanted, other = key, "strengths", "learning_rates"
         if getattr(method, other):
-            raise ValueError(f"methods.{name}.{other}: {run.learn.method} is varied in learn.{varied}, by {wanted}")
+            raise ValueError(f"methods.{name}.{other}: {run.learn.method} is varied in learn.{key}, by {wanted}")
         for value in getattr(method, wanted):
-            strength = f"{'lr' if varied == 'learning_rate' else varied} {value:g}"
-            plan(name, strength, replace(run, learn=replace(run.learn, **{varied: value})))
+            plan(name, f"{short} {value:g}", replace(run, learn=replace(run.learn, **{key: value})))
     return planned
 
 

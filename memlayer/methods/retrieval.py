@@ -74,10 +74,17 @@ class Retrieval:
 
     @classmethod
     def read(cls, folder: Path, settings) -> Self:
-        """The lessons that ``save`` wrote."""
-        with reading(path := folder / FILE):
-            lines = path.read_text(encoding="utf-8").splitlines()
-        return cls([Kept(**json.loads(line)) for line in lines], settings.min_share, settings.frame)
+        """The lessons that ``save`` wrote.
+
+        Raises:
+            ValueError: the file holds something else.
+        """
+        with reading(path := folder / FILE), path.open(encoding="utf-8") as lines:
+            try:
+                kept = [Kept(**json.loads(line)) for line in lines]
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{path} does not hold the lessons that were written there: {error}") from error
+        return cls(kept, settings.min_share, settings.frame)
 
     def save(self, folder: Path) -> None:
         """Write the lessons as JSON Lines."""

@@ -83,6 +83,16 @@ def test_what_is_kept_is_written_as_text_and_read_back(tmp_path):
     assert Retrieval.read(tmp_path / "store", settings()).kept == store.kept
 
 
+def test_lines_within_a_text_are_no_lines_of_the_file_and_another_file_is_refused(tmp_path):
+    store = Retrieval([Kept("a", "one\u2028two\nthree\x85\r", "x"), Kept("b", "", "y")])
+    store.save(tmp_path)
+    assert Retrieval.read(tmp_path, settings()).kept == store.kept
+    for wrong in ('{"id": "a"}\n', "no JSON\n", "[1]\n"):
+        (tmp_path / FILE).write_text(wrong, encoding="utf-8")
+        with pytest.raises(ValueError, match=r"lessons\.jsonl does not hold the lessons that were written there"):
+            Retrieval.read(tmp_path, settings())
+
+
 def test_a_frame_without_a_lesson_and_no_lessons_are_refused():
     with pytest.raises(ValueError, match=r"frame is 'x', must hold \{lesson\} once"):
         Retrieval([Kept("a", "b", "b")], frame="x")
