@@ -5,12 +5,13 @@ What it writes, and what is read of that again, is taught.py.
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -47,9 +48,25 @@ class _Prepared:
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     micro_batches: list[list[dict]]
+    first_batches: list[list[dict]]
     lesson_of_step: list[str]
     background: dict[str, SlotCounts] | None
     sha256: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Batches(Sequence):
+    """Batches that are collated when they are asked for."""
+
+    examples: list[list[dict]]
+    collator: Callable[[list[list[dict]]], dict[str, Tensor]]
+    device: torch.device
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        return {key: tensor.to(self.device) for key, tensor in self.collator([self.examples[number]]).items()}
 
 
 def learn(config: RunConfig) -> Learned:
@@ -100,7 +117,8 @@ def _prepare(config: RunConfig) -> _Prepared:
     ids = chain(*in_order([[lesson.id] for lesson in lessons], settings.steps_per_fact, settings.order, None))
     inputs = _inputs(config, state_fingerprint(model))
     background = _background(config, model)
-    return _Prepared(config, arguments, model, tokenizer, micro_batches, list(ids), background, inputs)
+    first = in_order(encoded, 1, settings.order, settings.batch_size)
+    return _Prepared(config, arguments, model, tokenizer, micro_batches, first, list(ids), background, inputs)
 
 
 def _background(config: RunConfig, model: nn.Module) -> dict[str, SlotCounts] | None:
@@ -120,7 +138,9 @@ def _teach(lesson: _Prepared) -> Learned:
         checkpoint = checkpoint_to_resume(arguments, config, lesson.sha256)
     told = provenance(config, lesson.sha256)
     terms = terms_of(config, model.to(arguments.device), tokenizer)
-    prepared = METHODS[settings.method](model.to(arguments.device), lesson.background, settings)
+    collator = partial(_collate, pad_token_id=pad_token(tokenizer), loss_on=settings.loss_on)
+    batches = _Batches(lesson.first_batches, collator, arguments.device)
+    prepared = METHODS[settings.method](model.to(arguments.device), lesson.background, settings, batches)
     may_change = sum(p.numel() for group in prepared.optimizer.param_groups for p in group["params"])
     trainer = MemoryTrainer(
         prepared.model,
@@ -131,7 +151,7 @@ def _teach(lesson: _Prepared) -> Learned:
         terms=terms,
         optimizers=(prepared.optimizer, None),
         train_dataset=lesson.micro_batches,
-        data_collator=partial(_collate, pad_token_id=pad_token(tokenizer), loss_on=settings.loss_on),
+        data_collator=collator,
     )
     if arguments.disable_tqdm:
         trainer.remove_callback(PrinterCallback)  # what stands in for the bar would print a line a run

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from memlayer.checks import check_at_least, check_choices
+from memlayer.checks import check_at_least, check_choices, check_share
 from memlayer.jobs.sections import LossOn
 
 
@@ -172,4 +172,34 @@ class LoraConfig(LearnConfig):
         check_at_least(0, "learn", self, "lora_alpha")
 
 
-ANY_LEARN = SparseMemoryConfig | DenseMemoryConfig | FullConfig | LoraConfig
+@dataclass
+class SparseMaskConfig(LearnConfig):
+    """A fixed choice of single numbers of the linear layers' matrices, made before training.
+
+    Attributes:
+        score: which numbers: random ones, those of the greatest magnitude, or those for which the loss of what is
+            taught has the largest gradients (fisher).
+        density: share of each matrix's numbers that may change.
+        drop: share of them that each step leaves out, drawn anew each step.
+        optimizer: sgd, adam or adamw; none of them moves what was not chosen.
+        momentum: of sgd.
+    """
+
+    method: Literal["sparse_mask"] = "sparse_mask"
+    learning_rate: float = 3e-4
+    score: Literal["random", "magnitude", "fisher"] = "random"
+    density: float = 0.05
+    drop: float = 0.0
+    optimizer: Literal["sgd", "adam", "adamw"] = "adamw"
+    momentum: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_share("learn.density", self.density, above_zero=True)
+        check_share("learn.drop", self.drop)
+        check_share("learn.momentum", self.momentum)
+        if self.momentum and self.optimizer != "sgd":
+            raise ValueError(f"learn.momentum is {self.momentum} and learn.optimizer {self.optimizer}: it is of sgd")
+
+
+ANY_LEARN = SparseMemoryConfig | DenseMemoryConfig | FullConfig | LoraConfig | SparseMaskConfig

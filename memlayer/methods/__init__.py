@@ -1,9 +1,10 @@
 """Finetuning methods, one file each; METHODS is the table of their names.
 
-**A method** is a function ``prepare(model, background, settings) -> Prepared``. It gets a causal language model as it
-was loaded, the background counts of its tables (None where there are none), and its own settings: any object with the
-attributes that the method reads, for jobs the dataclass of that name in ``jobs/learn_settings.py``. It may freeze, wrap
-or hook the model. What it returns is all that a loop needs: a model to run forward, an optimizer to step, and
+**A method** is a function ``prepare(model, background, settings, lessons=()) -> Prepared``. It gets a causal language
+model as it was loaded, the background counts of its tables (None where there are none), its own settings: any object
+with the attributes that the method reads, for jobs the dataclass of that name in ``jobs/learn_settings.py``, and of each
+lesson the batch of its first step, for methods that look at what is taught before they train. It may freeze, wrap or
+hook the model. What it returns is all that a loop needs: a model to run forward, an optimizer to step, and
 ``finish``, which gives the caller's model back as an ordinary one that has learned::
 
     prepared = METHODS["full"](model, None, FullConfig(learning_rate=1e-5))
@@ -20,7 +21,7 @@ around the forward pass.
 projected gradient. No loop knows a method or a term by its name.
 """
 
-from memlayer.methods import dense_memory, full, lora, sparse_memory
+from memlayer.methods import dense_memory, full, lora, sparse_mask, sparse_memory
 from memlayer.methods.prepared import Prepared
 from memlayer.methods.terms import Term
 
@@ -29,6 +30,7 @@ METHODS = {
     "dense_memory": dense_memory.prepare,
     "full": full.prepare,
     "lora": lora.prepare,
+    "sparse_mask": sparse_mask.prepare,
 }
 
 __all__ = ["METHODS", "Prepared", "Term"]
