@@ -177,8 +177,8 @@ class SparseMaskConfig(LearnConfig):
     """A fixed choice of single numbers of the linear layers' matrices, made before training.
 
     Attributes:
-        score: which numbers: random ones, those of the greatest magnitude, or those for which the loss of what is
-            taught has the largest gradients (fisher).
+        score: which numbers: random ones, those of the greatest magnitude, or those with the largest gradients of the
+            loss of what is taught (fisher), or of the loss that pulls a lesson's wordings together (infonce).
         density: share of each matrix's numbers that may change.
         drop: share of them that each step leaves out, drawn anew each step.
         optimizer: sgd, adam or adamw; none of them moves what was not chosen.
@@ -187,7 +187,7 @@ class SparseMaskConfig(LearnConfig):
 
     method: Literal["sparse_mask"] = "sparse_mask"
     learning_rate: float = 3e-4
-    score: Literal["random", "magnitude", "fisher"] = "random"
+    score: Literal["random", "magnitude", "fisher", "infonce"] = "random"
     density: float = 0.05
     drop: float = 0.0
     optimizer: Literal["sgd", "adam", "adamw"] = "adamw"

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from memlayer.layers.product_keys import ProductKeys
+from memlayer.methods.infonce import lesson_losses, projection
 from memlayer.methods.prepared import Prepared
 from memlayer.methods.sparse_optimizer import SparseOptimizer
 
-SCORES = ("random", "magnitude", "fisher")
+SCORES = ("random", "magnitude", "fisher", "infonce")
 
 
 def linear_weights(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -158,6 +159,9 @@ def choose(
         return top_share({name: p.detach().abs() for name, p in parameters.items()}, density)
     if score == "fisher":
         return top_share(squared_gradients(model, parameters, (answer_loss(model, each) for each in lessons)), density)
+    if score == "infonce":
+        head = projection(model.config.get_text_config().hidden_size, seed, model.device).requires_grad_(False)
+        return top_share(squared_gradients(model, parameters, lesson_losses(model, head, lessons)), density)
     raise ValueError(f"score is {score!r}, must be one of {', '.join(SCORES)}")
 
 

@@ -103,7 +103,7 @@ def test_a_run_is_repeated_by_its_seed_and_changed_by_another(tmp_path, checkpoi
     assert first == again != state_fingerprint(learn(config).model)
 
 
-@pytest.mark.parametrize("score", ["random", "fisher"])
+@pytest.mark.parametrize("score", ["random", "fisher", "infonce"])
 def test_a_sparse_mask_that_goes_on_from_a_checkpoint_ends_with_the_same_bits(tmp_path, checkpoint, score):
     learn_section = {"method": "sparse_mask", "score": score, "drop": 0.5, "learning_rate": 0.01}
     saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 5}

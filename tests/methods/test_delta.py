@@ -3,7 +3,7 @@
 import pytest
 import tiny
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memlayer.decoders.fingerprint import state_fingerprint
@@ -78,6 +78,7 @@ def test_a_file_that_is_no_delta_is_refused(tmp_path):
         SparseDelta.load(tmp_path / "cut")
 
 
+@settings(deadline=None)
 @given(st.sets(st.integers(0, 511), min_size=1, max_size=40), st.integers(0, 2**32))
 def test_whatever_changed_is_undone(places, seed):
     generator = torch.Generator().manual_seed(seed)

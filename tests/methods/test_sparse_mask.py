@@ -3,7 +3,7 @@
 import pytest
 import tiny
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -50,6 +50,7 @@ def test_a_tied_matrix_is_counted_once():
 scores = st.lists(st.floats(0, 1e6, width=32), min_size=1, max_size=60)
 
 
+@settings(deadline=None)
 @given(scores, st.floats(0.01, 1.0))
 def test_the_top_share_is_exact_and_never_below_what_is_left_out(values, density):
     score = torch.tensor(values)
@@ -76,6 +77,7 @@ def test_a_tensor_of_more_than_16_million_numbers_can_be_chosen_from():
     assert top_share({"a": score}, 2.1 / len(score))["a"].tolist() == [2**24 + 1, 2**24 + 5]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 200), st.floats(0.01, 1.0), st.integers(0, 2**60))
 def test_a_random_share_is_exact_and_drawn_by_its_seed(size, density, seed):
     tensor = {"a": torch.zeros(size)}
@@ -147,6 +149,7 @@ def test_every_score_chooses_its_share_and_a_different_one(score):
         (lambda m: choose(m, "random", 0.0, 0), "density is 0.0, must be above 0 and at most 1"),
         (lambda m: choose(m, "magnitude", 1.5, 0), "density is 1.5"),
         (lambda m: choose(m, "fisher", 0.1, 0, []), "there is no batch to score"),
+        (lambda m: choose(m, "infonce", 0.1, 0, LESSONS[:1]), "1 of them is too few"),
         (lambda m: choose(nn.Embedding(2, 2), "random", 0.1, 0), "Embedding has no linear layer"),
         (lambda m: top_share({"w": torch.tensor([float("nan")])}, 0.5), "scores of w are negative or nan"),
         (lambda m: squared_gradients(m, linear_weights(m), [torch.tensor(float("inf"))]), "the loss of batch 0 is inf"),
