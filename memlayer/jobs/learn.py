@@ -34,6 +34,7 @@ from memlayer.jobs.taught import Learned, files_of, provenance, save_learned
 from memlayer.jobs.terms import terms_of
 from memlayer.jobs.trainer import MemoryTrainer, train_to_end
 from memlayer.methods import METHODS
+from memlayer.methods.mist import adapt_to_lessons
 from memlayer.slots.counts import COUNTS_FILE, SlotCounts, load_counts
 
 log = logging.getLogger(__name__)
@@ -140,6 +141,19 @@ def _teach(lesson: _Prepared) -> Learned:
     terms = terms_of(config, model.to(arguments.device), tokenizer)
     collator = partial(_collate, pad_token_id=pad_token(tokenizer), loss_on=settings.loss_on)
     batches = _Batches(lesson.first_batches, collator, arguments.device)
+    start = time.perf_counter()  # what looks at the lessons before the first step is learning, too
+    if (mist := settings.mist) is not None:
+        adapt_to_lessons(
+            model.to(arguments.device),
+            batches,
+            config.seed,
+            mist.paper_code,
+            density=mist.density,
+            drop=mist.drop,
+            epochs=mist.epochs,
+            lr=mist.rate,
+            momentum=mist.momentum,
+        )
     prepared = METHODS[settings.method](model.to(arguments.device), lesson.background, settings, batches)
     may_change = sum(p.numel() for group in prepared.optimizer.param_groups for p in group["params"])
     trainer = MemoryTrainer(
@@ -155,7 +169,6 @@ def _teach(lesson: _Prepared) -> Learned:
     )
     if arguments.disable_tqdm:
         trainer.remove_callback(PrinterCallback)  # what stands in for the bar would print a line a run
-    start = time.perf_counter()
     train_to_end(trainer, checkpoint, f"learn.learning_rate={settings.learning_rate:g}")
     seconds = time.perf_counter() - start
     capacity = prepared.finetuner.capacity() if prepared.finetuner else {}
@@ -163,6 +176,8 @@ def _teach(lesson: _Prepared) -> Learned:
         for name, full in capacity.items():
             print(f"{name}: {full}")
     patch = prepared.finish()
+    if mist is not None:
+        patch = None  # it would be over a model that MIST had tuned: the whole model is the outcome
     if patch is not None:
         patch.provenance = told
         if not patch.num_rows:

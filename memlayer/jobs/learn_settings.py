@@ -51,6 +51,35 @@ class TermsConfig:
 
 
 @dataclass
+class MistConfig:
+    """MIST before learning: tune the few numbers that tell the lessons apart, freeze them, then teach by any method.
+
+    Attributes:
+        density: share of each matrix's numbers that is tuned.
+        drop: share of these that each step leaves out, drawn anew each step.
+        epochs: passes over the lessons, after the one that scores.
+        rate: learning rate of this tuning, which is SGD.
+        momentum: of this tuning.
+        paper_code: tune as the paper's released code does, which moves every number a little; its density is 0.1.
+    """
+
+    density: float = 0.05
+    drop: float = 0.9
+    epochs: int = 19
+    rate: float = 1e-4
+    momentum: float = 0.9
+    paper_code: bool = False
+
+    def __post_init__(self):
+        prefix = "learn.mist"
+        check_at_least(1, prefix, self, "epochs")
+        check_at_least(0, prefix, self, "rate")
+        check_share(f"{prefix}.density", self.density, above_zero=True)
+        check_share(f"{prefix}.drop", self.drop)
+        check_share(f"{prefix}.momentum", self.momentum)
+
+
+@dataclass
 class LearnConfig:
     """How new facts or lessons are taught, with any method.
 
@@ -66,6 +95,7 @@ class LearnConfig:
         skip_below: a step is left out where its loss is below so many nats a token: the lesson is learned. In rounds it
             is taught again when it has slipped. None leaves out none.
         terms: what each step heeds beside its lesson.
+        mist: what is tuned before the first step; nothing where it is not named.
     """
 
     method: str
@@ -78,6 +108,7 @@ class LearnConfig:
     loss_on: LossOn = "answer"
     skip_below: float | None = None
     terms: TermsConfig = field(default_factory=TermsConfig)
+    mist: MistConfig | None = None
 
     def __post_init__(self):
         check_choices("learn", self)

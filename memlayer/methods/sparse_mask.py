@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from memlayer.data.qa import MASKS
 from memlayer.layers.product_keys import ProductKeys
 from memlayer.methods.infonce import lesson_losses, projection
 from memlayer.methods.prepared import Prepared
@@ -167,7 +168,7 @@ def choose(
 
 def answer_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """The model's own loss on a batch."""
-    return model(**{key: value for key, value in batch.items() if key != "answer_mask"}).loss
+    return model(**{key: value for key, value in batch.items() if key not in MASKS}).loss
 
 
 def prepare(model: nn.Module, background, settings, lessons: Sequence[Mapping[str, Tensor]]) -> Prepared:

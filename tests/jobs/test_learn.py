@@ -117,6 +117,25 @@ def test_a_sparse_mask_that_goes_on_from_a_checkpoint_ends_with_the_same_bits(tm
     assert resumed.parameters_changed == whole.parameters_changed > 0
 
 
+@pytest.mark.parametrize("method", ["full", "sparse_memory", "sparse_mask"])
+def test_mist_before_any_method_goes_on_from_a_checkpoint_to_the_same_bits(tmp_path, checkpoint, method):
+    settings = {"method": method, "learning_rate": 0.01, "mist": {"epochs": 2, "rate": 0.1, "density": 0.1}}
+    saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 5}
+    config = config_of(LEARN, tmp_path / "run", checkpoint=str(checkpoint), learn=settings, trainer=saving)
+    whole = learn(config)
+    for step in (3, 4):
+        shutil.rmtree(tmp_path / "run" / "trainer" / f"checkpoint-{step}")
+    resumed = learn(config)
+    assert (whole.resumed_at, resumed.resumed_at, resumed.steps) == (0, 2, 4)
+    assert state_fingerprint(resumed.model) == state_fingerprint(whole.model)
+    host = learned_by(checkpoint, tmp_path / "host", method=method, learning_rate=0.01)
+    assert state_fingerprint(host.model) != state_fingerprint(whole.model)
+    assert whole.patch is None, "the whole model is written"
+    base = files.load(checkpoint)[0].state_dict()
+    moved = whole.model.state_dict()["model.layers.0.mlp.up_proj.weight"] != base["model.layers.0.mlp.up_proj.weight"]
+    assert moved.any()
+
+
 def lessons_config(folder, checkpoint, **sections):
     path = folder / "lessons.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in [*PAIRS, TEXT]))
