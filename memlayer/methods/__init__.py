@@ -2,8 +2,8 @@
 
 **A method** is a function ``prepare(model, background, settings, lessons=()) -> Prepared``. It gets a causal language
 model as it was loaded, the background counts of its tables (None where there are none), its own settings: any object
-with the attributes that the method reads, for jobs the dataclass of that name in ``jobs/learn_settings.py``, and of each
-lesson the batch of its first step, for methods that look at what is taught before they train. It may freeze, wrap or
+with the attributes that the method reads, for jobs the dataclass of that name in ``jobs/learn_settings.py``, and, for
+methods that look at what is taught before they train, the batch of each lesson's first step. It may freeze, wrap or
 hook the model. What it returns is all that a loop needs: a model to run forward, an optimizer to step, and
 ``finish``, which gives the caller's model back as an ordinary one that has learned::
 

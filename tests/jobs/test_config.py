@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 
 from memlayer.jobs.config import ANY_RUN, LearnRun, PretrainRun, RetrofitRun, load_config, to_yaml
 from memlayer.jobs.config_help import attributes, describe_settings
-from memlayer.jobs.learn_settings import ANY_LEARN, FullConfig, LearnConfig, LoraConfig, MistConfig, SparseMaskConfig, SparseMemoryConfig
+from memlayer.jobs.learn_settings import (
+    ANY_LEARN,
+    FullConfig,
+    LearnConfig,
+    LoraConfig,
+    MistConfig,
+    SparseMaskConfig,
+    SparseMemoryConfig,
+)
 from memlayer.jobs.sections import DataConfig, TextConfig
 from memlayer.jobs.typed import members, name_of, names, typed_fields
 from memlayer.layers.config import MemoryConfig
