@@ -115,6 +115,9 @@ def test_a_sparse_mask_that_goes_on_from_a_checkpoint_ends_with_the_same_bits(tm
     assert (whole.resumed_at, resumed.resumed_at, resumed.steps) == (0, 2, 4)
     assert state_fingerprint(resumed.model) == state_fingerprint(whole.model)
     assert resumed.parameters_changed == whole.parameters_changed > 0
+    at_its_end = learn(config)
+    assert at_its_end.resumed_at == 4, "nothing is left to do"
+    assert state_fingerprint(at_its_end.model) == state_fingerprint(whole.model)
 
 
 @pytest.mark.parametrize("method", ["full", "sparse_memory", "sparse_mask"])

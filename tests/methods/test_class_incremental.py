@@ -7,6 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memlayer.methods.class_incremental import RanPAC, SimpleCIL, pooled
+from memlayer.methods.infonce import projection, supervised_infonce
+from memlayer.methods.mist import adapt
+from memlayer.methods.sparse_mask import linear_weights
 
 
 def data(rows=60, width=6, classes=5, seed=0):
@@ -89,6 +92,39 @@ def test_features_are_the_position_asked_for_whatever_the_padding():
     batch = tiny.batch(lengths=(7, 4))
     hidden = tiny.decoder().model(batch["input_ids"], attention_mask=batch["attention_mask"])[0]
     assert torch.equal(pooled(hidden, batch["attention_mask"], "last")[1], hidden[1, 3])
+
+
+def texts(label, rows, seed):
+    """Sentences of a class: of every class most tokens are its own ten."""
+    draws = torch.Generator().manual_seed(100 * label + seed)
+    ours = 4 + 10 * label + torch.randint(10, (rows, 9), generator=draws)
+    anything = torch.randint(4, tiny.VOCAB, (rows, 9), generator=draws)
+    return ours.where(torch.rand(rows, 9, generator=draws) < 0.9, anything), torch.full((rows,), label)
+
+
+def test_mist_comes_before_hosts_over_a_decoders_features():
+    """The plug-in of the paper on text: before each task tune, then let the host take in the task's features."""
+    model = tiny.decoder()
+    head, start = projection(tiny.WIDTH, seed=0), tiny.snapshot(model)
+
+    def features(ids):
+        return pooled(model.base_model(input_ids=ids)[0], torch.ones_like(ids), "mean")
+
+    hosts = {"simplecil": SimpleCIL(), "ranpac": RanPAC(tiny.WIDTH, 100)}
+    for task in ([0, 1], [2, 3]):
+        ids, labels = map(torch.cat, zip(*(texts(label, 30, 0) for label in task), strict=True))
+        adapt(model, head, lambda: [supervised_infonce(head(features(ids)), labels)], epochs=3, lr=0.01)  # noqa: B023
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            for host in hosts.values():
+                host.learn(features(ids[order]), labels[order])
+    ids, labels = map(torch.cat, zip(*(texts(label, 30, 1) for label in range(4)), strict=True))
+    with torch.no_grad():
+        for name, host in hosts.items():
+            assert (host.predict(features(ids)) == labels).float().mean() > 0.45, name  # chance is 0.25
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, start[name])}
+    assert moved
+    assert moved <= set(linear_weights(model))
 
 
 @pytest.mark.parametrize(
