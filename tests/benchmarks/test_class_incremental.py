@@ -44,6 +44,11 @@ def test_selectors_of_one_objective_see_the_same_views(drawn, monkeypatch):
     assert all(torch.equal(*pair) for pair in zip(seen["random"], seen["fisher"], strict=True))
 
 
+def test_the_rate_is_the_lowest_that_learns_enough_or_else_the_best_at_the_end():
+    runs = [dict(zip(("ranpac_new", "ranpac_last"), pair, strict=True)) for pair in [(70, 60), (74, 50), (71, 65)]]
+    assert [benchmark.chosen("ranpac", runs, enough) for enough in (69, 72, 80, float("inf"))] == [0, 1, 2, 2]
+
+
 def test_finished_runs_are_read_again_and_a_torn_line_is_run_anew(tmp_path, drawn):
     path = tmp_path / "runs.jsonl"
     done = benchmark.Done(path, {"epochs": 1})
