@@ -11,6 +11,13 @@ def check_at_least(minimum: float, section: str, settings: Any, *names: str) -> 
             raise ValueError(f"{_dotted(section, name)} is {number}, must be at least {minimum}")
 
 
+def check_share(name: str, share: float, above_zero: bool = False) -> None:
+    """Raises: ValueError: ``share`` is not at least 0 and below 1 or, with ``above_zero``, above 0 and at most 1."""
+    if not (0 < share <= 1 if above_zero else 0 <= share < 1):
+        bounds = "above 0 and at most 1" if above_zero else "at least 0 and below 1"
+        raise ValueError(f"{name} is {share}, must be {bounds}")
+
+
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raises: ValueError: ``value`` is none of ``choices``."""
     if value not in choices:

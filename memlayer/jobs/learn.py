@@ -5,12 +5,13 @@ What it writes, and what is read of that again, is taught.py.
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ from memlayer.jobs.taught import Learned, files_of, provenance, save_learned
 from memlayer.jobs.terms import terms_of
 from memlayer.jobs.trainer import MemoryTrainer, train_to_end
 from memlayer.methods import METHODS, STORES
+from memlayer.methods.mist import adapt_to_lessons
 from memlayer.slots.counts import COUNTS_FILE, SlotCounts, load_counts
 
 log = logging.getLogger(__name__)
@@ -54,6 +56,21 @@ class _Prepared:
     lesson_of_step: list[str]
     background: dict[str, SlotCounts] | None
     sha256: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Batches(Sequence):
+    """Batches that are collated when they are asked for."""
+
+    examples: list[list[dict]]
+    collator: Callable[[list[list[dict]]], dict[str, Tensor]]
+    device: torch.device
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        return {key: tensor.to(self.device) for key, tensor in self.collator([self.examples[number]]).items()}
 
 
 def learn(config: RunConfig) -> Learned:
@@ -135,7 +152,23 @@ def _teach(lesson: _Prepared) -> Learned:
         checkpoint = checkpoint_to_resume(arguments, config, lesson.sha256)
     told = provenance(config, lesson.sha256)
     terms = terms_of(config, model.to(arguments.device), tokenizer, chain(*lesson.micro_batches))
-    prepared = METHODS[settings.method](model.to(arguments.device), lesson.background, settings)
+    collator = partial(_collate, pad_token_id=pad_token(tokenizer), loss_on=settings.loss_on)
+    first = in_order(lesson.encoded, 1, settings.order, settings.batch_size)
+    batches = _Batches(first, collator, arguments.device)
+    start = time.perf_counter()  # what looks at the lessons before the first step is learning, too
+    if (mist := settings.mist) is not None:
+        adapt_to_lessons(
+            model.to(arguments.device),
+            batches,
+            config.seed,
+            mist.paper_code,
+            density=mist.density,
+            drop=mist.drop,
+            epochs=mist.epochs,
+            lr=mist.rate,
+            momentum=mist.momentum,
+        )
+    prepared = METHODS[settings.method](model.to(arguments.device), lesson.background, settings, batches)
     may_change = sum(p.numel() for group in prepared.optimizer.param_groups for p in group["params"])
     trainer = MemoryTrainer(
         prepared.model,
@@ -146,11 +179,10 @@ def _teach(lesson: _Prepared) -> Learned:
         terms=terms,
         optimizers=(prepared.optimizer, None),
         train_dataset=lesson.micro_batches,
-        data_collator=partial(_collate, pad_token_id=pad_token(tokenizer), loss_on=settings.loss_on),
+        data_collator=collator,
     )
     if arguments.disable_tqdm:
         trainer.remove_callback(PrinterCallback)  # what stands in for the bar would print a line a run
-    start = time.perf_counter()
     train_to_end(trainer, checkpoint, f"learn.learning_rate={settings.learning_rate:g}")
     seconds = time.perf_counter() - start
     capacity = prepared.finetuner.capacity() if prepared.finetuner else {}
@@ -158,6 +190,8 @@ def _teach(lesson: _Prepared) -> Learned:
         for name, full in capacity.items():
             print(f"{name}: {full}")
     patch = prepared.finish()
+    if mist is not None:
+        patch = None  # it would be over a model that MIST had tuned: the whole model is the outcome
     if patch is not None:
         patch.provenance = told
         if not patch.num_rows:

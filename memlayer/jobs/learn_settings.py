@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from memlayer.checks import check_at_least, check_choices
+from memlayer.checks import check_at_least, check_choices, check_share
 from memlayer.jobs.sections import LossOn
 from memlayer.jobs.store_settings import AnyMethodConfig, HebbianConfig, NearestConfig, RetrievalConfig
 
@@ -109,6 +109,35 @@ class TermsConfig:
     trust_region: TrustRegionConfig | None = None
 
 
+@dataclass
+class MistConfig:
+    """MIST before learning: tune the few numbers that tell the lessons apart, freeze them, then teach by any method.
+
+    Attributes:
+        density: share of each matrix's numbers that is tuned.
+        drop: share of these that each step leaves out, drawn anew each step.
+        epochs: passes over the lessons, after the one that scores.
+        rate: learning rate of this tuning, which is SGD.
+        momentum: of this tuning.
+        paper_code: tune as the paper's released code does, which moves every number a little; its density is 0.1.
+    """
+
+    density: float = 0.05
+    drop: float = 0.9
+    epochs: int = 19
+    rate: float = 1e-4
+    momentum: float = 0.9
+    paper_code: bool = False
+
+    def __post_init__(self):
+        prefix = "learn.mist"
+        check_at_least(1, prefix, self, "epochs")
+        check_at_least(0, prefix, self, "rate")
+        check_share(f"{prefix}.density", self.density, above_zero=True)
+        check_share(f"{prefix}.drop", self.drop)
+        check_share(f"{prefix}.momentum", self.momentum)
+
+
 @dataclass(kw_only=True)
 class LearnConfig(AnyMethodConfig):
     """How new facts or lessons are taught, with any method that trains.
@@ -122,6 +151,7 @@ class LearnConfig(AnyMethodConfig):
         skip_below: a step is left out where its loss is below so many nats a token: the lesson is learned. In rounds it
             is taught again when it has slipped. None leaves out none.
         terms: what each step heeds beside its lesson.
+        mist: what is tuned before the first step; nothing where it is not named.
     """
 
     learning_rate: float
@@ -131,6 +161,7 @@ class LearnConfig(AnyMethodConfig):
     loss_on: LossOn = "answer"
     skip_below: float | None = None
     terms: TermsConfig = field(default_factory=TermsConfig)
+    mist: MistConfig | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -230,6 +261,43 @@ class LoraConfig(LearnConfig):
         check_at_least(0, "learn", self, "lora_alpha")
 
 
+@dataclass
+class SparseMaskConfig(LearnConfig):
+    """A fixed choice of single numbers of the linear layers' matrices, made before training.
+
+    Attributes:
+        score: which numbers: random ones, those of the greatest magnitude, or those with the largest gradients of the
+            loss of what is taught (fisher), or of the loss that pulls a lesson's wordings together (infonce).
+        density: share of each matrix's numbers that may change.
+        drop: share of them that each step leaves out, drawn anew each step.
+        optimizer: sgd, adam or adamw; none of them moves what was not chosen.
+        momentum: of sgd.
+    """
+
+    method: Literal["sparse_mask"] = "sparse_mask"
+    learning_rate: float = 3e-4
+    score: Literal["random", "magnitude", "fisher", "infonce"] = "random"
+    density: float = 0.05
+    drop: float = 0.0
+    optimizer: Literal["sgd", "adam", "adamw"] = "adamw"
+    momentum: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_share("learn.density", self.density, above_zero=True)
+        check_share("learn.drop", self.drop)
+        check_share("learn.momentum", self.momentum)
+        if self.momentum and self.optimizer != "sgd":
+            raise ValueError(f"learn.momentum is {self.momentum} and learn.optimizer {self.optimizer}: it is of sgd")
+
+
 ANY_LEARN = (
-    SparseMemoryConfig | DenseMemoryConfig | FullConfig | LoraConfig | RetrievalConfig | NearestConfig | HebbianConfig
+    SparseMemoryConfig
+    | DenseMemoryConfig
+    | FullConfig
+    | LoraConfig
+    | SparseMaskConfig
+    | RetrievalConfig
+    | NearestConfig
+    | HebbianConfig
 )

@@ -1,9 +1,10 @@
 """Methods, one file each: METHODS is the table of those that train, STORES of those that change no weight.
 
-**A method** is a function ``prepare(model, background, settings) -> Prepared``. It gets a causal language model as it
-was loaded, the background counts of its tables (None where there are none), and its own settings: any object with the
-attributes that the method reads, for jobs the dataclass of that name in ``jobs/learn_settings.py``. It may freeze, wrap
-or hook the model. What it returns is all that a loop needs: a model to run forward, an optimizer to step, and
+**A method** is a function ``prepare(model, background, settings, lessons=()) -> Prepared``. It gets a causal language
+model as it was loaded, the background counts of its tables (None where there are none), its own settings: any object
+with the attributes that the method reads, for jobs the dataclass of that name in ``jobs/learn_settings.py``, and, for
+methods that look at what is taught before they train, the batch of each lesson's first step. It may freeze, wrap or
+hook the model. What it returns is all that a loop needs: a model to run forward, an optimizer to step, and
 ``finish``, which gives the caller's model back as an ordinary one that has learned::
 
     prepared = METHODS["full"](model, None, FullConfig(learning_rate=1e-5))
@@ -23,7 +24,7 @@ projected gradient. No loop knows a method or a term by its name.
 and changes what is asked or what the output head answers.
 """
 
-from memlayer.methods import dense_memory, full, lora, sparse_memory
+from memlayer.methods import dense_memory, full, lora, sparse_mask, sparse_memory
 from memlayer.methods.hebbian import Hebbian
 from memlayer.methods.nearest import Nearest
 from memlayer.methods.prepared import Prepared
@@ -36,6 +37,7 @@ METHODS = {
     "dense_memory": dense_memory.prepare,
     "full": full.prepare,
     "lora": lora.prepare,
+    "sparse_mask": sparse_mask.prepare,
 }
 STORES: dict[str, type[Store]] = {"retrieval": Retrieval, "nearest": Nearest, "hebbian": Hebbian}
 

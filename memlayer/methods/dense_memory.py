@@ -12,7 +12,7 @@ from memlayer.layers.optimizer import RowAdamW
 from memlayer.methods.prepared import Prepared
 
 
-def prepare(model: nn.Module, background, settings) -> Prepared:
+def prepare(model: nn.Module, background, settings, lessons=()) -> Prepared:
     """Train the tables. ``background`` is not used.
 
     Raises:

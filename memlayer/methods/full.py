@@ -13,8 +13,8 @@ from memlayer.layers.optimizer import RowAdamW
 from memlayer.methods.prepared import Prepared
 
 
-def prepare(model: nn.Module, background, settings) -> Prepared:
-    """Train everything. ``background`` is not used."""
+def prepare(model: nn.Module, background, settings, lessons=()) -> Prepared:
+    """Train everything. ``background`` and ``lessons`` are not used."""
     modules = memory_tables(model).values()
     tables = [table.weight for table in modules]
     rest = [p for p in model.parameters() if all(p is not table for table in tables)]

@@ -9,8 +9,8 @@ from torch import nn
 from memlayer.methods.prepared import Prepared
 
 
-def prepare(model: nn.Module, background, settings) -> Prepared:
-    """Train low-rank updates of all linear layers. ``background`` is not used."""
+def prepare(model: nn.Module, background, settings, lessons=()) -> Prepared:
+    """Train low-rank updates of all linear layers. ``background`` and ``lessons`` are not used."""
     config = peft.LoraConfig(
         r=settings.lora_rank,
         lora_alpha=settings.lora_alpha,

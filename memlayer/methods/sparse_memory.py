@@ -454,7 +454,7 @@ def _check_table(name: str, table: MemoryTable, background: Mapping[str, SlotCou
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
 
 
-def prepare(model: nn.Module, background: Mapping[str, SlotCounts], settings) -> Prepared:
+def prepare(model: nn.Module, background: Mapping[str, SlotCounts], settings, lessons=()) -> Prepared:
     """Train the top slots of each step with a plain optimizer; SGD without momentum is the paper's."""
     if settings.optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer is {settings.optimizer!r}, must be one of {sorted(OPTIMIZERS)}")

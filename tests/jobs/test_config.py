@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 
 from memlayer.jobs.config import ANY_RUN, LearnRun, PretrainRun, RetrofitRun, load_config, to_yaml
 from memlayer.jobs.config_help import attributes, describe_settings
-from memlayer.jobs.learn_settings import ANY_LEARN, FullConfig, LearnConfig, LoraConfig, SparseMemoryConfig
+from memlayer.jobs.learn_settings import (
+    ANY_LEARN,
+    FullConfig,
+    LearnConfig,
+    LoraConfig,
+    MistConfig,
+    SparseMaskConfig,
+    SparseMemoryConfig,
+)
 from memlayer.jobs.sections import DataConfig, TextConfig
 from memlayer.jobs.store_settings import HebbianConfig, NearestConfig, RetrievalConfig
 from memlayer.jobs.typed import members, name_of, names, typed_fields
@@ -149,6 +157,11 @@ def test_which_settings_there_are_follows_from_job_and_method(tmp_path):
         (lambda: HebbianConfig(num_neighbours=0), "learn.num_neighbours is 0, must be at least 1"),
         (lambda: NearestConfig(min_similarity=-1.5), "learn.min_similarity is -1.5, must be at least -1"),
         (lambda: RetrievalConfig(statements=0, questions=0), "there is nothing to teach a fact with"),
+        (lambda: SparseMaskConfig(density=0.0), "learn.density is 0.0, must be above 0 and at most 1"),
+        (lambda: SparseMaskConfig(drop=1.0), "learn.drop is 1.0, must be at least 0 and below 1"),
+        (lambda: MistConfig(density=2.0), "learn.mist.density is 2.0, must be above 0 and at most 1"),
+        (lambda: MistConfig(epochs=0), "learn.mist.epochs is 0, must be at least 1"),
+        (lambda: SparseMaskConfig(momentum=0.9), "learn.momentum is 0.9 and learn.optimizer adamw: it is of sgd"),
         (lambda: TextConfig(), "no text to heal on"),
         (lambda: TextConfig(files=["a"], dataset="b"), "text.files and text.dataset are both set"),
         (lambda: replace(RUN, trainer={"optim": "adafactor"}), "trainer.optim cannot be set in job learn"),

@@ -64,7 +64,7 @@ def test_later_facts_avoid_the_rows_of_protected_ones(tmp_path, checkpoint):
     assert (checkpoint / COUNTS_FILE).read_bytes() == counts
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", ["full", "lora", "sparse_mask"])
 def test_baselines_need_no_background_counts(tmp_path, checkpoint, method):
     base = shutil.copytree(checkpoint, tmp_path / "base")
     (base / COUNTS_FILE).unlink()
@@ -101,6 +101,42 @@ def test_a_run_is_repeated_by_its_seed_and_changed_by_another(tmp_path, checkpoi
     first, again = (state_fingerprint(learn(config).model) for _ in range(2))
     config.seed = 1
     assert first == again != state_fingerprint(learn(config).model)
+
+
+@pytest.mark.parametrize("score", ["random", "fisher", "infonce"])
+def test_a_sparse_mask_that_goes_on_from_a_checkpoint_ends_with_the_same_bits(tmp_path, checkpoint, score):
+    learn_section = {"method": "sparse_mask", "score": score, "drop": 0.5, "learning_rate": 0.01}
+    saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 5}
+    config = config_of(LEARN, tmp_path / "run", checkpoint=str(checkpoint), learn=learn_section, trainer=saving)
+    whole = learn(config)
+    for step in (3, 4):
+        shutil.rmtree(tmp_path / "run" / "trainer" / f"checkpoint-{step}")
+    resumed = learn(config)
+    assert (whole.resumed_at, resumed.resumed_at, resumed.steps) == (0, 2, 4)
+    assert state_fingerprint(resumed.model) == state_fingerprint(whole.model)
+    assert resumed.parameters_changed == whole.parameters_changed > 0
+    at_its_end = learn(config)
+    assert at_its_end.resumed_at == 4, "nothing is left to do"
+    assert state_fingerprint(at_its_end.model) == state_fingerprint(whole.model)
+
+
+@pytest.mark.parametrize("method", ["full", "sparse_memory", "sparse_mask"])
+def test_mist_before_any_method_goes_on_from_a_checkpoint_to_the_same_bits(tmp_path, checkpoint, method):
+    settings = {"method": method, "learning_rate": 0.01, "mist": {"epochs": 2, "rate": 0.1, "density": 0.1}}
+    saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 5}
+    config = config_of(LEARN, tmp_path / "run", checkpoint=str(checkpoint), learn=settings, trainer=saving)
+    whole = learn(config)
+    for step in (3, 4):
+        shutil.rmtree(tmp_path / "run" / "trainer" / f"checkpoint-{step}")
+    resumed = learn(config)
+    assert (whole.resumed_at, resumed.resumed_at, resumed.steps) == (0, 2, 4)
+    assert state_fingerprint(resumed.model) == state_fingerprint(whole.model)
+    host = learned_by(checkpoint, tmp_path / "host", method=method, learning_rate=0.01)
+    assert state_fingerprint(host.model) != state_fingerprint(whole.model)
+    assert whole.patch is None, "the whole model is written"
+    base = files.load(checkpoint)[0].state_dict()
+    moved = whole.model.state_dict()["model.layers.0.mlp.up_proj.weight"] != base["model.layers.0.mlp.up_proj.weight"]
+    assert moved.any()
 
 
 def lessons_config(folder, checkpoint, **sections):
@@ -161,7 +197,7 @@ def test_a_step_whose_loss_is_low_already_is_left_out(tmp_path, checkpoint):
     assert 0 <= partly.steps_left_out < partly.steps
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", ["full", "lora", "sparse_mask"])
 def test_a_baseline_leaves_steps_out_as_well(tmp_path, checkpoint, method):
     learned = learned_by(checkpoint, tmp_path / "run", {"num_new": 2}, method=method, skip_below=100.0)
     assert learned.steps == learned.steps_left_out

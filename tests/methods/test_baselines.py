@@ -6,14 +6,16 @@ import torch
 
 from memlayer.decoders.attach import record_reads
 from memlayer.decoders.fingerprint import state_fingerprint
-from memlayer.jobs.learn_settings import DenseMemoryConfig, FullConfig, LoraConfig, SparseMemoryConfig
+from memlayer.jobs.learn_settings import DenseMemoryConfig, FullConfig, LoraConfig, SparseMaskConfig, SparseMemoryConfig
 from memlayer.methods import METHODS
+from memlayer.methods.sparse_mask import linear_weights
 
 SETTINGS = {
     "sparse_memory": SparseMemoryConfig(learning_rate=1.0, num_rows=20),
     "dense_memory": DenseMemoryConfig(learning_rate=0.01),
     "full": FullConfig(learning_rate=0.01),
     "lora": LoraConfig(learning_rate=0.05, lora_rank=4),
+    "sparse_mask": SparseMaskConfig(learning_rate=0.03, score="fisher", density=0.1),
 }
 
 
@@ -23,7 +25,7 @@ def loss_of(model, batch):
 
 
 def learn(model, method, steps=6):
-    prepared = METHODS[method](model, tiny.background(model), SETTINGS[method])
+    prepared = METHODS[method](model, tiny.background(model), SETTINGS[method], [tiny.batch()])
     for _ in range(steps):
         forward = prepared.finetuner.loss if prepared.finetuner else lambda b: prepared.model(**tiny.inputs(b)).loss
         forward(tiny.batch()).backward()
@@ -114,10 +116,21 @@ def test_lora_changes_linear_layers_but_no_table_embedding_or_norm():
 
 def test_lora_merges_to_what_it_computed():
     model, batch = tiny.memory_model(), tiny.batch()
-    prepared = METHODS["lora"](model, {}, SETTINGS["lora"])
+    prepared = METHODS["lora"](model, {}, SETTINGS["lora"], [])
     for _ in range(3):
         prepared.model(**tiny.inputs(batch)).loss.backward()
         prepared.optimizer.step()
     wrapped = loss_of(prepared.model, batch)
     prepared.finish()
     assert loss_of(model, batch) == pytest.approx(wrapped, abs=1e-5)
+
+
+def test_a_sparse_mask_changes_its_share_of_linear_layers_alone():
+    model = tiny.memory_model()
+    before = tiny.snapshot(model)
+    assert learn(model, "sparse_mask") is None
+    for name in changed(before, model):
+        assert name in linear_weights(model)
+        moved = before[name] != model.state_dict()[name]
+        assert 0 < moved.sum() <= round(0.1 * moved.numel())
+    assert len(changed(before, model)) >= 20
