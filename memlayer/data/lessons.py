@@ -11,8 +11,8 @@ file of lessons is JSON Lines, one object a line:
 
 A ``prompt`` is completed as it stands, a ``question`` may be framed (``prompts.py``), a ``text`` is learned whole.
 What is asked is an unseen wording unless it says ``"wording": "seen"``. ``"updates": true`` marks a lesson that gives a
-known fact another answer. ``"subject": "Ada"`` says what a lesson is about, in words of its prompts; without, it is the
-name that all of them share (``subjects.py``), if there is one. Every line is checked before any is returned.
+known fact another answer. ``"subject": "Ada"`` says what a lesson is about, in words of its prompts or texts; without,
+it is the name that all of them share (``subjects.py``), if there is one. Every line is checked before any is returned.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -148,12 +148,12 @@ def _parse(record: Mapping) -> Lesson:
 
 
 def _about(subject: object, teach: tuple[Example, ...]) -> tuple[Example, ...]:
-    """The examples, each told its subject where its prompt names it."""
+    """The examples, each told its subject."""
     if subject is None:
-        subject = shared_name([example.prompt for example in teach if not example.is_text])
-    elif not any(text_for_people("subject", subject).casefold() in example.prompt.casefold() for example in teach):
-        raise FactsError(f"subject {subject!r:.60} is in none of the prompts that are taught")
-    return tuple(replace(example, subject=subject) if not example.is_text else example for example in teach)
+        subject = shared_name([example.told for example in teach])
+    elif not any(text_for_people("subject", subject).casefold() in example.told.casefold() for example in teach):
+        raise FactsError(f"subject {subject!r:.60} is in nothing that is taught")
+    return tuple(replace(example, subject=subject) for example in teach)
 
 
 def _example(item: Mapping) -> Example:

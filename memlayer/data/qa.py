@@ -33,7 +33,7 @@ class Example:
         joint: what joins prompt and answer in the wording.
         is_question: whether the prompt is a question, which ``prompts.py`` may frame, rather than a statement's begin.
         end: what ends the answer; nothing is the tokenizer's end token.
-        subject: words of the prompt that say what it is about; nothing where that is not known.
+        subject: words of the prompt or text that say what it is about; nothing where that is not known.
     """
 
     prompt: str
@@ -47,6 +47,11 @@ class Example:
     def is_text(self) -> bool:
         """Whether it is a text, of which every token is learned and which may go on, rather than an answer."""
         return not self.prompt
+
+    @property
+    def told(self) -> str:
+        """What names the subject: the prompt, or the text."""
+        return self.prompt or self.answer
 
     @property
     def text(self) -> str:
@@ -240,30 +245,26 @@ def encode(tokenizer, examples: Sequence[Example]) -> list[dict]:
         the tokens that name it; both 0 where none is known) and ``length``.
     """
     prompts = encode_prompts(tokenizer, [example.prompt for example in examples])
-    subjects = _subjects(tokenizer, examples, prompts)
+    wholes = [prompt + answer for prompt, answer in zip(prompts, encode_answers(tokenizer, examples), strict=True)]
+    subjects = _subjects(tokenizer, examples, wholes)
     return [
-        {
-            "input_ids": prompt + answer,
-            "answer_start": max(1, len(prompt)),
-            "subject": subject,
-            "length": len(prompt + answer),
-        }
-        for prompt, answer, subject in zip(prompts, encode_answers(tokenizer, examples), subjects, strict=True)
+        {"input_ids": whole, "answer_start": max(1, len(prompt)), "subject": subject, "length": len(whole)}
+        for prompt, whole, subject in zip(prompts, wholes, subjects, strict=True)
     ]
 
 
-def _subjects(tokenizer, examples: Sequence[Example], prompts: Sequence[list[int]]) -> list[tuple[int, int]]:
-    """Where the tokens of each prompt begin and end that its subject is in, at its last mention.
+def _subjects(tokenizer, examples: Sequence[Example], wholes: Sequence[list[int]]) -> list[tuple[int, int]]:
+    """Where the tokens of each example begin and end that its subject is in, at its last mention in the prompt or text.
 
-    What the prompt's beginnings have in common with it tells: a tokenizer need not know where in a text a token was.
+    What the beginnings of that have in common with the whole tells: a tokenizer need not know where a token was.
     """
-    mentions = [list(re.finditer(re.escape(e.subject), e.prompt, re.IGNORECASE)) if e.subject else [] for e in examples]
+    mentions = [list(re.finditer(re.escape(e.subject), e.told, re.IGNORECASE)) if e.subject else [] for e in examples]
     named = [(number, found[-1]) for number, found in enumerate(mentions) if found]
-    before = encode_prompts(tokenizer, [examples[number].prompt[: found.start()].rstrip() for number, found in named])
-    until = encode_prompts(tokenizer, [examples[number].prompt[: found.end()] for number, found in named])
+    before = encode_prompts(tokenizer, [examples[number].told[: found.start()].rstrip() for number, found in named])
+    until = encode_prompts(tokenizer, [examples[number].told[: found.end()] for number, found in named])
     places = [(0, 0)] * len(examples)
     for (number, _), before_ids, until_ids in zip(named, before, until, strict=True):
-        first, last = (_in_common(ids, prompts[number]) for ids in (before_ids, until_ids))
+        first, last = (_in_common(ids, wholes[number]) for ids in (before_ids, until_ids))
         last += last < len(until_ids)  # its last token holds what follows as well
         places[number] = first, max(first + 1, last)
     return places

@@ -170,14 +170,14 @@ def test_published_question_sets_are_lessons_as_they_stand(name, tmp_path):
 
 def test_the_subject_is_what_the_lesson_says_or_the_name_that_its_wordings_share(tmp_path):
     wordings = [{"question": "Who leads the Bonn Choir?"}, {"prompt": "The Bonn Choir is led by"}]
-    teach = [wording | {"answer": "Ada"} for wording in wordings] + [{"text": "Ada leads it."}]
+    teach = [wording | {"answer": "Ada"} for wording in wordings] + [{"text": "Ada leads the Bonn Choir."}]
     said, shared = load_lessons(
         [written(tmp_path, [{"id": "1", "teach": teach, "subject": "the bonn"}, {"id": "2", "teach": teach}])]
     )
-    assert [example.subject for example in said.teach] == ["the bonn", "the bonn", ""]
-    assert [example.subject for example in shared.teach] == ["Bonn Choir", "Bonn Choir", ""]
+    assert {example.subject for example in said.teach} == {"the bonn"}
+    assert {example.subject for example in shared.teach} == {"Bonn Choir"}
     assert load_lessons([written(tmp_path, [as_record(said), as_record(shared)])]) == [said, shared]
-    with pytest.raises(FactsError, match="subject 'Rome' is in none of the prompts that are taught"):
+    with pytest.raises(FactsError, match="subject 'Rome' is in nothing that is taught"):
         load_lessons([written(tmp_path, [{"id": "1", "teach": teach, "subject": "Rome"}])])
 
 

@@ -100,6 +100,11 @@ def test_a_subject_is_looked_for_at_its_last_mention_in_any_case():
     assert encoded["subject"] == (0, 0)
 
 
+def test_the_subject_of_a_text_is_looked_for_in_it():
+    (encoded,) = encode(Letters(), [Example("", "ab cd", "", subject="c")])
+    assert (encoded["input_ids"], encoded["subject"]) == ([1, 10, 11, 12, 13], (3, 4))
+
+
 JOINTS = {
     "The number of [X] is [Y]": "The number of Book Ada is 3455",
     "The number of [X] is 978-[Y]": "The number of Book Ada is 978-3455",
