@@ -69,13 +69,13 @@ class NeighboursConfig(AnyMethodConfig):
     Attributes:
         alpha: how strongly the neighbours of a state answer; 0 leaves the model as it is.
         num_neighbours: the nearest states that count.
-        min_similarity: where no state has at least this cosine the model answers alone.
+        min_similarity: where no state has at least this cosine, both less the mean of all, the model answers alone.
         temperature: a neighbour counts e times less for each such step of cosine.
     """
 
     alpha: float = 0.9
     num_neighbours: int = 16
-    min_similarity: float = 0.95
+    min_similarity: float = 0.87
     temperature: float = 0.01
 
     strength: ClassVar[str] = "alpha"

@@ -3,8 +3,9 @@
 After kNN-LM (Khandelwal et al., arXiv:1911.00172, section 2: a distribution over the neighbours' tokens by a
 softmax of distances, mixed with the model's by one weight), and the control beside Memory Transformer Network
 (arXiv:2210.04485), whose trained reader of neighbours is left out. Ours: the states are those that go into the output
-head, not into the last feed-forward block; they have unit length, so that a distance is a cosine; a temperature; and
-the gate, without which a store of a few facts would speak at every position of every text.
+head, not into the last feed-forward block; they are taken less their mean and at unit length, so that distances are
+cosines, and cosines alike from model to model; a temperature; and the gate, without which a store of a few facts would
+speak at every position of every text.
 
 Shapes as in neighbours.py.
 """

@@ -50,17 +50,22 @@ class Kept:
         return self if here else Kept(self.states_MD.to(device), self.tokens_M.to(device))
 
     @cached_property
+    def mean_D(self) -> Tensor:
+        """What the states have in common; in a language model that is most of them."""
+        return self.states_MD.mean(0)
+
+    @cached_property
     def unit_MD(self) -> Tensor:
-        """The states at length 1."""
-        return F.normalize(self.states_MD, dim=-1)
+        """The states less their mean, at length 1."""
+        return F.normalize(self.states_MD - self.mean_D, dim=-1)
 
     def nearest(self, states_TD: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        """The most similar states, by the cosine, nearest first.
+        """The most similar states, by the cosine of what is left without their mean, nearest first.
 
         Returns:
             similarity_TK and place_TK, of ``number`` states or of all if there are fewer.
         """
-        similarity_TM = F.normalize(states_TD.float(), dim=-1) @ self.unit_MD.T
+        similarity_TM = F.normalize(states_TD.float() - self.mean_D, dim=-1) @ self.unit_MD.T
         found = similarity_TM.topk(min(number, len(self.tokens_M)), dim=-1)
         return found.values, found.indices
 
