@@ -371,7 +371,7 @@ def write_measured(measured: Measured, folder: Path) -> None:
 def read_measured(folder: Path) -> Measured:
     """What ``write_measured`` wrote."""
     answered = []
-    for line in (folder / ANSWERS).read_text(encoding="utf-8").splitlines():
+    for line in (folder / ANSWERS).read_text(encoding="utf-8").split("\n")[:-1]:  # an answer may hold other line ends
         record = json.loads(line)
         question = record.pop("question")
         answered.append(Answered(Question(**question | {"answers": tuple(question["answers"])}), **record))

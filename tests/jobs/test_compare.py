@@ -126,6 +126,9 @@ def test_what_was_measured_is_read_back_as_it_was_written(tmp_path, one_by_one):
     assert read_measured(tmp_path) == measured
     for name in (ANSWERS, PROBES):
         assert (tmp_path / name).read_bytes() == (one_by_one[2].folder / name).read_bytes()
+    measured.answers[0] = replace(measured.answers[0], prediction="a\u2028b\x85c\rd")
+    write_measured(measured, tmp_path)
+    assert read_measured(tmp_path) == measured
 
 
 def test_a_row_compares_a_trial_with_the_control(one_by_one):
