@@ -199,12 +199,13 @@ def _teach(lesson: _Prepared) -> Learned:
                 f"nothing was learned: no row has changed, with learn.num_rows={settings.num_rows} and "
                 f"learn.learning_rate={settings.learning_rate:g}; the model may read the chosen rows with a weight of 0"
             )
-    changed = files.numbers_changed(model, config.checkpoint)
+    changed = may_change if prepared.save else files.numbers_changed(model, config.checkpoint)
     return Learned(
         config,
         model.eval(),
         tokenizer,
         patch,
+        save_adapter=prepared.save,
         seconds=seconds,
         steps=trainer.state.global_step,
         parameters_changed=changed,

@@ -241,9 +241,11 @@ class FullConfig(LearnConfig):
 
 @dataclass
 class LoraConfig(LearnConfig):
-    """LoRA on every linear layer, AdamW, merged into the weights at the end.
+    """LoRA on every linear layer, AdamW.
 
     Attributes:
+        merge: whether the updates go into the weights at the end; false keeps them beside the model, as peft's folder
+            adapter.
         lora_rank: rank of the low-rank updates.
         lora_alpha: an update is scaled by lora_alpha / lora_rank.
     """
@@ -252,11 +254,14 @@ class LoraConfig(LearnConfig):
     learning_rate: float = 1e-4
     lora_rank: int = 32
     lora_alpha: float = 32.0
+    merge: bool = True
 
     def __post_init__(self):
         super().__post_init__()
         if self.terms.trust_region is not None:
             raise ValueError("learn.terms.trust_region holds the model's own weights, learn.method=lora trains others")
+        if self.mist is not None and not self.merge:
+            raise ValueError("learn.merge is false and learn.mist tunes the weights: the updates would be of no model")
         check_at_least(1, "learn", self, "lora_rank")
         check_at_least(0, "learn", self, "lora_alpha")
 

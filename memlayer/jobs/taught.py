@@ -5,7 +5,7 @@ so learned.json keeps the SHA-256 of each.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
@@ -25,10 +25,10 @@ from memlayer.evaluation.rows import COSTS
 from memlayer.files import sha256_of, write_file
 from memlayer.jobs.config import RunConfig, load_config
 from memlayer.jobs.run_folder import check_finite, is_done, write_result
-from memlayer.methods import STORES, Store
+from memlayer.methods import STORES, Store, lora
 from memlayer.patch import MemoryPatch, patches
 
-RECORD = "learned.json"
+RECORD, ADAPTER = "learned.json", "adapter"
 RECORDED = (*COSTS, "resumed_at", "steps_left_out", "capacity", "sha256")
 
 
@@ -40,13 +40,14 @@ class Learned:
         model: the model that has learned, an ordinary one again; with a store attached, where the method keeps one.
         patch: the rows changed, where the method changes memory rows only.
         seconds: time of the learning alone, from step ``resumed_at``.
-        parameters_changed: numbers in the model that are not what they were.
+        parameters_changed: numbers in the model that are not what they were, or that were put beside them.
         may_change: numbers that one step may change.
         examples, tokens: what it was shown since ``resumed_at``, replayed examples included.
         sha256: name and SHA-256 of what the run started from: checkpoint, facts, wordings, background counts.
         steps_left_out: of those since ``resumed_at``, the steps whose loss was below ``learn.skip_below``.
         capacity: per table how full it is, where the method writes into one; see ``methods.open_table.Capacity``.
         store: the lessons beside the model, where the method changes no weight.
+        save_adapter: writes what answers beside the weights, where the method keeps it apart.
     """
 
     config: RunConfig
@@ -64,6 +65,7 @@ class Learned:
     steps_left_out: int = 0
     capacity: dict[str, dict[str, int]] = field(default_factory=dict)
     store: Store | None = None
+    save_adapter: Callable[[Path], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,15 @@ class Taught:
         """Whether the run wrote a whole model, rather than a patch."""
         return (self.folder / "model").is_dir()
 
+    @property
+    def has_adapter(self) -> bool:
+        """Whether the run wrote what answers beside the model's weights."""
+        return (self.folder / ADAPTER).is_dir()
+
+    def _attach(self, model: nn.Module) -> Callable[[], None]:
+        """Have a model answer with the store or the adapter; returns what takes that off again."""
+        return lora.attach(model, self.folder / ADAPTER) if self.has_adapter else self.store.attach(model)
+
     @cached_property
     def store(self) -> Store | None:
         """The lessons that are kept beside the model, where the run's method changes no weight."""
@@ -123,7 +134,7 @@ class Taught:
     def model(
         self, base: nn.Module, tokenizer: PreTrainedTokenizerBase
     ) -> Iterator[tuple[nn.Module, PreTrainedTokenizerBase]]:
-        """The model that has learned: the one in the folder, or ``base`` with patch or store until the context ends.
+        """The model that has learned: that of the folder, or ``base`` with patch, store or adapter in this context.
 
         Raises:
             FileNotFoundError: the folder holds none of them.
@@ -131,8 +142,8 @@ class Taught:
         """
         if self.has_model:
             yield files.load(self.folder / "model")
-        elif self.store is not None:
-            take_off = self.store.attach(base)
+        elif self.store is not None or self.has_adapter:
+            take_off = self._attach(base)
             try:
                 yield base, tokenizer
             finally:
@@ -143,7 +154,7 @@ class Taught:
 
 
 def save_learned(learned: Learned, folder: str | Path, with_model: bool = True) -> None:
-    """Write the patch, the store or else the whole model, with the resolved config and what it took.
+    """Write the patch, the store, the adapter or else the whole model, with the resolved config and what it took.
 
     Args:
         with_model: False leaves a whole model out, for comparisons that only ask it questions.
@@ -166,6 +177,8 @@ def write_learned(learned: Learned, folder: Path, with_model: bool) -> None:
         learned.patch.save(folder / "patch")
     elif learned.store is not None:
         learned.store.save(folder / "store")
+    elif learned.save_adapter is not None:
+        learned.save_adapter(folder / ADAPTER)
     elif with_model:
         check_finite(dict(learned.model.named_parameters()))
         files.save(learned.model, learned.tokenizer, folder / "model")
@@ -196,7 +209,7 @@ def read_taught(folder: str | Path) -> Taught:
 
 
 def load_learned(checkpoint: str | Path, folder: str | Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """The model that ``save_learned`` wrote: the checkpoint with patch or store, or a whole model.
+    """The model that ``save_learned`` wrote: the checkpoint with patch, store or adapter, or a whole model.
 
     A store that changes what is asked leaves its model as it is: ``read_taught(folder).store`` says what to ask.
 
@@ -210,8 +223,8 @@ def load_learned(checkpoint: str | Path, folder: str | Path) -> tuple[nn.Module,
     taught.check_checkpoint(checkpoint, state_fingerprint(model))
     if taught.has_model:
         return files.load(taught.folder / "model")
-    if taught.store is not None:
-        taught.store.attach(model)
+    if taught.store is not None or taught.has_adapter:
+        taught._attach(model)
         return model, tokenizer
     MemoryPatch.load(taught.folder / "patch").apply(model)
     return model, tokenizer

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -53,9 +54,11 @@ class Prepared:
         finish: call after training; leaves the caller's model as an ordinary one that has learned, and
             returns a patch where the method changes memory rows only.
         finetuner: what chooses the rows of each step, if the method does that.
+        save: writes what answers beside the model's own weights into a folder, where the method keeps it apart.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     finish: Callable[[], MemoryPatch | None]
     finetuner: Finetuner | None = None
+    save: Callable[[Path], None] | None = None

@@ -58,6 +58,24 @@ def test_a_method_that_keeps_lessons_changes_no_number_takes_no_step_and_writes_
         save_learned(learned, tmp_path / "run")
 
 
+def test_low_rank_updates_may_stay_beside_the_model_and_come_off_again(tmp_path, checkpoint):
+    learned = learned_by(checkpoint, tmp_path / "run", method="lora", learning_rate=0.01, merge=False)
+    save_learned(learned, tmp_path / "run")
+    assert (tmp_path / "run" / "adapter" / "adapter_config.json").is_file()
+    assert not (tmp_path / "run" / "model").exists()
+    assert learned.parameters_changed == learned.may_change > 0
+    ids = torch.tensor([learned.tokenizer.encode("Where is")])
+    base, tokenizer = files.load(checkpoint)
+    before, fingerprint = base(ids).logits, state_fingerprint(base)
+    loaded, _ = load_learned(checkpoint, tmp_path / "run")
+    assert torch.equal(loaded(ids).logits, learned.model(ids).logits)
+    with read_taught(tmp_path / "run").model(base, tokenizer) as (model, _):
+        assert torch.equal(model(ids).logits, loaded(ids).logits)
+        assert not torch.equal(model(ids).logits, before)
+    assert state_fingerprint(base) == fingerprint
+    assert all(p.requires_grad for p in base.parameters())
+
+
 def test_a_result_is_never_written_over(tmp_path, checkpoint):
     """Neither that of another method, before it is taught, nor that of the same run."""
     full, sparse = ({"method": method, "learning_rate": RATES[method]} for method in ("full", "sparse_memory"))
