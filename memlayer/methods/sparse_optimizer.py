@@ -115,10 +115,17 @@ class SparseOptimizer(Optimizer):
         (group,) = self.param_groups
         for name, numbers_C in self._numbers.items():
             if numbers_C.grad is not None:
+                self._take_over(name, numbers_C)
                 self._step(name, numbers_C, group)
                 numbers_C.grad = None
         self.write()
         return loss
+
+    def _take_over(self, name: str, numbers_C: nn.Parameter) -> None:
+        """Go on from what somebody else has put into the weights since the last step, as a trust region does."""
+        found_C = self._chosen(name)
+        moved_C = bits(found_C) != bits(numbers_C.to(found_C.dtype))
+        numbers_C[moved_C] = found_C[moved_C].to(numbers_C.dtype)
 
     def _step(self, name: str, numbers_C: nn.Parameter, group: dict) -> None:
         state = self.state[numbers_C]
@@ -137,7 +144,7 @@ class SparseOptimizer(Optimizer):
 
     @torch.no_grad()
     def write(self) -> None:
-        """Put the numbers into the weights: ``step`` does so, and who moves the numbers otherwise calls it."""
+        """Put the numbers into the weights: ``step`` does so, and who moves the numbers themselves calls it."""
         for name, numbers_C in self._numbers.items():
             self._weights[name].view(-1)[self._indices[name]] = numbers_C.to(self._weights[name].dtype)
 

@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from memlayer.decoders.fingerprint import state_fingerprint
@@ -151,6 +152,28 @@ def test_steps_below_the_spacing_of_bfloat16_add_up():
         moved.append(sum(int((p != start[name]).sum()) for name, p in model.named_parameters()))
     assert moved[0] < 0.2 * optimizer.num_chosen, "one step is too small for most numbers"
     assert moved[-1] > 0.5 * optimizer.num_chosen, moved
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_put_into_the_weights_between_steps_is_gone_on_from(dtype):
+    """A bound on the weights holds at every step, and the numbers do not run ahead of it; what was moved itself too."""
+    model = nn.Linear(8, 8, bias=False).to(dtype)
+    start, x = model.weight.detach().clone(), torch.ones(1, 8, dtype=dtype)
+    optimizer = SparseOptimizer(model, {"weight": torch.arange(64, dtype=torch.int32)}, lr=0.1)
+    for _ in range(5):
+        model(x).sum().backward()
+        optimizer.step()
+        with torch.no_grad():
+            model.weight.copy_(start + (model.weight - start).clamp(-0.15, 0.15))
+    bound = model.weight.detach().clone()
+    (-model(x).sum()).backward()
+    optimizer.step()
+    torch.testing.assert_close(model.weight, bound + 0.1, rtol=1e-2 if dtype is torch.bfloat16 else 1e-6, atol=1e-3)
+    (numbers,) = optimizer.param_groups[0]["params"]
+    with torch.no_grad():
+        numbers.fill_(2.0)
+    optimizer.write()
+    assert torch.equal(model.weight, torch.full_like(start, 2.0))
 
 
 def test_activation_checkpointing_changes_nothing():
