@@ -209,6 +209,10 @@ class SparseMemoryConfig(LearnConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.mist is not None and self.mist.paper_code:
+            raise ValueError(
+                "learn.mist.paper_code moves product keys, with which the background was counted: leave it out"
+            )
         check_at_least(1, "learn", self, "num_rows")
         check_at_least(0, "learn", self, "idf_power", "protect", "max_norm")
 

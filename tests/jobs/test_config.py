@@ -160,6 +160,7 @@ def test_which_settings_there_are_follows_from_job_and_method(tmp_path):
         (lambda: SparseMaskConfig(density=0.0), "learn.density is 0.0, must be above 0 and at most 1"),
         (lambda: SparseMaskConfig(drop=1.0), "learn.drop is 1.0, must be at least 0 and below 1"),
         (lambda: MistConfig(density=2.0), "learn.mist.density is 2.0, must be above 0 and at most 1"),
+        (lambda: SparseMemoryConfig(mist=MistConfig(paper_code=True)), "learn.mist.paper_code moves product keys"),
         (lambda: MistConfig(epochs=0), "learn.mist.epochs is 0, must be at least 1"),
         (lambda: SparseMaskConfig(momentum=0.9), "learn.momentum is 0.9 and learn.optimizer adamw: it is of sgd"),
         (lambda: TextConfig(), "no text to heal on"),
