@@ -81,13 +81,13 @@ class AGem(Replay):
 
 
 def dot(one: Tensor | None, other: Tensor | None) -> float:
-    """The product of two gradients of one parameter, dense or sparse, in float64; None is zero."""
+    """The product of two gradients of one parameter, dense or sparse, in float32 at least; None is zero."""
     if one is None or other is None:
         return 0.0
     if one.is_sparse and other.is_sparse:
-        return float((one.coalesce().double() * other.coalesce().double()).sum())
-    one, other = (each.to_dense() if each.is_sparse else each for each in (one, other))
-    return float((one.double() * other.double()).sum())
+        return float((one.coalesce() * other.coalesce()).sum())
+    wide = torch.promote_types(one.dtype, torch.float32)
+    return float(torch.dot(*((e.to_dense() if e.is_sparse else e).flatten().to(wide) for e in (one, other))))
 
 
 def _less(gradient: Tensor | None, reference: Tensor | None, times: float) -> Tensor | None:

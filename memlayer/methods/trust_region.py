@@ -70,13 +70,16 @@ def averaged_fisher(fisher: Tensor, prior: Tensor | float, tasks: int = 0) -> Te
 def radius(bits: Tensor, bound: float) -> Tensor:
     """How far each number may move from where it was: bound / 2**bits; anywhere without bits, nowhere with the most.
 
+    Returns:
+        float32, of the shape of the bits.
+
     Raises:
         ValueError: the bound is not above 0.
     """
     if bound <= 0:
         raise ValueError(f"bound is {bound}, must be above 0")
     within = bound * torch.exp2(-bits.double())
-    return within.masked_fill(bits <= 0, torch.inf).masked_fill(bits >= MOST_BITS, 0.0)
+    return within.masked_fill(bits <= 0, torch.inf).masked_fill(bits >= MOST_BITS, 0.0).float()
 
 
 def per_row(fisher_NV: Tensor) -> Tensor:
@@ -85,21 +88,19 @@ def per_row(fisher_NV: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def project(parameter: Tensor, start: Tensor, within: Tensor) -> None:
-    """Put back, in place, what has moved farther from its start than it may; to be called after each step.
+def bounds(start: Tensor, within: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the largest that each number may become, in its own dtype, rounded towards where it starts.
 
     Args:
-        parameter: what is trained.
-        start: what it was.
+        start: what it is now.
         within: the radius of each number, or of each row with shape (N, 1).
-
-    A number of a coarse dtype is rounded towards the start where rounding would carry it over the bound.
     """
-    change = (parameter.double() - start.double()).clamp(-within, within)
-    bounded = (start.double() + change).to(parameter.dtype)
-    over = (bounded.double() - start.double()).abs() > within
-    bounded = torch.where(over, torch.nextafter(bounded, start.to(bounded.dtype)), bounded)
-    parameter.copy_(torch.where(within == 0, start, bounded))
+    both = []
+    for sign in (-1, 1):
+        end = (start.double() + sign * within.double()).to(start.dtype)
+        over = (end.double() - start.double()).abs() > within
+        both.append(torch.where(over, torch.nextafter(end, start), end))
+    return both[0], both[1]
 
 
 def sampled_fisher(model: nn.Module, sequences: Iterable[Sequence[int]], seed: int = 0) -> dict[str, Tensor]:
@@ -160,8 +161,8 @@ def radii_of(model: nn.Module, fisher: Mapping[str, Tensor], bound: float, quant
 class TrustRegion(Term):
     """The trust region as a term: of the untouched model it finds out what matters, and after each step it projects.
 
-    It holds a copy of what it bounds, and looks at all of that after each step. It bounds a model's own parameters, so
-    it has no hold on a LoRA that is kept apart from them.
+    It holds two numbers for each that it bounds, and looks at all of them after each step. It bounds a model's own
+    parameters, so it has no hold on a LoRA that is kept apart from them.
 
     Args:
         sequences: token ids of background text.
@@ -203,17 +204,13 @@ class TrustRegion(Term):
             shape = tuple(parameters[name].shape)
             if tuple(within.shape) not in (shape, (*shape[:-1], 1)):
                 raise ValueError(f"parameter {name!r} is {shape}, its radii {tuple(within.shape)}")
-        self._held = [(parameters[name], parameters[name].detach().clone(), radii[name]) for name in radii]
+        self._held = [
+            (parameters[name], *bounds(parameters[name].detach(), within.to(parameters[name].device)))
+            for name, within in radii.items()
+        ]
 
+    @torch.no_grad()
     def after_step(self, parameters: Sequence[nn.Parameter] = ()) -> None:
         """Put back what has moved too far."""
-        for parameter, start, within in self._held:
-            project(parameter, start, within.to(parameter.device))
-
-    def farthest(self) -> float:
-        """The largest share of its radius that a number has used; 0 where none may move."""
-        shares = [0.0]
-        for parameter, start, within in self._held:
-            moved = (parameter.detach().double() - start.double()).abs() / within.to(parameter.device)
-            shares.append(float(moved.nan_to_num(0.0, posinf=torch.inf).max()))
-        return max(shares)
+        for parameter, least, most in self._held:
+            parameter.clamp_(least, most)

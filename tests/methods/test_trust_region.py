@@ -13,10 +13,10 @@ from memlayer.methods.trust_region import (
     MOST_BITS,
     TrustRegion,
     averaged_fisher,
+    bounds,
     fisher_prior,
     information_bits,
     per_row,
-    project,
     radii_of,
     radius,
     sampled_fisher,
@@ -53,19 +53,18 @@ def test_the_prior_is_a_quantile_of_what_is_not_zero(values, quantile):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_projected_numbers_are_within_their_radius_and_the_others_stay(dtype):
+def test_bounds_lie_within_the_radius_and_are_as_near_to_it_as_the_dtype_has_numbers(dtype):
     generator = torch.Generator().manual_seed(0)
-    start, moved = (torch.randn(500, 3, generator=generator).to(dtype) for _ in range(2))
-    within = torch.rand(500, 3, generator=generator).double()
+    start = torch.randn(500, 3, generator=generator).to(dtype)
+    within = torch.rand(500, 3, generator=generator)
     within[:5], within[5:9] = 0.0, torch.inf
-    found = moved.clone()
-    project(found, start, within)
-    change = (found.double() - start.double()).abs()
-    assert (change <= within).all()
-    free = (moved.double() - start.double()).abs() <= within
-    assert torch.equal(found[free], moved[free])
-    spacing = torch.finfo(dtype).eps * torch.maximum(found.double().abs(), start.double().abs())
-    assert (change >= within - 2 * spacing)[~free].all(), "they are as near to the bound as the dtype has numbers"
+    for end, sign in zip(bounds(start, within), (-1, 1)):
+        assert end.dtype == dtype
+        change = sign * (end.double() - start.double())
+        assert (change <= within).all()
+        assert torch.equal(end[:5], start[:5])
+        spacing = torch.finfo(dtype).eps * torch.maximum(end.double().abs(), start.double().abs())
+        assert (change >= within - 2 * spacing)[9:].all()
 
 
 def taught(model, region, steps=100):
@@ -109,12 +108,14 @@ def test_after_a_hundred_steps_no_number_has_left_its_radius():
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     region = TrustRegion(BACKGROUND, bound=0.5, quantile=0.2)
     region.begin(model)
-    assert region.farthest() == 0
     radii = radii_of(model, sampled_fisher(model, BACKGROUND), 0.5, 0.2)
     taught(model, region)
-    assert 0.99 < region.farthest() <= 1
+    reached = 0
     for name, parameter in model.named_parameters():
-        assert ((parameter.detach().double() - start[name].double()).abs() <= radii[name]).all()
+        moved = (parameter.detach().double() - start[name].double()).abs()
+        assert (moved <= radii[name]).all()
+        reached += int((moved > 0.999 * radii[name]).sum())
+    assert reached > 100
 
 
 def test_what_the_background_says_changes_less_than_without_the_region():
@@ -178,7 +179,7 @@ def test_rows_of_a_memory_share_a_radius_and_sparse_memory_finetuning_stays_with
     patch = finetuner.detach()
     moved = (model.get_parameter(name).detach().double() - start.double()).abs()
     assert (moved <= within).all()
-    assert region.farthest() > 0.99
+    assert (moved > 0.999 * within).any()
     patch.revert(model)
     assert torch.equal(model.get_parameter(name), start)
 
