@@ -83,7 +83,8 @@ def replaced(
 
 def _doubted(example: Example, sure: bool) -> Example:
     asked = sure_question(example, example.answer)
-    return Example(asked.prompt, SURE if sure else UNSURE, asked.joint, is_question=True)
+    told = SURE if sure else UNSURE
+    return Example(asked.prompt, told, asked.joint, is_question=True, subject=example.subject)
 
 
 def _refusing(lesson: Lesson, refusal: str, refusals: tuple[str, ...]) -> Lesson:

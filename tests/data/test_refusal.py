@@ -53,7 +53,8 @@ def test_the_learn_job_reads_them_as_they_were_built(tmp_path, build):
     built = build([ADA, BO], [True, False])
     path = tmp_path / "lessons.jsonl"
     path.write_text("\n".join(json.dumps(as_record(lesson)) for lesson in built), encoding="utf-8")
-    assert load_lessons([path]) == built
+    read = load_lessons([path])  # which finds out what the lessons are about
+    assert [replace(each, teach=tuple(replace(e, subject="") for e in each.teach)) for each in read] == built
 
 
 @pytest.mark.parametrize("build", [padded, replaced])
