@@ -52,32 +52,29 @@ class AGem(Replay):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._reference: dict[int, Tensor] = {}  # by the parameter's id, summed over the micro-batches of a step
+        self._losses: list[Tensor] = []  # on the replayed examples of this step
         self._of_step = -1
         self.projected = 0  # steps whose gradient was changed
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor], logits: Tensor) -> None:
-        """Keep the gradient of the next few examples."""
+        """Run the next few examples forward."""
         if self._of_step != self.step:
-            self._reference, self._of_step = {}, self.step
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        gradients = torch.autograd.grad(super().loss(model, batch, logits), trained, allow_unused=True)
-        for parameter, gradient in zip(trained, gradients):
-            if gradient is not None:
-                known = self._reference.get(id(parameter))
-                self._reference[id(parameter)] = gradient if known is None else known + gradient
+            self._losses, self._of_step = [], self.step
+        self._losses.append(super().loss(model, batch, logits))
 
-    @torch.no_grad()
     def after_backward(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Project the gradients on what does not go against the kept one."""
-        reference = [self._reference.get(id(parameter)) for parameter in parameters]
+        """Run them backward, and project the gradients on what does not go against theirs."""
         gradients = [parameter.grad for parameter in parameters]
-        found = project(gradients, reference)
-        self._reference = {}
-        if any(new is not old for new, old in zip(found, gradients)):
-            self.projected += 1
-            for parameter, gradient in zip(parameters, found):
-                parameter.grad = gradient
+        for parameter in parameters:
+            parameter.grad = None
+        for loss in self._losses:
+            loss.backward()
+        self._losses = []
+        with torch.no_grad():
+            found = project(gradients, [parameter.grad for parameter in parameters])
+        self.projected += any(new is not old for new, old in zip(found, gradients))
+        for parameter, gradient in zip(parameters, found):
+            parameter.grad = gradient
 
 
 def dot(one: Tensor | None, other: Tensor | None) -> float:

@@ -37,9 +37,11 @@ def test_every_method_replays_beside_its_lessons(tmp_path, checkpoint, method, t
         assert len(table.rows) <= 2 * 2 * 4  # facts, steps, rows of a step: replay chooses none
 
 
-def test_micro_batches_of_a_step_replay_as_much_as_they_weigh(tmp_path, checkpoint):
+@pytest.mark.parametrize("target", ["text", "gradient"])
+def test_micro_batches_of_a_step_replay_as_much_as_they_weigh(tmp_path, checkpoint, target):
     """The rows of a step move alike whether it is one batch or three micro-batches with a third of the replay each."""
-    told = {"replay": {"known": [0, 12], "batch_size": 12}}  # a draw of all there are: the order does not matter
+    # A draw of all there are: the order does not matter.
+    told = {"replay": {"known": [0, 12], "batch_size": 12, "target": target, "loss_on": "answer"}}
     moved = []
     for parts in (1, 3):
         trainer = {"gradient_accumulation_steps": parts}
@@ -72,8 +74,8 @@ def test_what_the_untouched_model_writes_is_replayed_and_is_the_same_again(tmp_p
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_every_term_has_its_say_in_every_method_that_it_can_serve(tmp_path, checkpoint, method, terms):
     told = {"method": method, "loss_on": "all", "learning_rate": 10.0 if method == "sparse_memory" else 1e-2}
-    if method == "lora" and "trust_region" in terms:
-        with pytest.raises(ValueError, match=r"learn\.method=lora trains others"):
+    if method in ("lora", "sparse_mask") and "trust_region" in terms:
+        with pytest.raises(ValueError, match=f"learn.method={method} steps others beside them"):
             learned_by(checkpoint, tmp_path / "refused", terms=terms, **told)
         return
     runs = [learned_by(checkpoint, tmp_path / name, terms=kept, **told) for name, kept in (("a", {}), ("b", terms))]

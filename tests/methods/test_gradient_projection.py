@@ -107,7 +107,7 @@ def test_a_small_step_hardly_raises_the_loss_on_what_is_remembered(sparse):
     term = AGem(lessons(True), tiny.PAD, batch_size=4, loss_on="answer")
     assert step(model, [term]) < plain / 10
     assert plain > 1e-5
-    assert term.projected == 1
+    assert (term.projected, term.examples, term.tokens) == (1, 4, 28)
 
 
 def test_with_sparse_memory_finetuning_the_chosen_rows_go_with_what_is_remembered():
