@@ -262,7 +262,8 @@ class LoraConfig(LearnConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_no_trust_region(self)
+        if self.terms.trust_region is not None:
+            raise ValueError("learn.terms.trust_region holds a model's own weights, learn.method=lora steps others")
         if self.mist is not None and not self.merge:
             raise ValueError("learn.merge is false and learn.mist tunes the weights: the updates would be of no model")
         check_at_least(1, "learn", self, "lora_rank")
@@ -292,19 +293,11 @@ class SparseMaskConfig(LearnConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_no_trust_region(self)
         check_share("learn.density", self.density, above_zero=True)
         check_share("learn.drop", self.drop)
         check_share("learn.momentum", self.momentum)
         if self.momentum and self.optimizer != "sgd":
             raise ValueError(f"learn.momentum is {self.momentum} and learn.optimizer {self.optimizer}: it is of sgd")
-
-
-def _check_no_trust_region(told: LearnConfig) -> None:
-    if told.terms.trust_region is not None:
-        raise ValueError(
-            f"learn.terms.trust_region holds a model's own weights, learn.method={told.method} steps others beside them"
-        )
 
 
 ANY_LEARN = (

@@ -165,6 +165,9 @@ class SparseOptimizer(Optimizer):
 
     def state_dict(self) -> dict:
         """torch's, with the chosen numbers, where they are, what stood there, and where the draws of ``drop`` are."""
+        with torch.no_grad():
+            for name, numbers_C in self._numbers.items():
+                self._take_over(name, numbers_C)
         ours = {
             "names": list(self._indices),
             "indices": list(self._indices.values()),
