@@ -8,6 +8,7 @@ import pytest
 import torch
 
 SCRIPT = "benchmarks/class_incremental.py"
+pytestmark = pytest.mark.slow  # half a minute together, most of it pretraining
 MIST = ("infonce", "infonce", 0.9, "every")
 
 

@@ -59,9 +59,9 @@ def test_names_are_those_of_the_model_within(wrap):
 
 
 @pytest.mark.parametrize(
-    "wrap",  # what is compiled and adapted is compiled
+    "wrap",
     [
-        pytest.param(wrap, id=name, marks=[pytest.mark.slow] if name == "compile" else [])
+        pytest.param(wrap, id=name, marks=[pytest.mark.slow] if name != "peft" else [])
         for name, wrap in WRAPPERS.items()
     ],
 )
@@ -88,7 +88,8 @@ def test_an_adapter_on_a_table_is_refused():
         with_lora(tiny.memory_model(), ["model.memory.0"])
 
 
-@pytest.mark.parametrize("used_before", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("used_before", [True, False])
 def test_reads_of_a_model_compiled_in_place_are_recorded(used_before):
     model, batch = tiny.memory_model(), tiny.batch()
     torch._dynamo.reset()

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from commands import LEARN, checkpoint, run, write_config
 
 from memlayer.data.facts import facts_of
@@ -11,6 +12,7 @@ __all__ = ["checkpoint"]  # a fixture
 SCRIPT = "examples/gradual_lessons.py"
 
 
+@pytest.mark.slow
 def test_two_calls_write_the_lessons_of_two_stages(tmp_path, checkpoint):
     facts = facts_of(num_known=24, num_new=0)  # what the checkpoint was pretrained on
     lessons = [json.dumps(as_record(each)) for each in lessons_of_facts(facts.known, facts.wordings, 3, 3)]

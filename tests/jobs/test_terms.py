@@ -11,11 +11,16 @@ from memlayer.decoders.fingerprint import state_fingerprint
 from memlayer.methods import METHODS
 
 __all__ = ["checkpoint"]  # a fixture
+OTHERS = ("full", "sparse_mask")
 KNOWN = {"known": [0, 10], "batch_size": 4}
 
 
-@pytest.mark.parametrize("target", ["text", "base"])
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize(
+    ("method", "target"),
+    [(method, "text") for method in sorted(METHODS)]
+    + [("sparse_memory", "base")]
+    + [pytest.param(method, "base", marks=pytest.mark.slow) for method in sorted(METHODS) if method != "sparse_memory"],
+)
 def test_every_method_replays_beside_its_lessons(tmp_path, checkpoint, method, target):
     with batches_read() as batches:
         alone = learned_by(checkpoint, tmp_path / "alone", method=method)
@@ -71,7 +76,13 @@ def test_what_the_untouched_model_writes_is_replayed_and_is_the_same_again(tmp_p
     ],
     ids=lambda terms: next(iter(terms)),
 )
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize(
+    "method",
+    [
+        method if method in ("sparse_memory", "lora") else pytest.param(method, marks=pytest.mark.slow)
+        for method in sorted(METHODS)
+    ],
+)
 def test_every_term_has_its_say_in_every_method_that_it_can_serve(tmp_path, checkpoint, method, terms):
     told = {"method": method, "loss_on": "all", "learning_rate": 10.0 if method == "sparse_memory" else 1e-2}
     if method == "lora" and "trust_region" in terms:
@@ -94,7 +105,7 @@ def test_every_term_has_its_say_in_every_method_that_it_can_serve(tmp_path, chec
         },
     ],
 )
-@pytest.mark.parametrize("method", ["sparse_memory", "full", "sparse_mask"])
+@pytest.mark.parametrize("method", ["sparse_memory", *(pytest.param(m, marks=pytest.mark.slow) for m in OTHERS)])
 def test_a_run_that_goes_on_replays_what_the_uninterrupted_one_does(tmp_path, checkpoint, method, terms):
     told = {"method": method, "terms": terms} | ({"learning_rate": 0.01} if method == "sparse_mask" else {})
     whole = learned_by(checkpoint, tmp_path / "whole", **told)

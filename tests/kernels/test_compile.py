@@ -28,7 +28,7 @@ PROGRAM = Path(__file__).with_name("compile_kernels.py")
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-QUICK = ("sm_90", "gfx942")  # one of each maker; half a minute each
+QUICK = ("sm_90",)  # half a minute each
 
 
 # The widths are those of the benchmark's shapes, all of which read 32 slots a head; a search keeps up to 128.
