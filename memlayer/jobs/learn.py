@@ -15,6 +15,7 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
 
 from memlayer.data.facts import facts_of, taught_anew
@@ -28,15 +29,16 @@ from memlayer.evaluation.qa import check_answers
 from memlayer.files import sha256_of
 from memlayer.jobs.checkpoints import checkpoint_to_resume, step_of
 from memlayer.jobs.config import PretrainRun, RunConfig, load_config
-from memlayer.jobs.learn_settings import LearnConfig
+from memlayer.jobs.learn_settings import LearnConfig, SparseMemoryConfig
 from memlayer.jobs.lessons import lessons_of, prompts_of
 from memlayer.jobs.preflight import check_checkpoint, check_lengths, check_output, training_arguments
 from memlayer.jobs.run_folder import claimed, is_done
 from memlayer.jobs.taught import Learned, files_of, provenance, save_learned
 from memlayer.jobs.terms import terms_of
 from memlayer.jobs.trainer import MemoryTrainer, train_to_end
-from memlayer.methods import METHODS, STORES
+from memlayer.methods import METHODS, STORES, Prepared
 from memlayer.methods.mist import adapt_to_lessons
+from memlayer.patch import MemoryPatch
 from memlayer.slots.counts import COUNTS_FILE, SlotCounts, load_counts
 
 log = logging.getLogger(__name__)
@@ -65,11 +67,13 @@ class _Batches(Sequence):
     examples: list[list[dict]]
     collator: Callable[[list[list[dict]]], dict[str, Tensor]]
     device: torch.device
+    looked_at: Callable[[], object]
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
+        self.looked_at()
         return {key: tensor.to(self.device) for key, tensor in self.collator([self.examples[number]]).items()}
 
 
@@ -153,22 +157,8 @@ def _teach(lesson: _Prepared) -> Learned:
     told = provenance(config, lesson.sha256)
     terms = terms_of(config, model.to(arguments.device), tokenizer, chain(*lesson.micro_batches))
     collator = partial(_collate, pad_token_id=pad_token(tokenizer), loss_on=settings.loss_on)
-    first = in_order(lesson.encoded, 1, settings.order, settings.batch_size)
-    batches = _Batches(first, collator, arguments.device)
     start = time.perf_counter()  # what looks at the lessons before the first step is learning, too
-    if (mist := settings.mist) is not None:
-        adapt_to_lessons(
-            model.to(arguments.device),
-            batches,
-            config.seed,
-            mist.paper_code,
-            density=mist.density,
-            drop=mist.drop,
-            epochs=mist.epochs,
-            lr=mist.rate,
-            momentum=mist.momentum,
-        )
-    prepared = METHODS[settings.method](model.to(arguments.device), lesson.background, settings, batches)
+    prepared = _made_ready(lesson, collator)
     may_change = sum(p.numel() for group in prepared.optimizer.param_groups for p in group["params"])
     trainer = MemoryTrainer(
         prepared.model,
@@ -190,15 +180,11 @@ def _teach(lesson: _Prepared) -> Learned:
         for name, full in capacity.items():
             print(f"{name}: {full}")
     patch = prepared.finish()
-    if mist is not None:
+    if settings.mist is not None:
         patch = None  # it would be over a model that MIST had tuned: the whole model is the outcome
     if patch is not None:
         patch.provenance = told
-        if not patch.num_rows:
-            log.warning(
-                f"nothing was learned: no row has changed, with learn.num_rows={settings.num_rows} and "
-                f"learn.learning_rate={settings.learning_rate:g}; the model may read the chosen rows with a weight of 0"
-            )
+        _warn_of_nothing(patch, settings)
     changed = may_change if prepared.save else files.numbers_changed(model, config.checkpoint)
     return Learned(
         config,
@@ -216,6 +202,28 @@ def _teach(lesson: _Prepared) -> Learned:
         steps_left_out=trainer.steps_left_out,
         capacity={name: asdict(full) for name, full in capacity.items()},
     )
+
+
+def _made_ready(lesson: _Prepared, collator: Callable[[list[list[dict]]], dict[str, Tensor]]) -> Prepared:
+    """The model tuned by MIST, where that is asked for, and then made ready by the method."""
+    settings, model = lesson.config.learn, lesson.model.to(lesson.arguments.device)
+    first = in_order(lesson.encoded, 1, settings.order, settings.batch_size)
+    quiet = lesson.arguments.disable_tqdm
+    # How often each lesson is looked at, the method knows; most look at none.
+    with tqdm(desc="looking at what will be taught", unit="lesson", delay=1, disable=quiet) as bar:
+        batches = _Batches(first, collator, lesson.arguments.device, bar.update)
+        if (mist := settings.mist) is not None:
+            told = {"density": mist.density, "drop": mist.drop, "epochs": mist.epochs, "momentum": mist.momentum}
+            adapt_to_lessons(model, batches, lesson.config.seed, mist.paper_code, lr=mist.rate, **told)
+        return METHODS[settings.method](model, lesson.background, settings, batches)
+
+
+def _warn_of_nothing(patch: MemoryPatch, settings: SparseMemoryConfig) -> None:
+    if not patch.num_rows:
+        log.warning(
+            f"nothing was learned: no row has changed, with learn.num_rows={settings.num_rows} and "
+            f"learn.learning_rate={settings.learning_rate:g}; the model may read the chosen rows with a weight of 0"
+        )
 
 
 def _keep(lesson: _Prepared) -> Learned:

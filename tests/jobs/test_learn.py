@@ -103,17 +103,23 @@ def test_a_run_is_repeated_by_its_seed_and_changed_by_another(tmp_path, checkpoi
     assert first == again != state_fingerprint(learn(config).model)
 
 
-@pytest.mark.parametrize("score", ["random", "fisher", "infonce"])
-def test_a_sparse_mask_that_goes_on_from_a_checkpoint_ends_with_the_same_bits(tmp_path, checkpoint, score):
-    learn_section = {"method": "sparse_mask", "score": score, "drop": 0.5, "learning_rate": 0.01}
+def whole_and_resumed(tmp_path, checkpoint, settings):
+    """A run of four steps, the same gone on from its second, and its config."""
     saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 5}
-    config = config_of(LEARN, tmp_path / "run", checkpoint=str(checkpoint), learn=learn_section, trainer=saving)
+    config = config_of(LEARN, tmp_path / "run", checkpoint=str(checkpoint), learn=settings, trainer=saving)
     whole = learn(config)
     for step in (3, 4):
         shutil.rmtree(tmp_path / "run" / "trainer" / f"checkpoint-{step}")
     resumed = learn(config)
     assert (whole.resumed_at, resumed.resumed_at, resumed.steps) == (0, 2, 4)
     assert state_fingerprint(resumed.model) == state_fingerprint(whole.model)
+    return whole, resumed, config
+
+
+@pytest.mark.parametrize("score", ["random", "fisher", "infonce"])
+def test_a_sparse_mask_that_goes_on_from_a_checkpoint_ends_with_the_same_bits(tmp_path, checkpoint, score):
+    settings = {"method": "sparse_mask", "score": score, "drop": 0.5, "learning_rate": 0.01}
+    whole, resumed, config = whole_and_resumed(tmp_path, checkpoint, settings)
     assert resumed.parameters_changed == whole.parameters_changed > 0
     at_its_end = learn(config)
     assert at_its_end.resumed_at == 4, "nothing is left to do"
@@ -127,14 +133,7 @@ def test_a_sparse_mask_that_goes_on_from_a_checkpoint_ends_with_the_same_bits(tm
 def test_mist_before_any_method_goes_on_from_a_checkpoint_to_the_same_bits(tmp_path, checkpoint, method, paper_code):
     mist = {"epochs": 2, "rate": 0.1, "density": 0.1, "paper_code": paper_code}
     settings = {"method": method, "learning_rate": 0.01, "mist": mist}
-    saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 5}
-    config = config_of(LEARN, tmp_path / "run", checkpoint=str(checkpoint), learn=settings, trainer=saving)
-    whole = learn(config)
-    for step in (3, 4):
-        shutil.rmtree(tmp_path / "run" / "trainer" / f"checkpoint-{step}")
-    resumed = learn(config)
-    assert (whole.resumed_at, resumed.resumed_at, resumed.steps) == (0, 2, 4)
-    assert state_fingerprint(resumed.model) == state_fingerprint(whole.model)
+    whole, _, _ = whole_and_resumed(tmp_path, checkpoint, settings)
     host = learned_by(checkpoint, tmp_path / "host", method=method, learning_rate=0.01)
     assert state_fingerprint(host.model) != state_fingerprint(whole.model)
     assert whole.patch is None, "the whole model is written"
