@@ -1,19 +1,18 @@
 """The configs in configs/: each opens with the command that runs it, is accepted, and says only what differs."""
 
 import dataclasses
-import runpy
 
 import pytest
 import yaml
 from commands import REPO
 
+from memlayer.commands.training import JOBS
 from memlayer.jobs.config import ANY_RUN, AugmentRun, CompareRun, LearnRun, PretrainRun, RetrofitRun, load_config
 from memlayer.jobs.learn_settings import LoraConfig
 from memlayer.jobs.sections import LessonsConfig, TextConfig
 from memlayer.jobs.typed import members, name_of
 
 CONFIGS = sorted((REPO / "configs").glob("*.yaml"))
-JOBS = runpy.run_path(str(REPO / "train.py"))["JOBS"]
 
 
 # A recipe may name what it is about though it is the default.

@@ -162,7 +162,8 @@ class MethodConfig:
     """One way to teach, in a comparison.
 
     Attributes:
-        config: file of a learning run; the comparison decides its output, checkpoint, seed and what it is taught.
+        config: file of a learning run, or a recipe by its name; the comparison decides its output, checkpoint, seed
+            and what it is taught.
         learning_rates: strengths to try.
         strengths: the same of a method that trains nothing: values of learn.min_share of retrieval, of learn.alpha
             of nearest and hebbian.
