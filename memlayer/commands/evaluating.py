@@ -15,6 +15,7 @@ import argparse
 from pathlib import Path
 
 from memlayer import __version__
+from memlayer.decoders.files import TABLES
 from memlayer.evaluation.tables import format_probes, format_table
 from memlayer.jobs.evaluate import Evaluation, evaluate, load_probes
 from memlayer.refusals import refusals
@@ -49,6 +50,12 @@ def main(program: str, words: list[str], written: str | None = None) -> None:
     parser.add_argument("--device", help="where to ask, for example cpu or cuda:1 (default: a GPU, if any)")
     parser.add_argument(
         "--max-new-tokens", type=int, help="where an answer that does not end is cut (default: past the longest answer)"
+    )
+    parser.add_argument(
+        "--table",
+        choices=TABLES,
+        default=TABLES[0],
+        help="where the tables are: in memory, mapped from their file, or as memory allows (%(default)s)",
     )
     parser.add_argument("--output", type=Path, default=Path("runs/report"), help="folder to write (%(default)s)")
     parser.add_argument("--version", action="version", version=f"memlayer {__version__}")

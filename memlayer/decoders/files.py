@@ -5,29 +5,35 @@ The classes are those of ``classes.py``; here are the decoder built from scratch
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging import getLogger
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    GenerationConfig,
     LlamaConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
+from transformers.utils import GENERATION_CONFIG_NAME, logging
 
 from memlayer.data.tokenizer import load_tokenizer, save_tokenizer
 from memlayer.decoders.attach import add_memory
-from memlayer.decoders.classes import MODEL_TYPE
+from memlayer.decoders.classes import MODEL_TYPE, classes_with_memory
+from memlayer.decoders.looked_at import rows_written
+from memlayer.decoders.mapped import TensorFile, is_larger_than_memory, lay_over, mapped_tables, read_or_map
 from memlayer.files import reading
 from memlayer.layers.config import MemoryConfig
 from memlayer.machine import attention
 
+log = getLogger(__name__)
+
 WEIGHTS = "model.safetensors"
+TABLES = ("auto", "loaded", "mapped")  # where load_model may have a checkpoint's tables
 
 
 def build(
@@ -64,13 +70,17 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str
     save_tokenizer(tokenizer, folder)
 
 
-def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(folder: str | Path, table: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Read what ``save`` wrote; raises what ``load_model`` and ``load_tokenizer`` raise."""
-    return load_model(folder), load_tokenizer(folder)
+    return load_model(folder, table), load_tokenizer(folder)
 
 
-def load_model(folder: str | Path) -> PreTrainedModel:
+def load_model(folder: str | Path, table: str = "auto") -> PreTrainedModel:
     """The model of a folder alone, in evaluation mode.
+
+    Args:
+        table: "loaded" into memory, "mapped" from its file (see ``mapped``), or with "auto" mapped where the
+            checkpoint is larger than the memory that is free; the log then says so.
 
     Raises:
         FileNotFoundError: the folder is not a checkpoint.
@@ -79,15 +89,33 @@ def load_model(folder: str | Path) -> PreTrainedModel:
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"no checkpoint in {folder}: config.json is missing")
-    for file in weight_files(folder):
+    paths = weight_files(folder)
+    for file in paths:
         _check_whole(file)
     if AutoConfig.from_pretrained(folder).model_type != MODEL_TYPE:
         raise ValueError(
             f"the checkpoint in {folder} has no memory layer: job retrofit with base={folder} attaches one"
         )
+    if table == "auto" and is_larger_than_memory(paths):
+        log.warning("%s is larger than the memory that is free: its tables are mapped from their file", folder)
+        table = "mapped"
     with _quietly():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", attn_implementation=attention())
-    return model.eval()
+        if table == "mapped":
+            return _load_mapped(folder, paths).eval()
+        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", attn_implementation=attention()).eval()
+
+
+def _load_mapped(folder: Path, paths: list[Path]) -> PreTrainedModel:
+    """As transformers loads it, from tensors read one by one, of which the tables lie on their file's pages."""
+    tensors, tables = read_or_map(paths)
+    config = AutoConfig.from_pretrained(folder)
+    told = {"config": config, "state_dict": tensors, "dtype": "auto", "attn_implementation": attention()}
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        told["generation_config"] = GenerationConfig.from_pretrained(folder)
+    model = classes_with_memory(config.decoder_config_class).causal_lm.from_pretrained(None, **told)
+    model.name_or_path = model.config.name_or_path = str(folder)
+    lay_over(model, tensors, tables)
+    return model
 
 
 def check_saved(model: PreTrainedModel, folder: str | Path) -> None:
@@ -139,10 +167,16 @@ def weight_files(folder: str | Path) -> list[Path]:
 
 
 def numbers_changed(model: PreTrainedModel, folder: str | Path) -> int:
-    """How many numbers of ``model`` differ from those of the checkpoint in ``folder``; tied weights count once."""
-    state = model.state_dict()
-    return sum(
-        int((state[name].cpu() != saved).sum())
-        for file in weight_files(folder)
-        for name, saved in load_file(file).items()
-    )
+    """How many numbers of ``model`` differ from those of the checkpoint in ``folder``; tied weights count once.
+
+    Of a mapped table the rows that were written are compared; the others are the file's own.
+    """
+    state, mapped, changed = model.state_dict(), mapped_tables(model), 0
+    for file in map(TensorFile, weight_files(folder)):
+        for name in file.entries:
+            saved = file.map(name)
+            if name in mapped:
+                changed += sum(int((rows != saved[slots]).sum()) for slots, rows in rows_written(mapped[name]))
+            else:
+                changed += int((state[name].cpu() != saved).sum())
+    return changed

@@ -1,7 +1,7 @@
 """What a model holds as SHA-256: equal only where every name, shape, dtype and bit is."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,21 @@ def bits(rows: Tensor) -> Tensor:
     return rows.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()])
 
 
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes; the order of the tensors does not matter."""
+def _whole(_name: str, tensor: Tensor) -> Iterable[Tensor]:
+    return (tensor,)
+
+
+def fingerprint(tensors: Mapping[str, Tensor], numbers: Callable[[str, Tensor], Iterable[Tensor]] = _whole) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes; the order of the tensors does not matter.
+
+    Args:
+        numbers: from name and tensor to its numbers in order, in one part or in several.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        for part in numbers(name, tensor):
+            digest.update(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

@@ -131,10 +131,13 @@ class LearnRun(TrainingRun):
 
     Attributes:
         checkpoint: folder of a pretrained or healed memory model.
+        table: loaded into memory; mapped, read row by row from its file, which stays as it is; or with auto mapped
+            where the checkpoint is larger than the memory that is free.
     """
 
     job: Literal["learn"] = "learn"
     checkpoint: str
+    table: Literal["auto", "loaded", "mapped"] = "auto"
     data: DataConfig = field(default_factory=DataConfig)
     lessons: LessonsConfig = field(default_factory=LessonsConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)

@@ -16,7 +16,7 @@ from torch import nn
 from memlayer.data.facts import facts_of
 from memlayer.data.qa import Question, new_questions
 from memlayer.decoders import files
-from memlayer.decoders.fingerprint import state_fingerprint
+from memlayer.decoders.looked_at import checkpoint_fingerprint
 from memlayer.evaluation.forgetting import scores
 from memlayer.evaluation.provenance import provenance
 from memlayer.evaluation.report import write_report
@@ -46,6 +46,7 @@ class Evaluation:
         device: where to ask; None is a GPU, if there is one.
         max_new_tokens: where an answer that does not end is cut; None is past the longest answer.
         output: folder to write.
+        table: "loaded" into memory, "mapped" from its file, or with "auto" mapped where memory is too small.
     """
 
     checkpoint: Path
@@ -60,6 +61,7 @@ class Evaluation:
     device: str | None = None
     max_new_tokens: int | None = None
     output: Path = Path("runs/report")
+    table: str = "auto"
 
 
 def load_probes(path: str | Path) -> ProbesConfig:
@@ -95,7 +97,7 @@ def evaluate(asked: Evaluation) -> list[dict]:
     questions = questions_of(asked, base, taught[0].config if taught else None)
     check_output(asked.output)
     device = device_of(asked.device)
-    model, tokenizer = files.load(checkpoint)
+    model, tokenizer = files.load(checkpoint, asked.table)
     prompts = prompts_of(taught[0].config.prompts) if taught else PLAIN
     generation = {"prompts": prompts, "batch_size": asked.batch_size, "max_new_tokens": asked.max_new_tokens}
     measure = Measurement(model, tokenizer, questions, asked.probes, device, **generation)
@@ -143,7 +145,7 @@ def _check_taught_alike(taught: Sequence[Taught]) -> None:
 
 def _check_runs(taught: Sequence[Taught], checkpoint: Path, model: nn.Module, tokenizer) -> None:
     """Refuse a run that does not fit before the first question."""
-    fingerprint = state_fingerprint(model) if taught else ""
+    fingerprint = checkpoint_fingerprint(model) if taught else ""
     for run in taught:
         run.check_checkpoint(checkpoint, fingerprint)
         if run.has_model:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
@@ -24,7 +23,9 @@ from memlayer.data.lessons import Lesson
 from memlayer.data.qa import collate, encode, pad_token
 from memlayer.decoders import files
 from memlayer.decoders.attach import memory_tables
-from memlayer.decoders.fingerprint import fingerprint, product_key_fingerprints, state_fingerprint
+from memlayer.decoders.fingerprint import fingerprint, product_key_fingerprints
+from memlayer.decoders.looked_at import checkpoint_fingerprint
+from memlayer.decoders.mapped import read_or_map, refuse_mapped
 from memlayer.evaluation.qa import check_answers
 from memlayer.files import sha256_of
 from memlayer.jobs.checkpoints import checkpoint_to_resume, step_of
@@ -113,7 +114,8 @@ def _prepare(config: RunConfig) -> _Prepared:
         max_grad_norm=0.0,
     )
     check_checkpoint(config.checkpoint)
-    model, tokenizer = files.load(config.checkpoint)
+    model, tokenizer = files.load(config.checkpoint, config.table)
+    _refuse_whole_tables(config, model)
     if not config.lessons.files:
         _tell_taught_anew(config)
     examples = [[prompts.apply(example, tokenizer) for example in lesson.teach] for lesson in lessons]
@@ -121,9 +123,20 @@ def _prepare(config: RunConfig) -> _Prepared:
     check_lengths(list(chain(*encoded)), model.config.max_position_embeddings, list(chain(*examples)))
     check_answers(tokenizer, chain(*examples))
     micro_batches, ids = _in_steps(config, arguments, lessons, encoded) if settings.method in METHODS else ([], [])
-    inputs = _inputs(config, state_fingerprint(model))
+    inputs = _inputs(config, checkpoint_fingerprint(model))
     background = _background(config, model)
     return _Prepared(config, arguments, model, tokenizer, lessons, encoded, micro_batches, ids, background, inputs)
+
+
+def _refuse_whole_tables(config: RunConfig, model: nn.Module) -> None:
+    """Refuse what would need a gradient or a copy of a table that is mapped, before it is read."""
+    settings = config.learn
+    if settings.method in ("full", "dense_memory"):
+        refuse_mapped(model, f"learn.method={settings.method} trains whole tables")
+    if isinstance(settings, LearnConfig) and settings.mist is not None and settings.mist.paper_code:
+        refuse_mapped(model, "learn.mist.paper_code tunes whole tables")
+    if isinstance(settings, LearnConfig) and settings.terms.trust_region is not None:
+        refuse_mapped(model, "learn.terms.trust_region holds two numbers for each of a table")
 
 
 def _in_steps(
@@ -268,7 +281,7 @@ def _fingerprint(weights: tuple[tuple[Path, int, int], ...]) -> str:
     Args:
         weights: its files, when each was last written and how long it is.
     """
-    return fingerprint({name: tensor for file, *_ in weights for name, tensor in load_file(file).items()})
+    return fingerprint(read_or_map([file for file, *_ in weights])[0])
 
 
 def _inputs(config: RunConfig, checkpoint_sha256: str) -> dict[str, str]:

@@ -20,6 +20,8 @@ from memlayer.data.lessons import load_lessons
 from memlayer.data.prompts import Prompts
 from memlayer.data.qa import Question, encode_answers, encode_prompts, known_questions
 from memlayer.data.text import load_documents, windows
+from memlayer.decoders.looked_at import tables_are_finite
+from memlayer.decoders.mapped import mapped_tables
 from memlayer.evaluation.divergence import answer_distributions, kl_divergences, spread
 from memlayer.evaluation.harness import ask_tasks
 from memlayer.evaluation.probes import Probed, compared, known_items, window_nats
@@ -235,5 +237,7 @@ def check_finite(model: nn.Module, folder: str | Path) -> None:
     Raises:
         ValueError: a number in it is NaN or infinite.
     """
-    if not all(tensor.isfinite().all() for tensor in model.state_dict().values() if tensor.is_floating_point()):
+    mapped = mapped_tables(model)
+    tensors = (t for name, t in model.state_dict().items() if t.is_floating_point() and name not in mapped)
+    if not all(tensor.isfinite().all() for tensor in tensors) or not tables_are_finite(model):
         raise ValueError(f"the model in {folder} holds numbers that are not finite")

@@ -19,7 +19,8 @@ from memlayer import __version__
 from memlayer.data.facts import BUILTIN_FACTS, BUILTIN_WORDINGS
 from memlayer.data.hub_sets import local_file
 from memlayer.decoders import files
-from memlayer.decoders.fingerprint import state_fingerprint
+from memlayer.decoders.looked_at import checkpoint_fingerprint
+from memlayer.decoders.mapped import mapped_tables
 from memlayer.evaluation.provenance import commit
 from memlayer.evaluation.rows import COSTS
 from memlayer.files import sha256_of, write_file
@@ -180,7 +181,8 @@ def write_learned(learned: Learned, folder: Path, with_model: bool) -> None:
     elif learned.save_adapter is not None:
         learned.save_adapter(folder / ADAPTER)
     elif with_model:
-        check_finite(dict(learned.model.named_parameters()))
+        mapped = mapped_tables(learned.model)
+        check_finite({name: p for name, p in learned.model.named_parameters() if name not in mapped})
         files.save(learned.model, learned.tokenizer, folder / "model")
     took = {key: getattr(learned, key) for key in RECORDED}
     write_file(folder / RECORD, json.dumps(took, indent=2) + "\n")
@@ -220,7 +222,7 @@ def load_learned(checkpoint: str | Path, folder: str | Path) -> tuple[nn.Module,
     taught = read_taught(folder)
     taught.check_files()
     model, tokenizer = files.load(checkpoint)
-    taught.check_checkpoint(checkpoint, state_fingerprint(model))
+    taught.check_checkpoint(checkpoint, checkpoint_fingerprint(model))
     if taught.has_model:
         return files.load(taught.folder / "model")
     if taught.store is not None or taught.has_adapter:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from memlayer.decoders.attach import unsharded_tables
+from memlayer.decoders.mapped import refuse_mapped
 from memlayer.layers.optimizer import RowAdamW
 from memlayer.methods.prepared import Prepared
 
@@ -16,8 +17,9 @@ def prepare(model: nn.Module, background, settings, lessons=()) -> Prepared:
     """Train the tables. ``background`` is not used.
 
     Raises:
-        ValueError: the model has no memory, or FSDP has sharded it.
+        ValueError: the model has no memory, FSDP has sharded it, or a table of it is mapped.
     """
+    refuse_mapped(model, "dense memory finetuning trains whole tables")
     tables = list(unsharded_tables(model).values())
     weights = [table.weight for table in tables]
     was_trainable = [p for p in model.parameters() if p.requires_grad]

@@ -9,12 +9,18 @@ import torch
 from torch import nn
 
 from memlayer.decoders.attach import memory_tables
+from memlayer.decoders.mapped import refuse_mapped
 from memlayer.layers.optimizer import RowAdamW
 from memlayer.methods.prepared import Prepared
 
 
 def prepare(model: nn.Module, background, settings, lessons=()) -> Prepared:
-    """Train everything. ``background`` and ``lessons`` are not used."""
+    """Train everything. ``background`` and ``lessons`` are not used.
+
+    Raises:
+        ValueError: a table of the model is mapped.
+    """
+    refuse_mapped(model, "full finetuning trains whole tables")
     modules = memory_tables(model).values()
     tables = [table.weight for table in modules]
     rest = [p for p in model.parameters() if all(p is not table for table in tables)]

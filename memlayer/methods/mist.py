@@ -25,6 +25,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from memlayer.decoders.mapped import refuse_mapped
 from memlayer.methods.delta import SparseDelta
 from memlayer.methods.infonce import (
     lesson_losses,
@@ -239,5 +240,6 @@ def adapt_to_lessons(
         return lesson_losses(model, head, lessons, order, loss)
 
     if paper_code:
+        refuse_mapped(model, "MIST as released tunes whole tables")
         return ReleasedMist(**settings).adapt(model, head, losses, seed)
     return adapt(model, head, losses, seed=seed, **settings)

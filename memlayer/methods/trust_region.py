@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from memlayer.decoders.mapped import refuse_mapped
 from memlayer.evaluation.qa import evaluating
 from memlayer.layers.memory import MemoryTable
 from memlayer.methods.terms import Term, unheard
@@ -191,7 +192,12 @@ class TrustRegion(Term):
         self._held: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def begin(self, model: nn.Module, progress: Callable[[int], object] = unheard) -> None:
-        """Measure what matters to the background, and hold the model to where it is."""
+        """Measure what matters to the background, and hold the model to where it is.
+
+        Raises:
+            ValueError: a table of the model is mapped.
+        """
+        refuse_mapped(model, "a trust region holds two numbers for each of a table")
         fisher = sampled_fisher(model, self._sequences, self._seed, progress)
         self.hold(model, radii_of(model, fisher, self._bound, self._quantile))
 
