@@ -3,11 +3,11 @@
 What it costs to teach facts to a table of 32 GB on a machine with less memory, beside a small table.
 
 Two checkpoints of one small decoder are made: with a small table that fits into memory, and with one of 34 GB whose
-values are a hole in a sparse file, which takes no disk and reads as zeros. Each is taught the same facts by the learning
-job in a process of its own: the small table loaded, the small table mapped, and the large one mapped, since it does not
-fit. Then both are asked. Printed are the seconds a fact, the highest memory of the process's own, the highest of all
-its memory (which counts the file's pages that it has read, and that the system takes back when it needs them), and
-the rows in memory. A first run reads the large table once for its SHA-256, minutes, and keeps that beside it.
+values are a hole in a sparse file, which takes no disk and reads as zeros. Each is taught the same facts by the
+learning job in a process of its own: the small table loaded, the small table mapped, and the large one mapped, since
+it does not fit. Then both are asked. Printed are the seconds a fact, the highest memory of the process's own, the
+highest of all its memory (which counts the file's pages that it has read, and that the system takes back when it needs
+them), and the rows changed. A first run reads the large table once for its SHA-256, minutes, and keeps that beside it.
 
 A hole has no disk to wait for: on a real file each row read for the first time costs a read of 4 KB.
 """

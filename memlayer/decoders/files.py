@@ -25,7 +25,15 @@ from memlayer.data.tokenizer import load_tokenizer, save_tokenizer
 from memlayer.decoders.attach import add_memory
 from memlayer.decoders.classes import MODEL_TYPE, classes_with_memory
 from memlayer.decoders.looked_at import rows_written
-from memlayer.decoders.mapped import TensorFile, is_larger_than_memory, lay_over, mapped_tables, read_or_map
+from memlayer.decoders.mapped import (
+    WEIGHT_FILES,
+    TensorFile,
+    is_larger_than_memory,
+    lay_over,
+    mapped_tables,
+    read_or_map,
+)
+from memlayer.decoders.write_mapped import write_mapped
 from memlayer.files import reading
 from memlayer.layers.config import MemoryConfig
 from memlayer.machine import attention
@@ -66,8 +74,16 @@ def build(
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
     """Write config, weights and tokenizer to ``folder``."""
-    model.save_pretrained(folder)
+    save_model(model, folder)
     save_tokenizer(tokenizer, folder)
+
+
+def save_model(model: PreTrainedModel, folder: str | Path) -> None:
+    """Write config and weights to ``folder``."""
+    if mapped_tables(model):
+        write_mapped(model, folder)
+    else:
+        model.save_pretrained(folder)
 
 
 def load(folder: str | Path, table: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -136,7 +152,7 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def _check_whole(file: Path) -> None:
-    with reading(file), safe_open(file, framework="pt"):
+    with reading(file), safe_open(file, framework="np"):  # torch would map it with reserve
         pass
 
 
@@ -160,7 +176,7 @@ def weight_files(folder: str | Path) -> list[Path]:
     Raises:
         FileNotFoundError: there is none.
     """
-    files = sorted(Path(folder).glob("model*.safetensors"))
+    files = sorted(Path(folder).glob(WEIGHT_FILES))
     if not files:
         raise FileNotFoundError(f"no checkpoint in {folder}: {WEIGHTS} is missing")
     return files

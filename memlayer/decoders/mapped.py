@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from memlayer.layers.memory import MemoryTable
 
+WEIGHT_FILES = "model*.safetensors"  # of a checkpoint, one or its shards
 TABLE = re.compile(r"(^|\.)memory\.\d+\.weight$")  # where structure.insert_memory puts a table
 # Without it the system refuses a mapping that it may write to and that is larger than its memory; Python names it not
 # before 3.13. The numbers are those of x86 and Arm.

@@ -129,7 +129,7 @@ def change_model(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(dir=options.out.parent, prefix=f".{options.out.name}-") as beside:
         whole = Path(beside) / "model"
         with writing(options.out):
-            model.save_pretrained(whole)
+            files.save_model(model, whole)
             copy_others(options.model, whole)
         if patch.protects and (path := options.model / COUNTS_FILE).is_file():
             num_slots = {name: table.num_embeddings for name, table in memory_tables(model).items()}
