@@ -28,6 +28,7 @@ from pathlib import Path
 from memlayer import __version__
 from memlayer.decoders import files
 from memlayer.decoders.attach import memory_tables
+from memlayer.decoders.looked_at import KEPT_FILE
 from memlayer.files import writing
 from memlayer.patch.deleting import delete_lessons
 from memlayer.patch.files import CARD_FILE, CONFIG_FILE, ROWS_FILE
@@ -71,6 +72,12 @@ def parse_options(program: str, words: list[str] | None) -> argparse.Namespace:
         command.add_argument("patch", type=Path, metavar="PATCH", help="folder of a patch")
         command.add_argument("model", type=Path, metavar="MODEL", help="folder of a memory model")
         command.add_argument("out", type=Path, metavar="OUT", help="folder to write, new or empty")
+        command.add_argument(
+            "--table",
+            choices=files.TABLES,
+            default=files.TABLES[0],
+            help="where the tables are: in memory, mapped from their file, or as memory allows (default: %(default)s)",
+        )
         counts = {"apply": MemoryPatch.protect, "revert": MemoryPatch.unprotect}[name]
         command.set_defaults(run=change_model, change=getattr(MemoryPatch, name), change_counts=counts)
         if name == "apply":
@@ -123,7 +130,7 @@ def change_model(options: argparse.Namespace) -> None:
     """
     check_new(options.out)
     patch = MemoryPatch.load(options.patch)
-    model = files.load_model(options.model)
+    model = files.load_model(options.model, options.table)
     options.change(patch, model, **({"any_base": True} if getattr(options, "any_base", False) else {}))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.out.parent, prefix=f".{options.out.name}-") as beside:
@@ -141,7 +148,8 @@ def change_model(options: argparse.Namespace) -> None:
 def copy_others(folder: Path, into: Path) -> None:
     """Copy the files beside the weights: tokenizer, background counts, config of the run."""
     for path in folder.iterdir():
-        if path.is_file() and not (into / path.name).exists() and not fnmatch.fnmatch(path.name, WEIGHTS):
+        left_out = path.name == KEPT_FILE or fnmatch.fnmatch(path.name, WEIGHTS)
+        if path.is_file() and not (into / path.name).exists() and not left_out:
             shutil.copy2(path, into)
 
 

@@ -11,6 +11,7 @@ from patch_cases import patch_of
 
 from memlayer.decoders import files
 from memlayer.decoders.fingerprint import state_fingerprint
+from memlayer.decoders.looked_at import KEPT_FILE, checkpoint_fingerprint
 from memlayer.patch import ROWS_FILE, MemoryPatch, __main__
 
 SCRIPT = "memlayer/patch/__main__.py"
@@ -79,6 +80,24 @@ def test_apply_and_then_revert_write_the_model_with_and_without_the_patch(folder
             name: data for name, data in before.items() if name in (COUNTS, "tokenizer.json", "tokenizer.model")
         }
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["patched"]
+
+
+def test_a_patch_is_applied_over_a_mapped_table_and_taken_back_from_one(folders, tmp_path):
+    before = tree(folders / "model")
+    arguments = "apply", folders / "one", folders / "model", tmp_path / "patched", "--table", "mapped"
+    done = run(SCRIPT, *arguments)
+    assert done.returncode == 0, done.stderr
+    model, _ = files.load(folders / "model")
+    checkpoint_fingerprint(files.load_model(folders / "model", "mapped"))  # leaves a file that is not copied
+    MemoryPatch.load(folders / "one").apply(model)
+    assert fingerprint(tmp_path / "patched") == state_fingerprint(model)
+    done = run(SCRIPT, "revert", folders / "one", tmp_path / "patched", tmp_path / "back", "--table", "mapped")
+    assert done.returncode == 0, done.stderr
+    assert fingerprint(tmp_path / "back") == fingerprint(folders / "model")
+    weights = {name: data for name, data in before.items() if name.startswith("model-")}
+    assert {name: data for name, data in tree(tmp_path / "back").items() if name.startswith("model-")} == weights
+    (folders / "model" / KEPT_FILE).unlink()
+    assert tree(folders / "model") == before
 
 
 def test_a_model_folder_without_a_tokenizer_takes_a_patch_as_well(folders, tmp_path):
