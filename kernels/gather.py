@@ -1,4 +1,4 @@
-"""Triton: weighted sum of value rows, one program per token and tile of columns.
+"""Triton: weighted sum of value rows, one program per token and tile of columns; and rows fetched over the bus.
 
 The K slots of a token are read ROWS at a time, and the next groups of rows are asked for before one is summed, so that
 loads overlap. Sums are taken in float32 (float64 for float64 values) in an order that depends on nothing but the
@@ -72,3 +72,37 @@ def gather_kernel(
         b_acc += b_weights[:, None] * b_rows.to(ACC)
     b_read = tl.sum(b_acc, 0)  # [COLUMNS]
     tl.store(out + i_t * width + o_v, b_read.to(out.dtype.element_ty), mask=m_v)
+
+
+def fetch_rows(values_NV: Tensor, slots_U: Tensor) -> Tensor:
+    """rows_UV[u] = values[slots[u]] on the device of the slots; the values may be in pinned memory of the host.
+
+    A GPU reads pinned memory by the host's own addresses, so each row crosses the bus once and nothing waits.
+    """
+    num_rows, width = slots_U.numel(), values_NV.shape[1]
+    rows_UV = torch.empty(num_rows, width, dtype=values_NV.dtype, device=slots_U.device)
+    if rows_UV.numel() == 0:
+        return rows_UV
+    columns = column_tile(width)
+    grid = num_rows, triton.cdiv(width, columns)
+    launch(fetch_kernel, grid, rows_UV, values_NV, slots_U.contiguous(), width, values_NV.stride(0), COLUMNS=columns)
+    return rows_UV
+
+
+# i_u row, i_v tile of columns, o_v columns
+@triton.jit
+def fetch_kernel(
+    rows,  # (U, V), dtype of values
+    values,  # (N, V) float, on the device or in pinned memory of the host
+    slots,  # (U,) int
+    width,
+    row_stride,  # from one row of values to the next
+    COLUMNS: tl.constexpr,
+):
+    i_u = tl.program_id(0).to(tl.int64)
+    i_v = tl.program_id(1)
+    o_v = i_v * COLUMNS + tl.arange(0, COLUMNS)
+    m_v = o_v < width
+    slot = tl.load(slots + i_u).to(tl.int64)
+    b_row = tl.load(values + slot * row_stride + o_v, mask=m_v, other=0)  # [COLUMNS]
+    tl.store(rows + i_u * width + o_v, b_row, mask=m_v)

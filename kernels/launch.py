@@ -15,7 +15,7 @@ ROWS = 4  # rows of a table that are loaded together
 
 
 def launch(kernel, grid: tuple[int, ...], first: Tensor, *arguments, **options) -> None:
-    """Run a kernel on the device of its first argument."""
+    """Run a kernel on the device of its first argument; others may be in pinned memory of the host."""
     with torch.cuda.device_of(first):
         kernel[grid](first, *arguments, **options, enable_fp_fusion=True)
 

@@ -2,6 +2,7 @@
 
     product_key_topk   queries and half-keys -> the k best slots and their scores
     memory_lookup      values, slots and weights -> weighted sums of value rows
+    lookup_over_the_bus  the same by a GPU of values in pinned memory of the host
 
 Backward allocates in proportion to the reads, and to a table only when a dense gradient of one is asked
 for. Every sum has one writer and one order: no atomics, the same bits on every run. Neither can be
@@ -79,6 +80,25 @@ def memory_lookup(
     if wants_sparse and torch.compiler.is_compiling():
         return _lookup_outside_graphs(values_NV, slots_TK, weights_TK)
     return library.lookup(values_NV, slots_TK, weights_TK, sparse_grad)
+
+
+def lookup_over_the_bus(values_NV: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """``memory_lookup`` where the values are in pinned memory of the host, and slots and weights on a GPU.
+
+    Each distinct slot's row crosses the bus once; the backward pass finds it on the GPU. The values get no gradient.
+    How many slots are distinct the host has to wait for. No GPU has run this yet; on CPUs Triton's interpreter has.
+
+    Args:
+        values_NV: the table, (N, V), pinned.
+        slots_TK, weights_TK: as of ``memory_lookup``, on the GPU.
+
+    Returns:
+        reads_TV: on the GPU, in the dtype of the values.
+    """
+    from .gpu import fetch_rows  # Triton is imported only where a GPU calls for it
+
+    slots_U, at_TK = slots_TK.unique(return_inverse=True)
+    return memory_lookup(fetch_rows(values_NV.detach(), slots_U), at_TK, weights_TK)
 
 
 @torch.compiler.disable(reason="a compiled graph cannot return the sparse gradient that sparse_grad=True asks for")

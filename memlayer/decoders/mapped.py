@@ -22,8 +22,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from memlayer.layers.memory import MemoryTable
+from memlayer_kernels.ops import lookup_over_the_bus
 
 WEIGHT_FILES = "model*.safetensors"  # of a checkpoint, one or its shards
 TABLE = re.compile(r"(^|\.)memory\.\d+\.weight$")  # where structure.insert_memory puts a table
@@ -136,7 +138,9 @@ def _fill(file, view: memoryview) -> None:
 class MappedTable(MemoryTable):
     """A table whose values lie in a file; made of a ``MemoryTable`` by ``lay_over``.
 
-    Its values stay on the CPU in their dtype, wherever the rest of the model goes; layers read it from there.
+    Its values stay on the host in their dtype, wherever the rest of the model goes. When that goes to a GPU and the
+    host has the memory, they are copied into pinned memory, of which the GPU fetches the rows that it reads by itself;
+    else, and while a finetuner writes into the table, the CPU reads them. No GPU has run this yet.
 
     Attributes:
         file: where the values come from, and ``name``, what they are called there.
@@ -154,7 +158,24 @@ class MappedTable(MemoryTable):
                 f"table {self.name!r} is mapped from {self.file.path} in {self.weight.dtype}: it cannot be made "
                 f"{asked.dtype}"
             )
+        if asked.is_cuda and not self.weight.is_pinned() and (available_bytes() or 0) > 1.1 * self.weight.nbytes:
+            self._pin()
         return self
+
+    def _pin(self) -> None:
+        """Copy the values into pinned memory; torch's own would be of a power of two, of up to twice the size."""
+        pinned = torch.empty_like(self.weight, requires_grad=False)
+        for here, there in zip(self.weight.detach().split(1 << 16), pinned.split(1 << 16)):
+            there.copy_(here)
+        if error := int(torch.cuda.cudart().cudaHostRegister(pinned.data_ptr(), pinned.nbytes, 0)):
+            raise ValueError(f"table {self.name!r}, {pinned.nbytes:,} bytes, cannot be pinned: CUDA error {error}")
+        self.weight.data = pinned
+
+    def forward(self, slots_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """Weighted sums of values, shape (T, V), on the device of the slots where that can fetch rows, else the CPU."""
+        if slots_TK.is_cuda and self.rows is None and self.weight.is_pinned():
+            return lookup_over_the_bus(self.weight, slots_TK, weights_TK)
+        return super().forward(slots_TK, weights_TK)
 
     def __deepcopy__(self, memo):
         raise ValueError(f"table {self.name!r} is mapped from {self.file.path}: a copy would be all of it in memory")
@@ -226,6 +247,8 @@ def lay_over(model: nn.Module, tensors: Mapping[str, Tensor], tables: Mapping[st
         table.__class__ = MappedTable
         table.weight.requires_grad_(False)  # a gradient of it would be as large
         table.file, table.name = file, name
+    # Or DistributedDataParallel would copy rank 0's table over the pages of the others, which read the same file.
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(tables))
 
 
 def is_larger_than_memory(files: list[Path]) -> bool:

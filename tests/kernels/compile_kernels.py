@@ -98,6 +98,7 @@ def launch_lookup(shape: Shape, dtype: torch.dtype) -> None:
     slots[: shape.tokens // 2] = 3  # a run of reads long enough to be split
     weights = torch.rand(slots.shape).to(dtype)
     gather.weighted_sum(values, slots, weights)
+    gather.fetch_rows(values, slots.unique())
     reads = sort_reads(slots.flatten(), shape.reads_per_token, labels=range(SLOTS))
     scatter.segment_sums(grad, reads, weights.flatten(), all_segments(reads.labels_M, SLOTS), dtype)
     scatter.read_products(grad, values, reads)

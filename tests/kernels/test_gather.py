@@ -71,6 +71,29 @@ def test_equals_the_cpu_path(device):
     torch.testing.assert_close(found, ops.memory_lookup(*inputs), **TOLERANCE[torch.float32])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [10, 1030])
+def test_rows_are_fetched_to_the_bit(device, dtype, width):
+    """On a GPU from pinned memory of the host."""
+    values, slots = torch.randn(9, width).to(dtype), torch.tensor([8, 0, 3])
+    table = values.pin_memory() if device.type == "cuda" else values
+    assert torch.equal(gather.fetch_rows(table, slots.to(device)).cpu(), values[slots])
+    assert gather.fetch_rows(table, slots[:0].to(device)).shape == (0, width)
+
+
+def test_a_lookup_over_the_bus_is_the_lookup_with_its_gradient(device):
+    values, slots, weights = draw(2, 5, 20, 8, 24)
+    table = values.pin_memory() if device.type == "cuda" else values
+    found = []
+    for lookup, place in ((ops.memory_lookup, values.to(device)), (ops.lookup_over_the_bus, table)):
+        leaf = weights.to(device).requires_grad_()
+        reads = lookup(place, slots.to(device), leaf)
+        reads.square().sum().backward()
+        found.append((reads.detach(), leaf.grad))
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1], **TOLERANCE[torch.float32])
+
+
 def test_a_table_past_2_to_the_31_elements(device):
     """Its last rows are read, and multiplied with gradients."""
     num_slots, width = 2**21 + 9, 1024
