@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import subprocess
+from pathlib import Path
 
 import pytest
 import tiny
@@ -216,3 +217,31 @@ def test_the_looked_at_file_names_the_weights_alone(folder):
     model = files.load_model(folder, "mapped")
     found = looked_at.look_at(model)
     assert found.files.keys() == {path.name for path in files.weight_files(folder)}
+
+
+def test_a_table_of_twice_the_machines_memory_is_read_and_written_by_rows(tmp_path):
+    told = Path("/proc/meminfo")
+    memory = int(told.read_text(encoding="utf-8").split()[1]) << 10 if told.exists() else 64 << 30
+    num_slots = 2 * memory // 4096
+    entry = {"dtype": "F32", "shape": [num_slots, 1024], "data_offsets": [0, num_slots * 4096]}
+    header = json.dumps({"model.memory.0.weight": entry}).encode()
+    path = tmp_path / "model.safetensors"
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        try:
+            file.truncate(8 + len(header) + num_slots * 4096)  # a hole, which takes no disk
+        except OSError as error:
+            pytest.skip(f"no sparse file of {num_slots * 4096:,} bytes here: {error}")
+    table = MappedTable(1, 1024)
+    table.file, table.name = TensorFile(path), "model.memory.0.weight"
+    table.weight = torch.nn.Parameter(table.file.map(table.name), requires_grad=False)
+    table.num_embeddings = num_slots
+    slots, weights = torch.tensor([[0, num_slots // 2, num_slots - 1]]), torch.tensor([[1.0, 2.0, 3.0]])
+    assert not table(slots, weights).any()
+    table.weight[slots[0]] = torch.eye(3, 1024)
+    assert table(slots, weights)[0, :4].tolist() == [1, 2, 3, 0]
+    written = table.slots_written()
+    assert torch.isin(slots[0], written).all()
+    assert len(written) < 10
+    assert path.stat().st_blocks * 512 < 1 << 20
+    assert not table.file.map(table.name)[slots[0]].any()
