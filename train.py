@@ -2,6 +2,7 @@
 compare methods that teach them.
 
     python train.py configs/pretrain.yaml
+    python train.py configs/pretrain_text.yaml text.sources.mine.files=[my_text.jsonl] text.sources.facts.weight=0.1
     python train.py configs/retrofit_smollm2_135m.yaml
     python train.py configs/augment_lessons.yaml base=HuggingFaceTB/SmolLM2-1.7B-Instruct
     python train.py configs/learn_sparse_memory.yaml learn.learning_rate=0.5 output=runs/mine
@@ -29,6 +30,7 @@ from memlayer.jobs.config import ANY_RUN, RunConfig, load_config, to_yaml
 from memlayer.jobs.config_help import describe_settings
 from memlayer.jobs.learn import learn_into_output
 from memlayer.jobs.pretrain import pretrain
+from memlayer.jobs.pretrain_text import pretrain_text
 from memlayer.jobs.retrofit import retrofit
 from memlayer.jobs.run_folder import is_finished
 from memlayer.jobs.typed import names
@@ -40,6 +42,12 @@ NOT_HEALED = 3
 def train(config: RunConfig) -> int:
     """Train a memory model from nothing."""
     pretrain(config)
+    return 0
+
+
+def train_on_text(config: RunConfig) -> int:
+    """Train a memory model from nothing on text."""
+    pretrain_text(config)
     return 0
 
 
@@ -69,7 +77,14 @@ def contest(config: RunConfig) -> int:
     return 0
 
 
-JOBS = {"pretrain": train, "retrofit": heal, "augment": write, "learn": teach, "compare": contest}
+JOBS = {
+    "pretrain": train,
+    "pretrain_text": train_on_text,
+    "retrofit": heal,
+    "augment": write,
+    "learn": teach,
+    "compare": contest,
+}
 
 
 def main() -> None:

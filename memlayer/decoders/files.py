@@ -21,6 +21,7 @@ from transformers import (
 from transformers.utils import logging
 
 from memlayer.data.tokenizer import load_tokenizer, save_tokenizer
+from memlayer.decoders.architecture import random_decoder
 from memlayer.decoders.attach import add_memory
 from memlayer.decoders.classes import MODEL_TYPE
 from memlayer.files import reading
@@ -54,8 +55,7 @@ def build(
         pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=True,
     )
-    decoder = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention())
-    return add_memory(decoder, memory)
+    return add_memory(random_decoder(config), memory)
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:

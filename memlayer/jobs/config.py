@@ -13,18 +13,22 @@ from memlayer.evaluation.rows import CONTROL
 from memlayer.jobs import typed, written
 from memlayer.jobs.learn_settings import ANY_LEARN, SparseMemoryConfig
 from memlayer.jobs.sections import (
+    ArchitectureConfig,
     AugmentConfig,
     CompareConfig,
     CountConfig,
     DataConfig,
     LessonsConfig,
     MethodConfig,
+    MixtureConfig,
     ModelConfig,
     PretrainConfig,
+    PretrainTextConfig,
     ProbesConfig,
     PromptsConfig,
     RetrofitConfig,
     TextConfig,
+    TokenizerConfig,
 )
 from memlayer.jobs.trainer_settings import TYPES, check_trainer
 from memlayer.layers.config import MemoryConfig
@@ -36,7 +40,7 @@ class RunConfig:
     """What every job is told.
 
     Attributes:
-        job: what to do: pretrain, retrofit, augment, learn or compare.
+        job: what to do: pretrain, pretrain_text, retrofit, augment, learn or compare.
         output: folder to write.
         seed: of all that is drawn.
     """
@@ -80,6 +84,24 @@ class PretrainRun(TrainingRun):
     data: DataConfig = field(default_factory=DataConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     count: CountConfig = field(default_factory=CountConfig)
+
+
+@dataclass(kw_only=True)
+class PretrainTextRun(TrainingRun):
+    """Pretrain a decoder with memory from nothing, on text of one source or several."""
+
+    job: Literal["pretrain_text"] = "pretrain_text"
+    model: ArchitectureConfig = field(default_factory=ArchitectureConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    memory: MemoryConfig = field(default_factory=_memory)
+    data: DataConfig = field(default_factory=DataConfig)
+    text: MixtureConfig
+    pretrain: PretrainTextConfig = field(default_factory=PretrainTextConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.data != DataConfig() and not any(source.facts for source in self.text.sources.values()):
+            raise ValueError("settings of data are there, and no source of the text is of facts")
 
 
 @dataclass(kw_only=True)
@@ -186,7 +208,7 @@ class CompareRun(RunConfig):
             raise ValueError("lessons.files and settings of data are both there: a run teaches lessons or facts")
 
 
-ANY_RUN = PretrainRun | RetrofitRun | AugmentRun | LearnRun | CompareRun
+ANY_RUN = PretrainRun | PretrainTextRun | RetrofitRun | AugmentRun | LearnRun | CompareRun
 
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:

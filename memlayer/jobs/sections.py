@@ -4,9 +4,9 @@ Their docstrings are what ``train.py --help`` shows, their types say what may be
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from memlayer.checks import check_at_least, check_choices
+from memlayer.checks import check_at_least, check_choices, check_share
 from memlayer.jobs.study_texts import KINDS
 
 LossOn = Literal["all", "answer"]
@@ -289,6 +289,145 @@ class PretrainConfig:
         check_at_least(1, "pretrain", self, "steps", "batch_size")
         check_at_least(0, "pretrain", self, "learning_rate", "table_learning_rate", "weight_decay", "warmup_steps")
         check_choices("pretrain", self)
+
+
+@dataclass
+class ArchitectureConfig:
+    """The architecture of a decoder that is built from scratch: any causal language model of transformers.
+
+    Attributes:
+        config: folder or hub id whose config.json is taken; None builds one of settings.model_type.
+        settings: of the config, by the names that transformers gives them. The number of tokens is the tokenizer's
+            unless vocab_size is here.
+    """
+
+    config: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class TokenizerConfig:
+    """The tokenizer of a decoder that is built from scratch.
+
+    Attributes:
+        name: folder or hub id of one; None trains one on the text.
+        vocab_size: tokens of one that is trained.
+        characters: of the text that it is trained on, of each source as much as its weight says.
+    """
+
+    name: str | None = None
+    vocab_size: int = 4096
+    characters: int = 10_000_000
+
+    def __post_init__(self):
+        check_at_least(1, "tokenizer", self, "vocab_size", "characters")
+
+
+@dataclass
+class SourceConfig:
+    """One source of text: files, a dataset or facts.
+
+    Attributes:
+        files: text, JSON or Parquet files.
+        dataset: a dataset of the Hugging Face hub, streamed, in place of files.
+        subset: the dataset's configuration, where it has several.
+        split: the dataset's split.
+        column: where a row holds its text.
+        facts: the known facts of ``data`` in place of files, one document for each of their wordings.
+        loss_on: of facts, tokens that are trained on.
+        unseen_wordings: of facts, tell half of them in the wordings too in which the others are asked only.
+        weight: its share of the tokens, over the sum of all weights; 0 leaves it out.
+    """
+
+    files: list[str] = field(default_factory=list)
+    dataset: str | None = None
+    subset: str | None = None
+    split: str = "train"
+    column: str = "text"
+    facts: bool = False
+    loss_on: LossOn = "all"
+    unseen_wordings: bool = True
+    weight: float = 1.0
+
+    def check(self, name: str) -> None:
+        """Refuse what does not fit together.
+
+        Args:
+            name: dotted, of this source.
+
+        Raises:
+            ValueError: it is no source or several, or a setting is out of range.
+        """
+        check_choices(name, self)
+        check_at_least(0, name, self, "weight")
+        named = [key for key in ("files", "dataset", "facts") if getattr(self, key)]
+        if len(named) != 1:
+            said = f"has both {' and '.join(named)}" if named else "has none of files, dataset and facts"
+            raise ValueError(f"{name} {said}: a source is one of them")
+        if self.subset is not None and self.dataset is None:
+            raise ValueError(f"{name}.subset is {self.subset!r}, but no dataset is named")
+        if not self.facts and (self.loss_on != "all" or not self.unseen_wordings):
+            raise ValueError(f"{name} has loss_on or unseen_wordings, which are of facts")
+
+
+@dataclass
+class MixtureConfig:
+    """The text that a decoder is pretrained on; see ``memlayer.data.mixture``.
+
+    Attributes:
+        sources: under a name of your own each, where the text comes from.
+        length: tokens of a window.
+        together: put several documents into a window, kept apart; else one in each, padded.
+        buffer: documents that are shuffled with each other.
+        held_out: share of the documents that is kept out of training to measure the loss on, and as much again to count
+            the background on; which ones follows from what they say.
+        num_validation: windows that the loss is measured on.
+        num_background: documents at most, or pieces as long as a window, whose reads are counted at the end.
+    """
+
+    sources: dict[str, SourceConfig]
+    length: int = 256
+    together: bool = True
+    buffer: int = 1000
+    held_out: float = 0.01
+    num_validation: int = 64
+    num_background: int = 4000
+
+    def __post_init__(self):
+        check_at_least(2, "text", self, "length")
+        check_at_least(1, "text", self, "buffer", "num_validation", "num_background")
+        check_share("text.held_out", self.held_out, above_zero=True)
+        if self.held_out >= 0.5:
+            raise ValueError(f"text.held_out is {self.held_out}, must be below 0.5: it is held out twice")
+        for name, source in self.sources.items():
+            source.check(f"text.sources.{name}")
+        if not any(source.weight for source in self.sources.values()):
+            raise ValueError("text.sources has no source with a weight: there is nothing to train on")
+
+
+@dataclass
+class PretrainTextConfig:
+    """Pretraining from nothing on text.
+
+    Attributes:
+        tokens: budget; as many optimizer steps as it has batches.
+        batch_size: windows of one step, over all processes and micro-batches.
+        learning_rate: of all but the tables; it warms up and falls along a cosine.
+        table_learning_rate: of the tables; constant.
+        weight_decay: of all matrices but the tables.
+        warmup_steps: steps over which the learning rate rises.
+    """
+
+    tokens: int = 5_000_000
+    batch_size: int = 32
+    learning_rate: float = 2e-3
+    table_learning_rate: float = 2e-3
+    weight_decay: float = 0.1
+    warmup_steps: int = 100
+
+    def __post_init__(self):
+        check_at_least(1, "pretrain", self, "tokens", "batch_size")
+        check_at_least(0, "pretrain", self, "learning_rate", "table_learning_rate", "weight_decay", "warmup_steps")
 
 
 @dataclass
