@@ -121,6 +121,10 @@ class RetrofitRun(TrainingRun):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.memory.control == "dense":
+            raise ValueError(
+                "memory.control is 'dense': a retrofit trains that beside the memory, by retrofit.dense_control"
+            )
         if not self.retrofit.steps and self.memory.start != "values_zero":
             raise ValueError(
                 f"retrofit.steps is 0, and memory of mode {self.memory.mode!r} and start {self.memory.start!r} has to "

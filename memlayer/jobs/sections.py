@@ -501,7 +501,7 @@ class RetrofitConfig:
         warmup_steps: steps over which the learning rate rises.
         margin: nats per token by which the healed loss may exceed the base's; None is 0.01 in mode "add" and
             0.05 in mode "replace", where the memory has to relearn what its layer's block did.
-        dense_control: train a dense block of as many parameters on the same batches too, for comparison.
+        dense_control: train a dense block of as many FLOPs a token on the same batches too, for comparison.
         num_background: training windows whose reads are counted as background, each of them one document.
         background_lessons: files of lessons or question sets whose examples are counted as background too, asked as
             ``prompts`` says, each of them one document. Without any, the slots of a prompt's own words look rare, and

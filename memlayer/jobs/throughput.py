@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from memlayer.layers.costs import multiply_adds
 from memlayer.layers.memory import MemoryLayer
 
 SIDE = {"cpu": 1024, "cuda": 8192}  # of the matrices; larger ones were no faster
@@ -52,11 +53,10 @@ def flops_per_token(model: nn.Module, length: int) -> float:
             model(input_ids=ids, use_cache=False)
     finally:
         model.train(training)
-    layers = [module for module in model.modules() if isinstance(module, MemoryLayer)]
+    unseen = [multiply_adds(module) for module in model.modules() if isinstance(module, MemoryLayer)]
     # Every half-key is compared with every query; going backward only those found are touched.
-    searched = sum(2 * layer.keys.half_keys.numel() for layer in layers)
-    reads = [layer.keys.num_heads * layer.keys.top_k * layer.table.embedding_dim for layer in layers]
-    return 3 * (counter.get_total_flops() / length + 2 * sum(reads)) + searched
+    searched, reads = (2 * sum(each[part] for each in unseen) for part in ("half_keys", "reads"))
+    return 3 * (counter.get_total_flops() / length + reads) + searched
 
 
 def peak_memory(device: torch.device) -> int:
