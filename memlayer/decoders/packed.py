@@ -1,6 +1,6 @@
 """Whether a decoder keeps documents of one window apart, told by position numbers that start anew with each.
 
-Given neither a mask nor a cache, transformers makes a mask of blocks of them wherever a family builds its masks with it:
+Given neither mask nor cache, transformers makes a mask of blocks of them wherever a family builds its masks with it:
 Llama, Qwen, Gemma, GPT-2, mixtures of experts and most others, layers with a sliding window too. What carries a state
 along (Mamba, RWKV, convolutions) or turns distances into a bias without position numbers (ALiBi) does not keep
 documents apart. No table of families: the model is tried.
