@@ -17,6 +17,7 @@ from memlayer.files import write_file
 from memlayer.jobs.throughput import Clock, flops_per_token, matmul_rate, peak_memory
 from memlayer.jobs.trainer import MemoryTrainer
 
+SEARCHING = 0.01  # of the time of training: what the search for its ceiling may cost
 PLACE = "stream-{rank}.json"  # in a checkpoint: where each process stands in the text
 
 
@@ -39,7 +40,7 @@ class TextTrainer(MemoryTrainer):
         asked = sum(int((each["labels"][1:] != IGNORED).sum()) for each in validation)
         self._asked_per_window = asked / len(validation)
         self._flops_per_token, self._ceiling = flops_per_token(self.model, packing.length), 0.0
-        self._steps, self._seconds, self._waited = 0, 0.0, 0.0
+        self._steps, self._seconds, self._waited, self._spent = 0, 0.0, 0.0, 0.0
         self._find_ceiling()
 
     @property
@@ -130,8 +131,13 @@ class TextTrainer(MemoryTrainer):
         }
 
     def _find_ceiling(self) -> None:
+        """Look whether the machine can do more than it was seen to do, where that has cost little so far."""
+        if self._spent > SEARCHING * self._seconds:
+            return
+        start = time.perf_counter()
         dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
         self._ceiling = max(self._ceiling, matmul_rate(self.args.device, dtype))
+        self._spent += time.perf_counter() - start
 
     def speed(self) -> dict[str, float]:
         """How fast this process trained since it was started, as ``throughput.py`` has it, and what it took."""

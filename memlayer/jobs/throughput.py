@@ -1,7 +1,7 @@
 """How fast a training runs, and how near that comes to what the machine can do.
 
 The ceiling is measured, not taken from a data sheet: the best rate at which this machine, in this run, multiplies two
-large square matrices in the run's precision. It is looked for again at every log, as programs beside a run slow both.
+large square matrices in the run's precision. It is looked for again now and then, as programs beside a run slow both.
 A share of it says what the model's own products would take at that rate, over what the steps took; what is left went to
 small products, attention masks, memory reads, the optimizer and waiting.
 
@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from memlayer.layers.memory import MemoryLayer
 
 SIDES = {"cpu": (512, 1024), "cuda": (4096, 8192)}  # of the matrices
-REPEATS = 5  # of each
+REPEATS = 3  # of each
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -60,7 +60,11 @@ def test_a_config_in_a_folder_is_taken_and_settings_change_it(tmp_path, tokenize
         ),
         ("absent/model", {}, "model.config is absent/model: "),
         ("folder", {"model_type": "llama"}, "has model_type: one decides the family"),
-        ("folder of llama", {"rope_theta": 5e5}, "rope_theta is no setting of LlamaConfig; did you mean rope_parameters"),
+        (
+            "folder of llama",
+            {"rope_theta": 5e5},
+            "rope_theta is no setting of LlamaConfig; did you mean rope_parameters",
+        ),
         ("with memory", {}, "which has memory: name the config of a decoder without"),
     ],
 )
