@@ -86,7 +86,8 @@ class _AtHand:
         self._examples, self._read = examples, 0
 
     def __iter__(self) -> Iterator[Example]:
-        for self._read in range(self._read + 1, len(self._examples) + 1):
+        while self._read < len(self._examples):
+            self._read += 1
             yield self._examples[self._read - 1]
 
     def state_dict(self) -> dict:
@@ -141,12 +142,12 @@ class Documents:
 
     def one_pass(self, first: int = 0, position: dict | None = None) -> Iterator[str | Example]:
         """The documents as they are stored and as they are written, from a position in one of the readers on."""
-        for self._number in range(first, max(1, len(self.source.readers))):
-            self._open = self._opened(self._number)
+        for number in range(first, max(1, len(self.source.readers))):
+            self._number, self._open = number, self._opened(number)
             if position is not None:
                 self._open.load_state_dict(position)
                 position = None
-            for document in self._read(self._number):
+            for document in self._read(number):
                 if part_of(_text(document), self._share.held_out) == self._share.part:
                     yield document
 
@@ -176,7 +177,9 @@ class Documents:
             return iter(self._open)
         name, reader = self.source.readers[number]
         share = f", share {self._share.lane + 1} of {self._share.lanes}" if self._share.lanes > 1 else ""
-        return texts(name + share, reader, self.source.column, self._open)
+        # Its plain iterator would share the rows out once more inside a worker of a DataLoader.
+        rows = ({key: value for key, (value,) in row.items()} for row in self._open.iter(batch_size=1))
+        return texts(name + share, reader, self.source.column, rows)
 
     def _encode(self, documents: Sequence[str | Example]) -> list[tuple[list[int], int]]:
         if self.source.readers:
@@ -189,7 +192,8 @@ class Documents:
     def _nothing(self) -> str:
         lane, lanes = self._share.lane, self._share.lanes
         whose = f" for reader {lane + 1} of {lanes}" if lanes > 1 else ""
-        return f"source {self.source.name} has no {self._share.part} documents{whose}"
+        kept = "" if self._share.part == "training" else f": {self._share.held_out:g} of all documents are held out"
+        return f"source {self.source.name} has no {self._share.part} documents{whose}{kept}"
 
 
 def _text(document: str | Example) -> str:

@@ -23,6 +23,7 @@ from memlayer.data.mixture import Mixture, Part, Share, Source
 from memlayer.data.qa import IGNORED, pad_token
 
 POSITION = "stream"  # in a batch: where its lane stands behind it
+REFUSAL = "refusal"  # in a batch's place: what is wrong with the text, which a worker could only say with its traceback
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,12 @@ class Batches(IterableDataset):
 
         Args:
             batch: the next one of those that the DataLoader gives, in their order.
+
+        Raises:
+            ValueError: a source cannot be read on.
         """
+        if REFUSAL in batch:
+            raise ValueError(batch[REFUSAL])
         self._states[self._used % self._lanes] = json.loads(batch.pop(POSITION))
         self._used += 1
         return batch
@@ -160,6 +166,9 @@ class Batches(IterableDataset):
             "training", self._packing.held_out, self._rank * self._lanes + lane, self._world_size * self._lanes
         )
         mixture = self._packing.mixture(share, self._states[lane])
-        while True:
-            batch = stack([window(mixture, self._packing) for _ in range(self._batch_size)])
-            yield batch | {POSITION: json.dumps(mixture.state())}
+        try:
+            while True:
+                batch = stack([window(mixture, self._packing) for _ in range(self._batch_size)])
+                yield batch | {POSITION: json.dumps(mixture.state())}
+        except (ValueError, OSError) as error:
+            yield {REFUSAL: str(error)}

@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from memlayer.machine import attention
 
-# Names that every config class takes though they are no fields of it: transformers makes rope_parameters of them.
+# Names that a config class takes though they are no fields of it: transformers makes rope_parameters of them, unless
+# these are there already, as they are in a config.json.
 OLDER_NAMES = {"rope_theta", "rope_scaling"}
 
 
@@ -59,7 +60,7 @@ def _named(name: str, settings: dict[str, Any]) -> PreTrainedConfig:
         raise ValueError(f"model.config is {name}: {str(error).splitlines()[0]}") from error
     if getattr(config, "memory", None) is not None:
         raise ValueError(f"model.config is {name}, which has memory: name the config of a decoder without")
-    _check_known(type(config), settings)
+    _check_known(type(config), settings, set())
     return type(config)(**{**config.to_dict(), **settings})
 
 
@@ -71,15 +72,15 @@ def _written(settings: dict[str, Any]) -> PreTrainedConfig:
         kind = type(AutoConfig.for_model(family))
     except ValueError as error:
         raise ValueError(f"model.settings.model_type is {family!r}, no family of transformers") from error
-    _check_known(kind, settings)
+    _check_known(kind, settings, OLDER_NAMES)
     return kind(**settings)
 
 
-def _check_known(kind: type[PreTrainedConfig], settings: Mapping[str, Any]) -> None:
-    known = {field.name for field in dataclasses.fields(kind)} | set(kind.attribute_map) | OLDER_NAMES
+def _check_known(kind: type[PreTrainedConfig], settings: Mapping[str, Any], others: set[str]) -> None:
+    known = {field.name for field in dataclasses.fields(kind)} | set(kind.attribute_map) | others
     for key in settings:
         if key not in known:
-            near = difflib.get_close_matches(key, sorted(known), n=1)
+            near = ["rope_parameters"] if key in OLDER_NAMES else difflib.get_close_matches(key, sorted(known), n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(f"model.settings.{key} is no setting of {kind.__name__}{hint}")
 

@@ -37,7 +37,6 @@ from memlayer.jobs.preflight import check_output, training_arguments
 from memlayer.jobs.run_folder import SOURCE, check_finite, claimed, trained_model, write_result, write_trained
 from memlayer.jobs.taught import files_of
 from memlayer.jobs.text_trainer import TextTrainer
-from memlayer.jobs.throughput import peak_memory
 from memlayer.jobs.trainer import restore, train_to_end
 from memlayer.slots.counts import COUNTS_FILE, SlotCounts, save_counts
 
@@ -153,7 +152,7 @@ def train_on_text(
         table_learning_rate=settings.table_learning_rate,
     )
     if trainer.is_world_process_zero() and not arguments.disable_tqdm:
-        print(_speed_in_words(trainer.speed))
+        print(_speed_in_words(trainer.speed()))
     train_to_end(trainer, checkpoint, f"pretrain.learning_rate={settings.learning_rate:g}")
     loss = trainer.evaluate()["eval_loss"]
     if not math.isfinite(loss):
@@ -164,8 +163,7 @@ def train_on_text(
         "tokens": trainer.state.global_step * trainer.tokens_of_a_step,
         "resumed_at": step_of(checkpoint),
         "sources": trainer.told(),
-        **trainer.speed,
-        "peak_memory": peak_memory(arguments.device),
+        "speed": trainer.speed(),
         "log": [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry],
     }
 

@@ -1,6 +1,7 @@
 """The Trainer for a stream of text: it reads its own share, keeps its place, and says how fast it goes."""
 
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from memlayer.files import write_file
 from memlayer.jobs.throughput import Clock, flops_per_token, matmul_rate, peak_memory
 from memlayer.jobs.trainer import MemoryTrainer
 
+SEARCHING = 0.01  # of the time of training: what the search for its ceiling may cost
 PLACE = "stream-{rank}.json"  # in a checkpoint: where each process stands in the text
 
 
@@ -37,11 +39,9 @@ class TextTrainer(MemoryTrainer):
         self._length, self._clock = packing.length, Clock()
         asked = sum(int((each["labels"][1:] != IGNORED).sum()) for each in validation)
         self._asked_per_window = asked / len(validation)
-        dtype = torch.bfloat16 if told.bf16 else torch.float16 if told.fp16 else torch.float32
-        self.speed = {
-            "flops_per_token": flops_per_token(self.model, packing.length),
-            "matmul_flops_per_second": matmul_rate(told.device, dtype),
-        }
+        self._flops_per_token, self._ceiling = flops_per_token(self.model, packing.length), 0.0
+        self._steps, self._seconds, self._waited, self._spent = 0, 0.0, 0.0, 0.0
+        self._find_ceiling()
 
     @property
     def tokens_of_a_step(self) -> int:
@@ -69,18 +69,20 @@ class TextTrainer(MemoryTrainer):
         args = self.args
         workers = {}
         if args.dataloader_num_workers:
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or each worker warns that it is forked
             workers = {
                 "prefetch_factor": args.dataloader_prefetch_factor,
+                "persistent_workers": args.dataloader_persistent_workers,
                 "multiprocessing_context": args.dataloader_multiprocessing_context,
             }
+        # Without a generator of its own, beginning to read draws from the one that dropout draws from.
+        own = torch.Generator().manual_seed(args.seed)
         return DataLoader(
             self._batches,
             batch_size=None,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
-            generator=torch.Generator().manual_seed(
-                args.seed
-            ),  # else beginning to read would draw from that of dropout
+            generator=own,
             **workers,
         )
 
@@ -112,24 +114,45 @@ class TextTrainer(MemoryTrainer):
         super().log(logs, *args, **kwargs)
 
     def _pace(self) -> dict[str, float]:
+        with self._aside():
+            self._find_ceiling()
         steps, seconds, waited = self._clock.lap()
+        self._steps, self._seconds, self._waited = self._steps + steps, self._seconds + seconds, self._waited + waited
+        tokens = self.state.global_step * self.tokens_of_a_step
+        memory = {"peak_memory_gb": peak_memory(self.args.device) / 2**30}
+        return {"tokens": tokens} | self._shares(steps, seconds, waited) | memory
+
+    def _shares(self, steps: int, seconds: float, waited: float) -> dict[str, float]:
         rate = steps * self.tokens_of_a_step / seconds
-        ceiling = self.speed["matmul_flops_per_second"] * self.args.world_size
         return {
-            "tokens": self.state.global_step * self.tokens_of_a_step,
             "tokens_per_second": rate,
-            "flop_share": rate * self.speed["flops_per_token"] / ceiling,
+            "flop_share": rate * self._flops_per_token / (self._ceiling * self.args.world_size),
             "waiting_for_text": waited / seconds,
-            "peak_memory_gb": peak_memory(self.args.device) / 2**30,
         }
+
+    def _find_ceiling(self) -> None:
+        """Look whether the machine can do more than it was seen to do, where that has cost little so far."""
+        if self._spent > SEARCHING * self._seconds:
+            return
+        start = time.perf_counter()
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
+        self._ceiling = max(self._ceiling, matmul_rate(self.args.device, dtype))
+        self._spent += time.perf_counter() - start
+
+    def speed(self) -> dict[str, float]:
+        """How fast this process trained since it was started, as ``throughput.py`` has it, and what it took."""
+        rates = {"flops_per_token": self._flops_per_token, "matmul_flops_per_second": self._ceiling}
+        rates |= {"peak_memory": peak_memory(self.args.device), "seconds": self._seconds, "steps": self._steps}
+        return rates | (self._shares(self._steps, self._seconds, self._waited) if self._steps else {})
 
     @contextmanager
     def _aside(self) -> Iterator[None]:
-        self._clock.stop()
+        ran = self._clock.stop()
         try:
             yield
         finally:
-            self._clock.start()
+            if ran:
+                self._clock.start()
 
     def _save_checkpoint(self, model, trial):
         with self._aside():

@@ -1,8 +1,9 @@
 """How fast a training runs, and how near that comes to what the machine can do.
 
 The ceiling is measured, not taken from a data sheet: the best rate at which this machine, in this run, multiplies two
-large square matrices in the run's precision. A share of it says what the model's own products would take at that rate,
-over what a step took; what is left went to small products, attention masks, memory reads, the optimizer and waiting.
+large square matrices in the run's precision. It is looked for again now and then, as programs beside a run slow both.
+A share of it says what the model's own products would take at that rate, over what the steps took; what is left went to
+small products, attention masks, memory reads, the optimizer and waiting.
 
 Arithmetic is counted on a forward pass (torch's FlopCounterMode) and taken three times, once forward and twice
 backward, whether or not activations are computed anew. What memory reads is added, since nothing outside sees it.
@@ -19,22 +20,22 @@ from torch.utils.flop_counter import FlopCounterMode
 from memlayer.layers.costs import multiply_adds
 from memlayer.layers.memory import MemoryLayer
 
-SIDE = {"cpu": 1024, "cuda": 8192}  # of the matrices; larger ones were no faster
-REPEATS = 12
+SIDES = {"cpu": (512, 1024), "cuda": (4096, 8192)}  # of the matrices
+REPEATS = 3  # of each
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating point operations a second in the fastest of several products of large matrices."""
-    side = SIDE[device.type]
-    one, other = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(REPEATS):
-        _wait(device)
-        start = time.perf_counter()
-        one @ other
-        _wait(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * side**3 / best
+    """Floating point operations a second in the fastest of many products of large matrices."""
+    best, generator = 0.0, torch.Generator().manual_seed(0)  # one of its own: a training draws from torch's
+    for side in SIDES[device.type]:
+        one, other = torch.randn(2, side, side, generator=generator).to(device, dtype)
+        for _ in range(REPEATS):
+            _wait(device)
+            start = time.perf_counter()
+            one @ other
+            _wait(device)
+            best = max(best, 2 * side**3 / (time.perf_counter() - start))
+    return best
 
 
 def _wait(device: torch.device) -> None:
@@ -78,11 +79,12 @@ class Clock:
         """Go on, if it stands."""
         self._since = time.perf_counter() if self._since is None else self._since
 
-    def stop(self) -> None:
-        """Stand still; what passes meanwhile is no training."""
-        if self._since is not None:
+    def stop(self) -> bool:
+        """Stand still, since what passes meanwhile is no training; returns whether it ran."""
+        if ran := self._since is not None:
             self._seconds += time.perf_counter() - self._since
             self._since = None
+        return ran
 
     def count(self, waited: float) -> None:
         """One step more, which waited so many seconds for its text."""
@@ -91,10 +93,9 @@ class Clock:
 
     def lap(self) -> tuple[int, float, float]:
         """Steps and seconds since the last lap, and how many of these were spent waiting for text; both above 0."""
-        running = self._since is not None
-        self.stop()
+        ran = self.stop()
         told = self._steps, self._seconds, self._waited
         self._steps, self._seconds, self._waited = 0, 0.0, 0.0
-        if running:
+        if ran:
             self.start()
         return told
