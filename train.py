@@ -3,6 +3,7 @@ compare methods that teach them.
 
     python train.py configs/pretrain.yaml
     python train.py configs/pretrain_text.yaml text.sources.mine.files=[my_text.jsonl] text.sources.facts.weight=0.1
+    python train.py configs/compare_pretraining.yaml
     python train.py configs/retrofit_smollm2_135m.yaml
     python train.py configs/augment_lessons.yaml base=HuggingFaceTB/SmolLM2-1.7B-Instruct
     python train.py configs/learn_sparse_memory.yaml learn.learning_rate=0.5 output=runs/mine
@@ -26,6 +27,7 @@ from accelerate import PartialState
 from memlayer import __version__
 from memlayer.jobs.augment import augment
 from memlayer.jobs.compare import compare
+from memlayer.jobs.compare_pretraining import compare_pretraining
 from memlayer.jobs.config import ANY_RUN, RunConfig, load_config, to_yaml
 from memlayer.jobs.config_help import describe_settings
 from memlayer.jobs.learn import learn_into_output
@@ -48,6 +50,12 @@ def train(config: RunConfig) -> int:
 def train_on_text(config: RunConfig) -> int:
     """Train a memory model from nothing on text."""
     pretrain_text(config)
+    return 0
+
+
+def weigh(config: RunConfig) -> int:
+    """Train a memory model and its controls on the same text, and report what the memory earned."""
+    compare_pretraining(config)
     return 0
 
 
@@ -80,6 +88,7 @@ def contest(config: RunConfig) -> int:
 JOBS = {
     "pretrain": train,
     "pretrain_text": train_on_text,
+    "compare_pretraining": weigh,
     "retrofit": heal,
     "augment": write,
     "learn": teach,

@@ -7,9 +7,18 @@ import pytest
 import yaml
 from commands import REPO
 
-from memlayer.jobs.config import ANY_RUN, AugmentRun, CompareRun, LearnRun, PretrainRun, RetrofitRun, load_config
+from memlayer.jobs.config import (
+    ANY_RUN,
+    AugmentRun,
+    ComparePretrainingRun,
+    CompareRun,
+    LearnRun,
+    PretrainRun,
+    RetrofitRun,
+    load_config,
+)
 from memlayer.jobs.learn_settings import LoraConfig
-from memlayer.jobs.sections import LessonsConfig, TextConfig
+from memlayer.jobs.sections import ControlsConfig, LessonsConfig, TextConfig
 from memlayer.jobs.typed import members, name_of
 
 CONFIGS = sorted((REPO / "configs").glob("*.yaml"))
@@ -26,6 +35,7 @@ def default_of(config):
         "pretrain": lambda: PretrainRun(output="-"),
         "retrofit": lambda: RetrofitRun(output="-", base="-", text=TextConfig(files=["-"])),
         "augment": lambda: AugmentRun(output="-", base="-", lessons=LessonsConfig(files=["-"])),
+        "compare_pretraining": lambda: ComparePretrainingRun(output="-", controls=ControlsConfig(config=__file__)),
         "compare": lambda: CompareRun(output="-", checkpoint="-", methods=config.methods),
         "learn": lambda: LearnRun(output="-", checkpoint="-", learn=type(config.learn)()),
     }[config.job]()

@@ -16,6 +16,7 @@ remembered, and copies of a held-out document are held out with it.
 Left out: shuffling the order of a dataset's shards.
 """
 
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
@@ -132,6 +133,12 @@ class Documents:
             self._first = place
             self._encoded = self._encode(self._block[place : place + ENCODED_TOGETHER])
         return self._encoded[place - self._first]
+
+    @property
+    def text(self) -> str:
+        """What the document at hand says."""
+        self.current()
+        return _text(self._block[self._state["taken"]])
 
     def advance(self) -> None:
         """Turn to the next document."""
@@ -261,6 +268,14 @@ class Mixture:
         if self._current is None:
             self._current = min(self.tokens, key=lambda name: self.tokens[name] / self._sources[name].source.weight)
         return self._current
+
+    def read(self, tokens: int) -> Iterator[str]:
+        """What the documents say that so many tokens from here on are of, in their order, until every source ended."""
+        taken = 0
+        while taken < tokens and not all(self.passes.values()):
+            yield self._sources[self.current].text
+            piece, _, _ = self.take(sys.maxsize)
+            taken += len(piece)
 
     def take(self, most: int) -> tuple[list[int], int, bool]:
         """The next tokens of one document: all that are left of it, or as many as are asked for.

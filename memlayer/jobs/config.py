@@ -16,6 +16,7 @@ from memlayer.jobs.sections import (
     ArchitectureConfig,
     AugmentConfig,
     CompareConfig,
+    ControlsConfig,
     CountConfig,
     DataConfig,
     LessonsConfig,
@@ -27,6 +28,7 @@ from memlayer.jobs.sections import (
     ProbesConfig,
     PromptsConfig,
     RetrofitConfig,
+    StatedConfig,
     TextConfig,
     TokenizerConfig,
 )
@@ -40,7 +42,7 @@ class RunConfig:
     """What every job is told.
 
     Attributes:
-        job: what to do: pretrain, pretrain_text, retrofit, augment, learn or compare.
+        job: what to do: pretrain, pretrain_text, compare_pretraining, retrofit, augment, learn or compare.
         output: folder to write.
         seed: of all that is drawn.
     """
@@ -102,6 +104,20 @@ class PretrainTextRun(TrainingRun):
         super().__post_init__()
         if self.data != DataConfig() and not any(source.facts for source in self.text.sources.values()):
             raise ValueError("settings of data are there, and no source of the text is of facts")
+
+
+@dataclass(kw_only=True)
+class ComparePretrainingRun(RunConfig):
+    """Pretrain a decoder with memory and its controls on the same batches, and report what the memory earned."""
+
+    job: Literal["compare_pretraining"] = "compare_pretraining"
+    controls: ControlsConfig
+    stated: StatedConfig = field(default_factory=StatedConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not Path(self.controls.config).is_file():
+            raise ValueError(f"controls.config is {self.controls.config}: there is no such file")
 
 
 @dataclass(kw_only=True)
@@ -212,7 +228,7 @@ class CompareRun(RunConfig):
             raise ValueError("lessons.files and settings of data are both there: a run teaches lessons or facts")
 
 
-ANY_RUN = PretrainRun | PretrainTextRun | RetrofitRun | AugmentRun | LearnRun | CompareRun
+ANY_RUN = PretrainRun | PretrainTextRun | ComparePretrainingRun | RetrofitRun | AugmentRun | LearnRun | CompareRun
 
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:

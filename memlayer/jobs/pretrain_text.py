@@ -52,8 +52,8 @@ def pretrain_text(config: PretrainTextRun) -> Path:
     Raises:
         FileNotFoundError, ValueError: a file, a setting or a model does not fit; nothing is trained then.
     """
-    arguments, sources = _arguments(config), sources_of(config)
-    inputs = _inputs(config)
+    arguments, sources = arguments_of(config), sources_of(config)
+    inputs = inputs_of(config)
     with claimed(config, inputs) as done:
         if not done:
             _pretrain(config, inputs, arguments, sources)
@@ -138,7 +138,7 @@ def train_on_text(
     Raises:
         ValueError: documents of one window hear each other, or the loss is no number.
     """
-    arguments = _arguments(config, folder)
+    arguments = arguments_of(config, folder)
     check_output(arguments.output_dir)
     checkpoint = checkpoint_to_resume(arguments, config, inputs)
     if packing.together:
@@ -176,7 +176,8 @@ def _speed_in_words(speed: Mapping[str, float]) -> str:
     )
 
 
-def _arguments(config: PretrainTextRun, folder: str = "trainer") -> TrainingArguments:
+def arguments_of(config: PretrainTextRun, folder: str = "trainer") -> TrainingArguments:
+    """The Trainer's, for a training whose checkpoints are in a folder of the output."""
     settings, text = config.pretrain, config.text
     steps = settings.tokens // (settings.batch_size * text.length)
     if not steps:
@@ -199,7 +200,7 @@ def _arguments(config: PretrainTextRun, folder: str = "trainer") -> TrainingArgu
     )
 
 
-def _inputs(config: PretrainTextRun) -> dict[str, str]:
+def inputs_of(config: PretrainTextRun) -> dict[str, str]:
     """SHA-256 of what is read from files; a dataset of the hub is taken by its name."""
     found = {}
     for name, source in config.text.sources.items():

@@ -33,6 +33,7 @@ MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safe
 RESULTS = {
     "pretrain": MODEL_FILES,
     "pretrain_text": (*MODEL_FILES, "results.json"),
+    "compare_pretraining": ("results.json", "report.md", "curves.png", "stated.jsonl"),
     "retrofit": (*MODEL_FILES, "results.json", "report.md", "losses.png"),
     "augment": ("lessons.jsonl",),
     "learn": ("patch", "model", "store", "learned.json", "answers.jsonl", "probes.json"),

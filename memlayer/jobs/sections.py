@@ -6,7 +6,7 @@ Their docstrings are what ``train.py --help`` shows, their types say what may be
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from memlayer.checks import check_at_least, check_choices, check_share
+from memlayer.checks import check_at_least, check_choice, check_choices, check_share
 from memlayer.jobs.study_texts import KINDS
 
 LossOn = Literal["all", "answer"]
@@ -428,6 +428,59 @@ class PretrainTextConfig:
     def __post_init__(self):
         check_at_least(1, "pretrain", self, "tokens", "batch_size")
         check_at_least(0, "pretrain", self, "learning_rate", "table_learning_rate", "weight_decay", "warmup_steps")
+
+
+@dataclass
+class ControlsConfig:
+    """What a memory is pretrained beside, on the same batches.
+
+    Attributes:
+        config: file of a job pretrain_text, whose memory is compared; the comparison decides its output and seed.
+        settings: what else to change in it, each as section.key=value.
+        names: the controls: dense, a gated block of as many FLOPs a token in the memory's place; dense_time, the same
+            on as many batches as fit into the time that the memory's training takes; one_slot, with nothing to look
+            up; shuffled, with addresses that know no token.
+        seeds: how many seeds; the first is ``seed``.
+        timed_steps: steps of each model, taken in turns, that say how many batches dense_time gets.
+    """
+
+    config: str
+    settings: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=lambda: ["dense", "dense_time", "one_slot", "shuffled"])
+    seeds: int = 1
+    timed_steps: int = 20
+
+    def __post_init__(self):
+        check_at_least(1, "controls", self, "seeds", "timed_steps")
+        for name in self.names:
+            check_choice("controls.names", name, ("dense", "dense_time", "one_slot", "shuffled"))
+        if len(set(self.names)) < len(self.names):
+            raise ValueError(f"controls.names are {self.names}: name each once")
+
+
+@dataclass
+class StatedConfig:
+    """Facts that the text states, to ask pretrained models for; see ``memlayer.data.stated``.
+
+    Attributes:
+        questions: question sets or files of lessons, of which those are asked whose answer the text that was read has.
+        facts: ask the known facts of the pretraining's ``data`` in the same way.
+        num_questions: so many of them at most.
+        num_wrong: wrong answers that the right one is chosen among, answers of other questions of the relation.
+    """
+
+    questions: list[str] = field(default_factory=list)
+    facts: bool = False
+    num_questions: int = 1000
+    num_wrong: int = 9
+
+    def __post_init__(self):
+        check_at_least(1, "stated", self, "num_questions", "num_wrong")
+
+    @property
+    def any(self) -> bool:
+        """Whether anything is to be asked."""
+        return bool(self.questions or self.facts)
 
 
 @dataclass
