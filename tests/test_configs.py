@@ -7,9 +7,18 @@ import pytest
 import yaml
 from commands import REPO
 
-from memlayer.jobs.config import ANY_RUN, AugmentRun, CompareRun, LearnRun, PretrainRun, RetrofitRun, load_config
+from memlayer.jobs.config import (
+    ANY_RUN,
+    AugmentRun,
+    CompareRun,
+    LearnRun,
+    PretrainRun,
+    PretrainTextRun,
+    RetrofitRun,
+    load_config,
+)
 from memlayer.jobs.learn_settings import LoraConfig
-from memlayer.jobs.sections import LessonsConfig, TextConfig
+from memlayer.jobs.sections import LessonsConfig, MixtureConfig, SourceConfig, TextConfig
 from memlayer.jobs.typed import members, name_of
 
 CONFIGS = sorted((REPO / "configs").glob("*.yaml"))
@@ -24,6 +33,7 @@ def default_of(config):
     """A run of the same job and method that says nothing else."""
     return {
         "pretrain": lambda: PretrainRun(output="-"),
+        "pretrain_text": lambda: PretrainTextRun(output="-", text=MixtureConfig({"-": SourceConfig(files=["-"])})),
         "retrofit": lambda: RetrofitRun(output="-", base="-", text=TextConfig(files=["-"])),
         "augment": lambda: AugmentRun(output="-", base="-", lessons=LessonsConfig(files=["-"])),
         "compare": lambda: CompareRun(output="-", checkpoint="-", methods=config.methods),
