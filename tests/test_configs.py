@@ -14,11 +14,12 @@ from memlayer.jobs.config import (
     CompareRun,
     LearnRun,
     PretrainRun,
+    PretrainTextRun,
     RetrofitRun,
     load_config,
 )
 from memlayer.jobs.learn_settings import LoraConfig
-from memlayer.jobs.sections import ControlsConfig, LessonsConfig, TextConfig
+from memlayer.jobs.sections import ControlsConfig, LessonsConfig, MixtureConfig, SourceConfig, TextConfig
 from memlayer.jobs.typed import members, name_of
 
 CONFIGS = sorted((REPO / "configs").glob("*.yaml"))
@@ -33,6 +34,7 @@ def default_of(config):
     """A run of the same job and method that says nothing else."""
     return {
         "pretrain": lambda: PretrainRun(output="-"),
+        "pretrain_text": lambda: PretrainTextRun(output="-", text=MixtureConfig({"-": SourceConfig(files=["-"])})),
         "retrofit": lambda: RetrofitRun(output="-", base="-", text=TextConfig(files=["-"])),
         "augment": lambda: AugmentRun(output="-", base="-", lessons=LessonsConfig(files=["-"])),
         "compare_pretraining": lambda: ComparePretrainingRun(output="-", controls=ControlsConfig(config=__file__)),

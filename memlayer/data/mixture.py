@@ -272,8 +272,11 @@ class Mixture:
     def read(self, tokens: int) -> Iterator[str]:
         """What the documents say that so many tokens from here on are of, in their order, until every source ended."""
         taken = 0
-        while taken < tokens and not all(self.passes.values()):
-            yield self._sources[self.current].text
+        while taken < tokens:
+            text = self._sources[self.current].text
+            if all(self.passes.values()):  # it is the first of another pass
+                return
+            yield text
             piece, _, _ = self.take(sys.maxsize)
             taken += len(piece)
 

@@ -48,7 +48,7 @@ def hears_others(model: nn.Module) -> bool:
 
     def keep(_module: nn.Module, _inputs: tuple, embedded_BLD: Tensor) -> Tensor:
         heard.append(embedded_BLD.detach().requires_grad_())
-        return heard[0]
+        return heard[0].clone()  # some families write into it
 
     handle = model.get_input_embeddings().register_forward_hook(keep)
     try:

@@ -53,11 +53,11 @@ STATED = """\
 Stated facts are {number} questions whose answer stands in the text that the models read, chosen among {choices} answers
 of the same relation: chance has {chance:.3f} right. Nats are those of all tokens of the right answer."""
 NOTES = """\
-Validation nats are means over the tokens of held-out windows. FLOPs are those of training, forward and backward. A dense
-control has those of the memory in its forward pass, and more than it in training, for half-keys that were not found have
-no gradient. Seconds are those of training alone, of one run after the other on whatever else the machine did; steps
-measured side by side are below. Live slots and the share of reads that the busiest 1 % of slots take are counted over
-held-out background documents."""
+Validation nats are means over the tokens of held-out windows. FLOPs are those of training, forward and backward. A
+dense control has those of the memory in its forward pass, and more than it in training, for half-keys that were not
+found have no gradient. Seconds are those of training alone, of one run after the other on whatever else the machine
+did; steps measured side by side are below. Live slots and the share of reads that the busiest 1 % of slots take are
+counted over held-out background documents."""
 
 
 def write_earned_report(folder: str | Path, results: Mapping) -> Path:

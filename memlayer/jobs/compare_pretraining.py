@@ -15,15 +15,12 @@ model at its end, and at the checkpoints that ``trainer.save_strategy`` kept.
 
 import hashlib
 import json
-import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 
 from accelerate import PartialState
-from tqdm import tqdm
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from memlayer.data.facts import facts_of
 from memlayer.data.hub_sets import local_file
@@ -32,53 +29,21 @@ from memlayer.data.mixture import Share
 from memlayer.data.packing import Packing, held_out_windows
 from memlayer.data.stated import StatedFact, askable, drawn_facts, stated, with_choices
 from memlayer.data.tokenizer import load_tokenizer
-from memlayer.decoders import files
 from memlayer.decoders.controls import CONTROLS, as_control
 from memlayer.evaluation.earned import MEMORY, earned_table, write_earned_report
 from memlayer.evaluation.probes import compared, probes_over_seeds
 from memlayer.evaluation.provenance import provenance
-from memlayer.evaluation.stated import Chosen, choose_answers, probes_of
+from memlayer.evaluation.stated import probes_of
 from memlayer.files import sha256_of, write_file
-from memlayer.jobs.checkpoints import damage_of, step_of
 from memlayer.jobs.config import ComparePretrainingRun, PretrainTextRun, load_config
-from memlayer.jobs.pretrain_text import (
-    RESULTS,
-    arguments_of,
-    build_model,
-    inputs_of,
-    packing_of,
-    pretrain_text,
-    sources_of,
-)
+from memlayer.jobs.pretrain_text import arguments_of, build_model, inputs_of, packing_of, sources_of
+from memlayer.jobs.pretrained import Trained, measured, results_of
 from memlayer.jobs.run_folder import claimed, describe, write_result
 from memlayer.jobs.step_times import step_seconds
 from memlayer.jobs.text_trainer import TextTrainer
-from memlayer.jobs.trainer import restore
-from memlayer.layers.memory import MemoryTable
-from memlayer.machine import best_device
-from memlayer.slots.counts import COUNTS_FILE, load_counts
 
 DENSE, DENSE_TIME = "dense", "dense_time"
 MODELS, TIMING = "models", "timing.json"
-
-
-@dataclass
-class Trained:
-    """One model of the comparison and what became of it.
-
-    Attributes:
-        config: its run.
-        results: what the run wrote.
-        chosen: what it made of the stated facts; none where none are asked.
-        stated_curve: [tokens, share of stated facts right] of each checkpoint that was kept, and of the end.
-        row: of the report.
-    """
-
-    config: PretrainTextRun
-    results: dict
-    chosen: list[Chosen]
-    stated_curve: list[list[float]]
-    row: dict
 
 
 def compare_pretraining(config: ComparePretrainingRun) -> None:
@@ -134,12 +99,12 @@ def _run(config: ComparePretrainingRun, base: PretrainTextRun) -> tuple[dict, li
     for seed in range(config.seed, config.seed + config.controls.seeds):
         folder = Path(config.output) / MODELS / f"seed{seed}"
         memory = replace(base, seed=seed, output=str(folder / MEMORY))
-        first = _results_of(memory)
+        first = results_of(memory)
         facts = _facts(config, memory, first)
         runs = {MEMORY: memory}
         for name in config.controls.names:
             runs[name] = _control(memory, name, config.controls.timed_steps)
-        models = {name: _measured(name, run, facts) for name, run in runs.items()}
+        models = {name: measured(name, run, facts) for name, run in runs.items()}
         if DENSE_TIME in runs:
             timed.append({"seed": seed, **_timing(memory, config.controls.timed_steps)})
         rows += [model.row for model in models.values()]
@@ -163,11 +128,6 @@ def _run(config: ComparePretrainingRun, base: PretrainTextRun) -> tuple[dict, li
 
 def _over_seeds(runs: list[list[dict]]) -> list[dict]:
     return runs[0] if len(runs) == 1 else probes_over_seeds(runs)
-
-
-def _results_of(run: PretrainTextRun) -> dict:
-    """Train a model unless that is done, and read what the run wrote."""
-    return json.loads((pretrain_text(run) / RESULTS).read_text(encoding="utf-8"))
 
 
 def _control(memory: PretrainTextRun, name: str, timed_steps: int) -> PretrainTextRun:
@@ -238,89 +198,7 @@ def _documents_read(memory: PretrainTextRun, packing: Packing, results: dict) ->
         yield from packing.mixture(Share("training", packing.held_out, lane, readers)).read(tokens / readers)
 
 
-def _measured(name: str, run: PretrainTextRun, facts: list[StatedFact]) -> Trained:
-    """Train a model unless that is done, ask it the facts, and say all of it in a row."""
-    results = _results_of(run)
-    model, tokenizer = files.load(run.output)
-    counts, tables = _counts(run, model), [m for m in model.modules() if isinstance(m, MemoryTable)]
-    row = {
-        "model": name,
-        "seed": run.seed,
-        "validation_nats": results["validation_loss"],
-        "tokens": results["tokens"],
-        "seconds": _seconds(results),
-        "parameters": results["parameters"]["whole model"],
-        "table_parameters": sum(table.weight.numel() for table in tables),
-        "flops_per_token": results["speed"]["flops_per_token"],
-        "curve": _curve(results),
-        "stated_n": len(facts),
-        **counts,
-    }
-    chosen, curve = [], []
-    if facts:
-        model.to(best_device())
-        chosen = _asked(model, tokenizer, facts, name)
-        curve = [[results["tokens"], _share_right(chosen)]]
-        for step, folder in _checkpoints(run, results["steps"]):
-            restore(model, folder)
-            tokens = step * results["tokens"] // results["steps"]
-            curve.insert(-1, [tokens, _share_right(_asked(model, tokenizer, facts, f"{name}, step {step}"))])
-    row |= {"stated_right": _share_right(chosen), "stated_nats": _mean([each.nats[0] for each in chosen])}
-    return Trained(run, results, chosen, curve, row | {"stated_curve": curve})
-
-
-def _asked(model, tokenizer, facts: list[StatedFact], name: str) -> list[Chosen]:
-    number = sum(len(fact.choices) for fact in facts)
-    with tqdm(total=number, desc=f"asking {name} what the text states", unit="answer") as bar:
-        return choose_answers(model, tokenizer, facts, progress=bar.update)
-
-
-def _checkpoints(run: PretrainTextRun, steps: int) -> list[tuple[int, Path]]:
-    """The whole checkpoints that training kept, but for that of its last step, in the order of their steps."""
-    found = Path(run.output, "trainer").glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-    numbered = sorted((step_of(folder), folder) for folder in found if not damage_of(folder))
-    return [(step, folder) for step, folder in numbered if step < steps]
-
-
-def _counts(run: PretrainTextRun, model) -> dict[str, float]:
-    """Live slots over all tables and the mean share of reads that the busiest 1 % take; nan without a table."""
-    tables = {name: m.num_embeddings for name, m in model.named_modules() if isinstance(m, MemoryTable)}
-    if not tables:
-        return {"live_slots": math.nan, "top_1_percent_share": math.nan}
-    found = [each.summary() for each in load_counts(Path(run.output) / COUNTS_FILE, tables).values()]
-    return {
-        "live_slots": sum(each["live_slots"] for each in found),
-        "top_1_percent_share": _mean([each["top_1_percent_share"] for each in found]),
-    }
-
-
-def _curve(results: dict) -> list[list[float]]:
-    """[tokens, validation nats] of every evaluation, the last one included."""
-    of_a_step = results["tokens"] / results["steps"]
-    points = {entry["step"]: entry["eval_loss"] for entry in results["log"] if "eval_loss" in entry}
-    points[results["steps"]] = results["validation_loss"]
-    return [[step * of_a_step, loss] for step, loss in sorted(points.items())]
-
-
-def _seconds(results: dict) -> float:
-    """Of training alone, over all processes that went on with it: by the pace that each part of it was logged at."""
-    seconds, last = 0.0, 0
-    for entry in results["log"]:
-        if "tokens_per_second" in entry:
-            seconds += (entry["tokens"] - last) / entry["tokens_per_second"]
-            last = entry["tokens"]
-    return seconds * results["tokens"] / last if last else math.nan
-
-
 def _sample(seed: int, at: int, fact: StatedFact, models: Mapping[str, Trained]) -> dict:
     nats = {name: [round(each, 4) for each in model.chosen[at].nats] for name, model in models.items()}
     told = {"question": fact.question.prompt, "choices": fact.choices, "relation": fact.relation, "rule": fact.rule}
     return {"seed": seed, **told, "nats": nats}
-
-
-def _share_right(chosen: list[Chosen]) -> float:
-    return _mean([float(each.right) for each in chosen])
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else math.nan

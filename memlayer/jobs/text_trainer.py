@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -50,8 +51,15 @@ class TextTrainer(MemoryTrainer):
         return windows * self._length
 
     def told(self) -> dict[str, dict[str, float]]:
-        """What this process has read of each source: tokens, and how often it came to the end."""
-        return self._batches.told()
+        """What all processes have read of each source: tokens, and how often they came to its end."""
+        of_processes = gather_object([self._batches.told()])
+        return {
+            name: {
+                "tokens": sum(each[name]["tokens"] for each in of_processes),
+                "passes": sum(each[name]["passes"] for each in of_processes) / len(of_processes),
+            }
+            for name in of_processes[0]
+        }
 
     def train_to_end(self, checkpoint: Path | None) -> None:
         """Train to the last step, from a checkpoint of this run and its place in the text where there is one."""
@@ -95,7 +103,10 @@ class TextTrainer(MemoryTrainer):
         return [self._batches.note(batch) for batch in batches], num_items
 
     def prediction_step(self, model: nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys=None) -> tuple:
-        """The loss of a batch, weighed so that the Trainer's mean over windows is the mean over tokens."""
+        """The loss of a batch, weighed so that the Trainer's mean over windows is the mean over tokens.
+
+        Among processes that do not get equally many windows it is that within a part of a window.
+        """
         inputs = self._prepare_inputs(inputs)
         asked = (inputs["labels"][:, 1:] != IGNORED).sum()
         with torch.no_grad(), self.compute_loss_context_manager():

@@ -157,3 +157,18 @@ def test_a_source_without_documents_is_named(tokenizer, tmp_path):
     wrong = Source("mine", 1.0, source.readers, column="body")
     with pytest.raises(ValueError, match=r"a\.txt has no column 'body', its columns are text"):
         Documents(wrong, WHOLE, tokenizer, 0, BUFFER).current()
+
+
+def test_what_the_documents_say_that_so_many_tokens_are_of(files, tokenizer):
+    facts = Source("facts", 0.5, examples=EXAMPLES)
+    mixture = Mixture([files, facts], WHOLE, tokenizer, 0, BUFFER)
+    spelt, tokens = [], 0
+    while tokens < 300:
+        piece, _, _ = mixture.take(1000)
+        spelt.append(tokenizer.decode(piece, skip_special_tokens=True))
+        tokens += len(piece)
+    again = Mixture([files, facts], WHOLE, tokenizer, 0, BUFFER)
+    assert list(again.read(tokens)) == spelt
+    assert list(again.read(0)) == []
+    everything = Mixture([files], WHOLE, tokenizer, 0, BUFFER).read(10**9)
+    assert sorted(everything) == sorted(TRAINED)

@@ -17,6 +17,7 @@ from memlayer.decoders.fingerprint import state_fingerprint
 from memlayer.evaluation.earned import MEMORY, NUMBERS
 from memlayer.evaluation.stated import choose_answers
 from memlayer.jobs import compare_pretraining as job
+from memlayer.jobs import pretrained
 from memlayer.jobs.compare_pretraining import DENSE, DENSE_TIME, TIMING, compare_pretraining
 
 NAMES = ("dense", "dense_time", "one_slot", "shuffled")
@@ -63,22 +64,20 @@ def compared(tmp_path_factory):
     """A finished comparison, and the batches that each forward pass of it embedded while training."""
     folder = tmp_path_factory.mktemp("compared")
     config = comparison(folder)
-    read, models = {}, []
+    read = {}
 
     def noting(run):
         with batches_read() as batches:
-            found = results_of(run)
-        if run.output not in read and batches:
-            read[run.output] = batches
-            models.append(run)
-        return found
+            folder = trained(run)
+        read.setdefault(folder.name, batches)
+        return folder
 
-    results_of, job._results_of = job._results_of, noting
+    trained, pretrained.pretrain_text = pretrained.pretrain_text, noting
     try:
         compare_pretraining(config)
     finally:
-        job._results_of = results_of
-    return config, folder / "out", {run.output.rpartition("/")[2]: read[run.output] for run in models}
+        pretrained.pretrain_text = trained
+    return config, folder / "out", read
 
 
 def results(out):

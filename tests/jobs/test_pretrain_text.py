@@ -2,13 +2,17 @@
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from byte_level import byte_level_tokenizer
-from commands import config_of, is_written, refusal, run, start, write_config
+from commands import REPO, config_of, is_written, refusal, run, start, write_config
 from families import decoder
 from torch.nn import functional as F
 
@@ -180,6 +184,32 @@ def test_a_run_killed_at_any_step_goes_on_and_ends_with_the_same_bits(tmp_path, 
     done = run("train.py", path)
     assert done.returncode == 0, done.stderr
     assert results_of(tmp_path / "stopped")["resumed_at"] >= 5
+    assert outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_text_and_go_on_where_they_were(tmp_path, sources):
+    changes = {**LONG, "text": {"sources": sources}, "trainer": {**LONG["trainer"], "dataloader_num_workers": 1}}
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
+    for name in ("whole", "stopped"):
+        path = write_config(tmp_path / f"{name}.yaml", TEXT, output=str(tmp_path / name), **changes)
+        command = [sys.executable, *launch, str(path)]
+        if name == "stopped":
+            process = subprocess.Popen(command, cwd=REPO, start_new_session=True)
+            while process.poll() is None and not is_written(
+                tmp_path / "stopped/trainer/checkpoint-5/trainer_state.json"
+            ):
+                time.sleep(0.01)
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            assert not (tmp_path / "stopped" / "config.yaml").exists(), "the run ended before it was killed"
+            assert "as many processes and trainer.dataloader_num_workers as" in refusal("train.py", path)
+        done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("wrote ") == 1
+    results = results_of(tmp_path / "stopped")
+    assert results["resumed_at"] >= 5
+    assert sum(each["tokens"] for each in results["sources"].values()) == results["tokens"]
     assert outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")
 
 
