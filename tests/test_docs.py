@@ -98,4 +98,6 @@ def test_the_guide_to_pretraining_on_text_trains_two_architectures_and_teaches_o
     read = {name: source["tokens"] for name, source in results["sources"].items()}
     assert read["manual"] == pytest.approx(4 * read["facts"], rel=0.2)
     assert files.load(runs / "gpt2")[0].config.base_model_type == "gpt2"
+    earned = json.loads((runs / "earned" / "results.json").read_text())["rows"]
+    assert [row["model"] for row in earned] == ["memory", "dense", "dense_time", "one_slot", "shuffled"]
     assert MemoryPatch.load(runs / "taught_manual" / "patch").num_rows > 0
