@@ -25,7 +25,7 @@ from memlayer.methods import STORES
 
 REPO = Path(__file__).parents[1]
 SERVER = get_context("forkserver")
-SERVER.set_forkserver_preload(["memlayer.jobs.compare", "memlayer.jobs.retrofit"])
+SERVER.set_forkserver_preload(["memlayer.commands.main"])
 
 # As small as a decoder with memory gets: 64 slots, of which a token reads 4.
 TINY = {

@@ -1,12 +1,12 @@
 """The configs in configs/: each opens with the command that runs it, is accepted, and says only what differs."""
 
 import dataclasses
-import runpy
 
 import pytest
 import yaml
 from commands import REPO
 
+from memlayer.commands.training import JOBS
 from memlayer.jobs.config import (
     ANY_RUN,
     AugmentRun,
@@ -23,7 +23,6 @@ from memlayer.jobs.sections import ControlsConfig, LessonsConfig, MixtureConfig,
 from memlayer.jobs.typed import members, name_of
 
 CONFIGS = sorted((REPO / "configs").glob("*.yaml"))
-JOBS = runpy.run_path(str(REPO / "train.py"))["JOBS"]
 
 
 # A recipe may name what it is about though it is the default.

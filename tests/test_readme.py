@@ -4,17 +4,25 @@ Commands are not run, which would take minutes; what they name is looked up: fil
 """
 
 import ast
+import inspect
 import re
 import shlex
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 from commands import REPO
 
+from memlayer.commands import evaluating, training
+from memlayer.commands.main import OTHERS
+from memlayer.commands.training import JOBS
 from memlayer.jobs.config import load_config
+from memlayer.jobs.recipes import find
 
+COMMANDS = {*JOBS, *OTHERS}
+FACES = {"train.py": training, "eval.py": evaluating}
 PAGES = [page for page in [REPO / "README.md", *sorted((REPO / "docs").rglob("*.md"))] if page.is_file()]
 TARGETS = set(re.findall(r"^([a-z][a-z-]*):", (REPO / "Makefile").read_text(), re.MULTILINE))
 BLOCK = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -27,10 +35,10 @@ def blocks(text, language):
 
 
 def shell_commands(text):
-    """The commands of a page, one line each, that start with python, make or accelerate."""
+    """The commands of a page, one line each, that start with python, make, accelerate or memlayer."""
     lines = "\n".join(blocks(text, "sh")).replace("\\\n", " ").splitlines()
     words = [shlex.split(line.removeprefix("$ "), comments=True) for line in lines]
-    return [command for command in words if command and command[0] in ("python", "make", "accelerate")]
+    return [command for command in words if command and command[0] in ("python", "make", "accelerate", "memlayer")]
 
 
 def complaint(command):
@@ -39,6 +47,8 @@ def complaint(command):
     if program == "make":
         unknown = [word for word in arguments if "=" not in word and word not in TARGETS]
         return f"make has no target {unknown[0]}" if unknown else None
+    if program == "memlayer":
+        return complaint_about_memlayer(arguments)
     if program == "accelerate" or arguments[:1] == ["-m"]:
         module = "accelerate" if program == "accelerate" else arguments[1]
         if find_spec(module) is None:
@@ -52,6 +62,22 @@ def complaint(command):
     return complaint_about_arguments(script, rest)
 
 
+def complaint_about_memlayer(arguments):
+    """What is wrong with the words behind memlayer, or None; folders of runs and a user's own files are not there."""
+    command, *rest = arguments
+    if command not in COMMANDS:
+        return f"memlayer has no command {command}"
+    if command not in JOBS:
+        return None
+    try:
+        config = load_config(find(rest[0], command), [word for word in rest[1:] if "=" in word])
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        return f"memlayer {command} refuses {rest}: {error}"
+    return None if config.job == command else f"{rest[0]} is of job {config.job}"
+
+
 def complaint_about_arguments(script, arguments):
     if script == "train.py":
         overrides = [word for word in arguments if "=" in word]
@@ -61,8 +87,13 @@ def complaint_about_arguments(script, arguments):
         except (ValueError, OSError, IndexError) as error:
             return f"train.py refuses {arguments}: {error}"
     options = [word.partition("=")[0] for word in arguments if word.startswith("--")]
-    unknown = [option for option in options if f'"{option}"' not in (REPO / script).read_text()]
+    unknown = [option for option in options if f'"{option}"' not in read_options(script)]
     return f"{script} has no option {unknown[0]}" if unknown else None
+
+
+def read_options(script):
+    """The source that declares the options of a script."""
+    return Path(inspect.getsourcefile(FACES[script]) if script in FACES else REPO / script).read_text(encoding="utf-8")
 
 
 def untraceable(text):
@@ -126,6 +157,12 @@ def test_the_readme_names_both_commands():
         ("python demo.py --full", None),
         ("python absent.py", "there is no file absent.py"),
         ("python -m pytest", None),
+        ("memlayer learn smollm2 output=runs/mine", None),
+        ("memlayer learn my.yaml", None),
+        ("memlayer learn smollm", "did you mean learn_smollm2?"),
+        ("memlayer learn smollm2 learn.num_row=3", "did you mean learn.num_rows?"),
+        ("memlayer learn pretrain", "pretrain is of job pretrain"),
+        ("memlayer dance", "memlayer has no command dance"),
         ("python -m absent", "there is no module absent"),
     ],
 )

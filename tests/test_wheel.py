@@ -17,7 +17,16 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).parents[1]
-SOURCES = ("setup.cfg", "pyproject.toml", "LICENSE", "README.md", "memlayer", "kernels")
+SOURCES = (
+    "setup.cfg",
+    "pyproject.toml",
+    "LICENSE",
+    "README.md",
+    "memlayer_command.py",
+    "memlayer",
+    "kernels",
+    "configs",
+)
 
 PIP = (sys.executable, "-m", "pip")
 
@@ -54,7 +63,8 @@ def hugging_face_kernels(tmp_path):
     return tmp_path / "other"
 
 
-def run(command, cwd=None, **environment):
+def run(command, cwd=None, status=0, **environment):
+    """What a command prints, or what it says on standard error where it is to end with another status than 0."""
     done = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
@@ -63,16 +73,17 @@ def run(command, cwd=None, **environment):
         text=True,
         timeout=240,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout.strip()
+    assert done.returncode == status, done.stdout + done.stderr
+    return (done.stderr if status else done.stdout).strip()
 
 
 def test_the_wheel_holds_our_packages_and_their_data_and_nothing_named_kernels(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     folders = {name.partition("/")[0] for name in names if ".dist-info/" not in name}
-    assert folders == {"memlayer", "memlayer_kernels"}
+    assert folders == {"memlayer", "memlayer_command.py", "memlayer_kernels"}
     ours = {f"memlayer/{path.relative_to(REPO / 'memlayer')}" for path in (REPO / "memlayer").rglob("*.py")}
     ours |= {f"memlayer_kernels/{path.name}" for path in (REPO / "kernels").glob("*.py")}
+    ours |= {f"memlayer/recipes/{path.name}" for path in (REPO / "configs").glob("*.yaml")}
     assert ours <= names
     assert {"memlayer/data/facts/facts.jsonl", "memlayer/data/facts/wordings.json"} <= names
 
@@ -86,6 +97,30 @@ def test_the_installed_wheel_is_what_is_imported_and_finds_its_facts(clean_pytho
     )
     for path in run([clean_python, "-c", code], cwd=tmp_path).split():
         assert Path(path).is_relative_to(clean_python.parents[1])
+
+
+@pytest.fixture(scope="module")
+def command(clean_python):
+    """The console command as pip wrote it, run by the fresh environment's Python."""
+    packages = Path(sysconfig.get_path("purelib", vars={"base": str(clean_python.parents[1])}))
+    script = packages / "bin" / "memlayer"
+    assert script.is_file(), "the wheel names no console command"
+    return [clean_python, script]
+
+
+def test_the_console_command_runs_recipes_in_an_empty_folder(command, tmp_path):
+    settings = "model.num_layers=2 model.width=16 model.num_heads=2 model.ffn_width=32 model.vocab_size=400"
+    settings += " memory.layers=[1] memory.num_keys=8 memory.top_k=2 data.num_known=8 pretrain.steps=1"
+    settings += " pretrain.batch_size=4 pretrain.warmup_steps=1 trainer.save_strategy=no trainer.disable_tqdm=true"
+    said = run([*command, "pretrain", *settings.split(), "output=mine"], cwd=tmp_path)
+    assert said.endswith("wrote mine")
+    assert {path.name for path in tmp_path.iterdir()} == {"mine"}
+    assert "job: pretrain\n" in (tmp_path / "mine" / "config.yaml").read_text(encoding="utf-8")
+
+
+def test_the_console_command_refuses_a_wrong_name_with_near_ones(command, tmp_path):
+    said = run([*command, "learn", "smollm"], cwd=tmp_path, status=1)
+    assert said == "memlayer learn: there is no recipe smollm; did you mean learn_smollm2?"
 
 
 @pytest.mark.parametrize("from_repo", [True, False], ids=["from the repository", "from elsewhere"])

@@ -26,6 +26,7 @@ from memlayer.evaluation.report import write_report
 from memlayer.evaluation.rows import CONTROL, NOTHING, forgetting_at_equal_learning, mean_rows, result_row, sample
 from memlayer.evaluation.tables import format_at_equal_learning, format_probes, format_table
 from memlayer.files import sha256_of, write_file
+from memlayer.jobs import recipes
 from memlayer.jobs.config import CompareRun, LearnRun, load_config
 from memlayer.jobs.learn import inputs_of, learn
 from memlayer.jobs.lessons import lessons_of, prompts_of
@@ -204,7 +205,7 @@ def trials(config: CompareRun, seed: int, validation: bool) -> list[Trial]:
         planned.append(Trial(name, strength, run, known, config.probes, folder / CONTROL))
 
     for name, method in config.methods.items():
-        run = load_config(method.config, method.settings)
+        run = load_config(recipes.find(method.config, "learn"), method.settings)
         if not isinstance(run, LearnRun):
             raise ValueError(f"methods.{name}.config is {method.config}, of job {run.job}: name one of job learn")
         if not planned:

@@ -35,6 +35,7 @@ from memlayer.evaluation.probes import compared, probes_over_seeds
 from memlayer.evaluation.provenance import provenance
 from memlayer.evaluation.stated import probes_of
 from memlayer.files import sha256_of, write_file
+from memlayer.jobs import recipes
 from memlayer.jobs.config import ComparePretrainingRun, PretrainTextRun, load_config
 from memlayer.jobs.pretrain_text import arguments_of, build_model, inputs_of, packing_of, sources_of
 from memlayer.jobs.pretrained import Trained, measured, results_of
@@ -77,7 +78,7 @@ def _base(config: ComparePretrainingRun) -> PretrainTextRun:
     if (number := PartialState().num_processes) > 1:
         raise ValueError(f"{number} processes: a comparison of pretrained models runs in one, with all its threads")
     told = config.controls
-    base = load_config(told.config, told.settings)
+    base = load_config(recipes.find(told.config, "pretrain_text"), told.settings)
     if not isinstance(base, PretrainTextRun):
         raise ValueError(f"controls.config is {told.config}, of job {base.job}: name one of job pretrain_text")
     if base.memory.control is not None:

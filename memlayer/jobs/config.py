@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from memlayer.checks import check_at_least, check_choices
 from memlayer.evaluation.rows import CONTROL
-from memlayer.jobs import typed, written
+from memlayer.jobs import recipes, typed, written
 from memlayer.jobs.learn_settings import ANY_LEARN, SparseMemoryConfig
 from memlayer.jobs.sections import (
     ArchitectureConfig,
@@ -116,8 +116,10 @@ class ComparePretrainingRun(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if not Path(self.controls.config).is_file():
-            raise ValueError(f"controls.config is {self.controls.config}: there is no such file")
+        try:
+            recipes.find(self.controls.config, "pretrain_text")
+        except (FileNotFoundError, ValueError) as error:
+            raise ValueError(f"controls.config is {self.controls.config}: {error}") from error
 
 
 @dataclass(kw_only=True)
@@ -217,8 +219,10 @@ class CompareRun(RunConfig):
                 raise ValueError(
                     f"methods.{name}: a method may be named otherwise, but not {CONTROL!r} and not with a slash"
                 )
-            if not Path(method.config).is_file():
-                raise ValueError(f"methods.{name}.config is {method.config}: there is no such file")
+            try:
+                recipes.find(method.config, "learn")
+            except (FileNotFoundError, ValueError) as error:
+                raise ValueError(f"methods.{name}.config is {method.config}: {error}") from error
         for key in ("num_new", "first_new"):
             if getattr(self.data, key):
                 raise ValueError(f"data.{key} is set: compare.first_test and compare.num_test say what is taught")

@@ -17,18 +17,25 @@ WIDTH, COLUMN = 118, 40
 ATTRIBUTE = re.compile(r"^    (\w+): (.*\n?(?:^ {8}.*\n?)*)", re.MULTILINE)
 
 
-def describe_settings() -> str:
-    """A line per setting with its default, its choices and what it is, grouped by job, section and method."""
+def describe_settings(job: str | None = None) -> str:
+    """A line per setting with its default, its choices and what it is, grouped by job, section and method.
+
+    Args:
+        job: whose settings; None is all of them.
+    """
     seen: set[str] = set()
+    runs = [run for run in members(ANY_RUN) if job in (None, name_of(run))]
     trains = "every job that trains"
-    groups = [_group("every job", RunConfig, "", None, seen), _group(trains, TrainingRun, "", None, seen)]
-    groups.append(_names(f"{trains}, trainer.*", FREE))
-    for job in members(ANY_RUN):
-        heading = f"job={name_of(job)}"
-        groups.append(_group(heading, job, "", None, seen))
-        if OF_JOB.get(name_of(job)):
-            groups.append(_names(f"{heading}, trainer.*", OF_JOB[name_of(job)]))
-        groups += _sections(heading, job, "", seen)
+    groups = [_group("every job", RunConfig, "", None, seen)]
+    if any(issubclass(run, TrainingRun) for run in runs):
+        groups.append(_group(trains, TrainingRun, "", None, seen))
+        groups.append(_names(f"{trains}, trainer.*", FREE))
+    for run in runs:
+        heading = f"job={name_of(run)}"
+        groups.append(_group(heading, run, "", None, seen))
+        if OF_JOB.get(name_of(run)):
+            groups.append(_names(f"{heading}, trainer.*", OF_JOB[name_of(run)]))
+        groups += _sections(heading, run, "", seen)
     return "\n\n".join(groups)
 
 

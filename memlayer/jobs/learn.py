@@ -230,7 +230,9 @@ def _keep(lesson: _Prepared) -> Learned:
     """Keep the lessons beside the model, which stays as it is and answers with them."""
     config, model = lesson.config, lesson.model.to(lesson.arguments.device).eval()
     start = time.perf_counter()
-    store = STORES[config.learn.method].of(model, lesson.lessons, lesson.encoded, config.learn)
+    quiet = lesson.arguments.disable_tqdm
+    with tqdm(desc="reading the lessons", unit="example", delay=1, disable=quiet) as bar:
+        store = STORES[config.learn.method].of(model, lesson.lessons, lesson.encoded, config.learn, bar.update)
     seconds = time.perf_counter() - start
     changed = files.numbers_changed(model, config.checkpoint)
     store.attach(model)

@@ -162,7 +162,8 @@ class MethodConfig:
     """One way to teach, in a comparison.
 
     Attributes:
-        config: file of a learning run; the comparison decides its output, checkpoint, seed and what it is taught.
+        config: file of a learning run, or a recipe by its name; the comparison decides its output, checkpoint, seed
+            and what it is taught.
         learning_rates: strengths to try.
         strengths: the same of a method that trains nothing: values of learn.min_share of retrieval, of learn.alpha
             of nearest and hebbian.
@@ -435,7 +436,8 @@ class ControlsConfig:
     """What a memory is pretrained beside, on the same batches.
 
     Attributes:
-        config: file of a job pretrain_text, whose memory is compared; the comparison decides its output and seed.
+        config: file of a job pretrain_text, or a recipe by its name, whose memory is compared; the comparison decides
+            its output and seed.
         settings: what else to change in it, each as section.key=value.
         names: the controls: dense, a gated block of as many FLOPs a token in the memory's place; dense_time, the same
             on as many batches as fit into the time that the memory's training takes; one_slot, with nothing to look

@@ -57,8 +57,10 @@ def terms_of(config: LearnRun, model: nn.Module, tokenizer, taught: Iterable[dic
         bound, quantile = told.trust_region.bound, told.trust_region.quantile
         written = [each["input_ids"] for each in _generated(told.trust_region, config, model, tokenizer)]
         terms.append(TrustRegion(written, bound, quantile, config.seed))
-    for term in terms:
-        term.begin(model)
+    quiet = bool(config.trainer.get("disable_tqdm"))
+    with tqdm(desc="looking at what should be kept", unit="example", delay=1, disable=quiet or not terms) as bar:
+        for term in terms:
+            term.begin(model, bar.update)
     return terms
 
 
@@ -80,7 +82,9 @@ def _kept(
     told: ReplayConfig, config: LearnRun, model: nn.Module, tokenizer, examples: list[dict], groups: list[str]
 ) -> list[dict]:
     """Those of the examples that are kept, by what the untouched model makes of them."""
-    features_ND = mean_hidden_states(model, examples, pad_token(tokenizer))
+    quiet = bool(config.trainer.get("disable_tqdm"))
+    with tqdm(total=len(examples), desc="choosing what is replayed", unit="example", delay=1, disable=quiet) as bar:
+        features_ND = mean_hidden_states(model, examples, pad_token(tokenizer), progress=bar.update)
     buffer = ReplayBuffer(told.keep, told.keep_by, config.seed)
     for group in dict.fromkeys(groups):
         places = [place for place, each in enumerate(groups) if each == group]

@@ -1,6 +1,6 @@
 """What a model makes of an example, as one vector: the mean of its last hidden states over the example's tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -8,11 +8,16 @@ from torch import nn
 
 from memlayer.data.qa import collate
 from memlayer.evaluation.qa import evaluating
+from memlayer.methods.terms import unheard
 
 
 @torch.no_grad()
 def mean_hidden_states(
-    model: nn.Module, examples: Sequence[dict], pad_token_id: int, batch_size: int = 32
+    model: nn.Module,
+    examples: Sequence[dict],
+    pad_token_id: int,
+    batch_size: int = 32,
+    progress: Callable[[int], object] = unheard,
 ) -> np.ndarray:
     """The features of examples, float64, shape (examples, model width).
 
@@ -22,6 +27,7 @@ def mean_hidden_states(
         examples: what ``data.qa.encode`` returns.
         pad_token_id: what fills a batch.
         batch_size: examples at a time; it changes speed and memory, not results.
+        progress: called after each batch with the number of examples it held.
     """
     decoder, device = model.base_model, next(model.parameters()).device
     found = [torch.empty(0, model.config.get_text_config().hidden_size, dtype=torch.float64)]
@@ -31,4 +37,5 @@ def mean_hidden_states(
             ids_BL, there_BL = (batch[key].to(device) for key in ("input_ids", "attention_mask"))
             states_BLD = decoder(input_ids=ids_BL, attention_mask=there_BL, use_cache=False).last_hidden_state.double()
             found.append(((states_BLD * there_BL[..., None]).sum(1) / there_BL.sum(1, keepdim=True)).cpu())
+            progress(len(ids_BL))
     return torch.cat(found).numpy()

@@ -11,7 +11,7 @@ Shapes as in neighbours.py.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Self
 
 import torch
@@ -20,20 +20,28 @@ from torch import Tensor, nn
 from memlayer.data.lessons import Lesson
 from memlayer.evaluation.qa import evaluating
 from memlayer.methods.neighbours import NeighbourStore
+from memlayer.methods.terms import unheard
 
 
 class Nearest(NeighbourStore):
     """A ``Store`` whose ``alpha`` is the share of the neighbours in what is said, from 0 to below 1."""
 
     @classmethod
-    def of(cls, model: nn.Module, lessons: Sequence[Lesson], encoded: Sequence[Sequence[dict]], settings) -> Self:
+    def of(
+        cls,
+        model: nn.Module,
+        lessons: Sequence[Lesson],
+        encoded: Sequence[Sequence[dict]],
+        settings,
+        progress: Callable[[int], object] = unheard,
+    ) -> Self:
         """Read the lessons once, and keep the states at their answers.
 
         Raises:
             ValueError: the model changes its logits after the output head, where these would be changed with them.
         """
         _check_head(model, encoded[0][0]["input_ids"])
-        return super().of(model, lessons, encoded, settings)
+        return super().of(model, lessons, encoded, settings, progress)
 
     def rule(
         self, head: nn.Module, logits_TC: Tensor, states_TD: Tensor, similarity_TK: Tensor, place_TK: Tensor

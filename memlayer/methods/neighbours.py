@@ -27,6 +27,7 @@ from memlayer.data.lessons import Lesson
 from memlayer.data.qa import Question, collate
 from memlayer.evaluation.qa import evaluating
 from memlayer.files import reading, writing
+from memlayer.methods.terms import unheard
 
 FILE = "neighbours.safetensors"
 BATCH = 16  # examples read at a time
@@ -70,11 +71,12 @@ class Kept:
         return found.values, found.indices
 
 
-def states_of(model: nn.Module, examples: Sequence[dict]) -> Kept:
+def states_of(model: nn.Module, examples: Sequence[dict], progress: Callable[[int], object] = unheard) -> Kept:
     """The states in which a model is about to say the answers' tokens, the answers being told it.
 
     Args:
         examples: as ``data.qa.encode`` returns them; of a text every token but the first is kept.
+        progress: called after each batch with the number of examples it held.
 
     Raises:
         ValueError: a state is not finite.
@@ -92,6 +94,7 @@ def states_of(model: nn.Module, examples: Sequence[dict]) -> Kept:
                 predicts_BL = found["answer_mask"].bool()
                 states.append(heard.pop()[predicts_BL.to(model.device)].float().cpu())
                 tokens.append(found["input_ids"].roll(-1, dims=1)[predicts_BL])
+                progress(len(ids_BL))
     finally:
         handle.remove()
     kept = Kept(torch.cat(states), torch.cat(tokens))
@@ -116,9 +119,16 @@ class NeighbourStore(ABC):
         self.num_neighbours, self.min_similarity, self.temperature = num_neighbours, min_similarity, temperature
 
     @classmethod
-    def of(cls, model: nn.Module, lessons: Sequence[Lesson], encoded: Sequence[Sequence[dict]], settings) -> Self:
+    def of(
+        cls,
+        model: nn.Module,
+        lessons: Sequence[Lesson],
+        encoded: Sequence[Sequence[dict]],
+        settings,
+        progress: Callable[[int], object] = unheard,
+    ) -> Self:
         """Read the lessons once, and keep the states at their answers."""
-        return cls._with(states_of(model, list(chain(*encoded))), settings)
+        return cls._with(states_of(model, list(chain(*encoded)), progress), settings)
 
     @classmethod
     def _with(cls, kept: Kept, settings) -> Self:

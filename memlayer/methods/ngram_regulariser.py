@@ -13,14 +13,14 @@ untouched model says is kept once for all lessons, a float a token: no second mo
 Shapes: B sequences, L tokens, W windows of a sequence (L - n), V vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from memlayer.data.qa import collate
 from memlayer.evaluation.qa import evaluating
-from memlayer.methods.terms import Term
+from memlayer.methods.terms import Term, unheard
 
 
 def token_log_probs(logits_BLV: Tensor, input_ids_BL: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ class NGramRegulariser(Term):
         self._references: dict[bytes, tuple[Tensor, int]] = {}
 
     @torch.no_grad()
-    def begin(self, model: nn.Module) -> None:
+    def begin(self, model: nn.Module, progress: Callable[[int], object] = unheard) -> None:
         """Keep what the untouched model says of the lessons."""
         device = next(model.parameters()).device
         with evaluating(model):
@@ -103,6 +103,7 @@ class NGramRegulariser(Term):
                 for example, log_p_T in zip(some, log_p_BT):
                     key = sequence_key(torch.tensor(example["input_ids"]))
                     self._references[key] = (log_p_T[: example["length"] - 1].clone(), example["answer_start"])
+                progress(len(some))
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor], logits: Tensor) -> Tensor | None:
         """The weighted penalty of a batch; None where no window counts.

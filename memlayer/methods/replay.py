@@ -10,7 +10,7 @@ the divergence is exact when every token is kept and never larger than the whole
 Shapes: B examples, L tokens, C vocabulary, K tokens kept of a distribution.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memlayer.data.qa import IGNORED, MASKS, collate
-from memlayer.methods.terms import Term
+from memlayer.methods.terms import Term, unheard
 
 ALMOST_ALL = 1 - 1e-6  # of a probability: what the kept tokens leave to all others is at least the rest
 
@@ -60,7 +60,7 @@ class Replay(Term):
         self._drawn = (-1, 0)  # the step of the latest draw, and how many there were in it
 
     @torch.no_grad()
-    def begin(self, model: nn.Module) -> None:
+    def begin(self, model: nn.Module, progress: Callable[[int], object] = unheard) -> None:
         """With the target "base", keep what the untouched model says of every example."""
         if self._target == "text":
             return
@@ -73,6 +73,7 @@ class Replay(Term):
             for example, logp_LK, token_LK in zip(some, top_BLK.values, top_BLK.indices):
                 length = example["length"] - 1  # nothing is predicted behind the last token
                 self._base.append((logp_LK[:length].cpu(), token_LK[:length].int().cpu()))
+            progress(len(some))
         model.train(was_training)
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor], logits: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from memlayer.data.lessons import Lesson
 from memlayer.data.prompts import LESSON
 from memlayer.data.qa import Question
 from memlayer.files import reading, write_file
+from memlayer.methods.terms import unheard
 
 FILE = "lessons.jsonl"
 
@@ -60,8 +61,8 @@ class Retrieval:
         self._index = BM25([each.searched for each in kept])
 
     @classmethod
-    def of(cls, model: nn.Module, lessons: Sequence[Lesson], encoded, settings) -> Self:
-        """Keep the texts of lessons; neither ``model`` nor ``encoded`` is used."""
+    def of(cls, model: nn.Module, lessons: Sequence[Lesson], encoded, settings, progress=unheard) -> Self:
+        """Keep the texts of lessons; ``model``, ``encoded`` and ``progress`` are not used."""
         kept = [
             Kept(
                 lesson.id,

@@ -8,6 +8,7 @@ from torch import nn
 
 from memlayer.data.lessons import Lesson
 from memlayer.data.qa import Question
+from memlayer.methods.terms import unheard
 
 # What is asked in place of a question; the second argument says whether the model has room for one.
 Ask = Callable[[Question, Callable[[Question], bool]], Question]
@@ -20,7 +21,14 @@ class Store(Protocol):
     """
 
     @classmethod
-    def of(cls, model: nn.Module, lessons: Sequence[Lesson], encoded: Sequence[Sequence[dict]], settings) -> Self:
+    def of(
+        cls,
+        model: nn.Module,
+        lessons: Sequence[Lesson],
+        encoded: Sequence[Sequence[dict]],
+        settings,
+        progress: Callable[[int], object] = unheard,
+    ) -> Self:
         """Keep lessons.
 
         Args:
@@ -28,6 +36,7 @@ class Store(Protocol):
             lessons: as they are taught, without what stands around a question.
             encoded: of each lesson its examples as the model reads them, see ``data.qa.encode``.
             settings: of the method.
+            progress: called with the number of examples that the model has just read.
 
         Raises:
             ValueError: a lesson that cannot be kept, or a model that cannot answer with it.

@@ -5,9 +5,13 @@ experience replay, with the terms replay and l2 it is both. A term never asks wh
 that it cannot serve is refused where the two meet, in ``jobs/learn.py``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
+
+
+def unheard(_number: int) -> None:
+    """Progress that nobody watches."""
 
 
 class Term:
@@ -26,8 +30,12 @@ class Term:
     examples: int = 0
     tokens: int = 0
 
-    def begin(self, model: nn.Module) -> None:
-        """Look at the model before anything moves."""
+    def begin(self, model: nn.Module, progress: Callable[[int], object] = unheard) -> None:
+        """Look at the model before anything moves.
+
+        Args:
+            progress: called with the number of examples that were just looked at, like ``tqdm.update``.
+        """
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor], logits: Tensor) -> Tensor | None:
         """What to add to the loss of a micro-batch, in nats a token, or nothing.

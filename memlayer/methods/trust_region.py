@@ -14,14 +14,14 @@ since it is one on changes; a memory's rows as a unit.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from memlayer.evaluation.qa import evaluating
 from memlayer.layers.memory import MemoryTable
-from memlayer.methods.terms import Term
+from memlayer.methods.terms import Term, unheard
 
 MOST_BITS = 20
 
@@ -103,7 +103,12 @@ def bounds(start: Tensor, within: Tensor) -> tuple[Tensor, Tensor]:
     return both[0], both[1]
 
 
-def sampled_fisher(model: nn.Module, sequences: Iterable[Sequence[int]], seed: int = 0) -> dict[str, Tensor]:
+def sampled_fisher(
+    model: nn.Module,
+    sequences: Iterable[Sequence[int]],
+    seed: int = 0,
+    progress: Callable[[int], object] = unheard,
+) -> dict[str, Tensor]:
     """The Fisher information about each parameter: its mean squared gradient of what the model itself would say.
 
     The tokens to predict are drawn from the model behind the sequence's own, as BLIP draws labels: with the true ones
@@ -113,6 +118,7 @@ def sampled_fisher(model: nn.Module, sequences: Iterable[Sequence[int]], seed: i
         model: any causal language model; it is left as found.
         sequences: token ids of background text, at least 2 of each; one backward pass each.
         seed: of what is drawn.
+        progress: called with 1 after each sequence.
 
     Raises:
         ValueError: there is no sequence.
@@ -131,6 +137,7 @@ def sampled_fisher(model: nn.Module, sequences: Iterable[Sequence[int]], seed: i
                 if gradient is not None:
                     information += (gradient.to_dense() if gradient.is_sparse else gradient).float() ** 2
             number += 1
+            progress(1)
     if not number:
         raise ValueError("the Fisher information needs at least one sequence of background text")
     return {name: information / number for name, information in found.items()}
@@ -183,9 +190,9 @@ class TrustRegion(Term):
         self._sequences, self._bound, self._quantile, self._seed = sequences, bound, quantile, seed
         self._held: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def begin(self, model: nn.Module) -> None:
+    def begin(self, model: nn.Module, progress: Callable[[int], object] = unheard) -> None:
         """Measure what matters to the background, and hold the model to where it is."""
-        fisher = sampled_fisher(model, self._sequences, self._seed)
+        fisher = sampled_fisher(model, self._sequences, self._seed, progress)
         self.hold(model, radii_of(model, fisher, self._bound, self._quantile))
 
     def hold(self, model: nn.Module, radii: Mapping[str, Tensor]) -> None:

@@ -42,17 +42,24 @@ PROGRAM = "python -m memlayer.patch"
 WEIGHTS = "model*.safetensors*"  # written anew, perhaps in other shards
 
 
-def main() -> None:
-    """Run one command; bad input ends it with one sentence and exit status 1."""
-    options = parse_options()
-    with refusals(PROGRAM):
+def main(program: str = PROGRAM, words: list[str] | None = None) -> None:
+    """Run one command; bad input ends it with one sentence and exit status 1.
+
+    Args:
+        program: how the user called this.
+        words: the command line behind the program; None is that of the process.
+    """
+    options = parse_options(program, words)
+    with refusals(program):
         options.run(options)
 
 
-def parse_options() -> argparse.Namespace:
+def parse_options(program: str, words: list[str] | None) -> argparse.Namespace:
     """The command line, with what to call in ``run``."""
     parser = argparse.ArgumentParser(
-        prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=program,
+        description=__doc__.replace(PROGRAM, program),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"memlayer {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", dest="command")
@@ -96,7 +103,7 @@ def parse_options() -> argparse.Namespace:
     forgetting.add_argument("out", type=Path, metavar="OUT", help="folder to write, new or empty")
     forgetting.add_argument("--strength", type=float, default=1.0, help="how far (default: %(default)s)")
     forgetting.set_defaults(run=forget)
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 def show_patch(options: argparse.Namespace) -> None:

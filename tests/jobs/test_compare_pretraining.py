@@ -208,7 +208,7 @@ def test_no_questions_leave_the_facts_out_and_no_control_leaves_memory_alone(tmp
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"controls": {"config": "nowhere.yaml"}}, "controls.config is nowhere.yaml: there is no such file"),
+        ({"controls": {"config": "nowhere.yaml"}}, "controls.config is nowhere.yaml: no config at nowhere.yaml"),
         ({"controls": {"names": ["wide"]}}, "controls.names is 'wide', must be 'dense' or 'dense_time'"),
         ({"controls": {"names": ["dense", "dense"]}}, "name each once"),
         ({"controls": {"settings": ["memory.control=dense"]}}, "the memory itself is compared"),

@@ -227,7 +227,7 @@ def test_what_is_made_in_python_is_checked_alike(make, message):
         (
             "output: runs/x\n",
             [],
-            "job is not set, must be 'pretrain' or 'pretrain_text' or 'compare_pretraining' or 'retrofit' or 'augment' or 'learn'",
+            "job is not set, must be 'pretrain' or 'pretrain_text' or 'compare_pretraining' or 'retrofit' or",
         ),
         ("job: [pretrain\n", [], "not YAML: while parsing a flow sequence"),
         ("job: learn\njob: learn\n", [], "the key job is there twice, line 2"),
