@@ -2,13 +2,12 @@
 
 import json
 import math
-import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from byte_level import byte_level_tokenizer
@@ -189,12 +188,15 @@ def test_two_processes_share_the_text_and_go_on_where_they_were(tmp_path, source
         path = write_config(tmp_path / f"{name}.yaml", TEXT, output=str(tmp_path / name), **changes)
         command = [sys.executable, *launch, str(path)]
         if name == "stopped":
-            process = subprocess.Popen(command, cwd=REPO, start_new_session=True)
+            process = subprocess.Popen(command, cwd=REPO)
             while process.poll() is None and not is_written(
                 tmp_path / "stopped/trainer/checkpoint-4/trainer_state.json"
             ):
                 time.sleep(0.01)
-            os.killpg(process.pid, signal.SIGKILL)
+            everyone = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+            for each in everyone:  # the launcher gives its processes sessions of their own
+                each.kill()
+            psutil.wait_procs(everyone)
             process.wait()
             assert not (tmp_path / "stopped" / "config.yaml").exists(), "the run ended before it was killed"
             assert "as many processes and trainer.dataloader_num_workers as" in refusal("train.py", path)
