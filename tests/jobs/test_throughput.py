@@ -16,8 +16,8 @@ HEADS_OF_MEMORY, N_KEYS, TOP_K, KEY_WIDTH, V = 2, 8, 3, 8, 16
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_the_arithmetic_of_a_token_is_that_of_all_products_three_times(attention):
-    config = LlamaConfig(vocab_size=VOCAB, hidden_size=D, intermediate_size=INNER, num_hidden_layers=2)
-    config.num_attention_heads, config.num_key_value_heads, config.head_dim = 2, 1, D // 2
+    sizes = {"vocab_size": VOCAB, "hidden_size": D, "intermediate_size": INNER, "num_hidden_layers": 2}
+    config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     of_attention = 2 * (2 * D * D + 2 * D * D // 2) + 2 * 2 * L * D  # projections, scores and sums over all L
     of_block, of_head = 2 * 3 * D * INNER, 2 * D * VOCAB
