@@ -235,6 +235,16 @@ class CompareRun(RunConfig):
 ANY_RUN = PretrainRun | PretrainTextRun | ComparePretrainingRun | RetrofitRun | AugmentRun | LearnRun | CompareRun
 
 
+def facts_told(run: RunConfig | None) -> tuple[DataConfig, bool] | None:
+    """The known facts that a run pretrained on, and whether in half of the unseen wordings too; None if it did not."""
+    if isinstance(run, PretrainRun):
+        return run.data, run.pretrain.unseen_wordings
+    if isinstance(run, PretrainTextRun):
+        told = [source.unseen_wordings for source in run.text.sources.values() if source.facts and source.weight]
+        return (run.data, any(told)) if told else None
+    return None
+
+
 def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
     """Read a YAML file, apply ``section.key=value`` overrides, check every name and type.
 

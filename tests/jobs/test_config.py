@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memlayer.jobs.config import ANY_RUN, LearnRun, PretrainRun, RetrofitRun, load_config, to_yaml
+from memlayer.jobs.config import ANY_RUN, LearnRun, PretrainRun, RetrofitRun, facts_told, load_config, to_yaml
 from memlayer.jobs.config_help import attributes, describe_settings
 from memlayer.jobs.learn_settings import (
     ANY_LEARN,
@@ -104,6 +104,18 @@ def test_a_mapping_with_names_of_somebody_else_is_added_to_or_replaced_whole(tmp
     assert other.model.settings == {"model_type": "gpt2", "n_embd": 4}
     for each in (config, other):
         assert load_config(write(tmp_path, to_yaml(each))) == each
+
+
+def test_which_facts_a_run_pretrained_on_follows_from_its_job_and_its_sources(tmp_path):
+    few = DataConfig(num_known=5)
+    assert facts_told(PretrainRun(output="x", data=few)) == (few, True)
+    text = "job: pretrain_text\noutput: x\ndata: {num_known: 5}\ntext: {sources: {a: {files: [a]}, b: {facts: true}}}\n"
+    path = write(tmp_path, text)
+    assert facts_told(load_config(path)) == (few, True)
+    assert facts_told(load_config(path, ["text.sources.b.unseen_wordings=false"])) == (few, False)
+    assert facts_told(load_config(path, ["text.sources.b.weight=0"])) is None
+    assert facts_told(RUN) is None
+    assert facts_told(None) is None
 
 
 def test_a_leading_tilde_is_the_home_folder_in_files_too(tmp_path, monkeypatch):
