@@ -193,6 +193,7 @@ def test_a_finished_comparison_is_left_alone_and_another_is_refused(compared):
         compare_pretraining(more)
 
 
+@pytest.mark.slow
 def test_no_questions_leave_the_facts_out_and_no_control_leaves_memory_alone(tmp_path):
     config = comparison(tmp_path, stated={"questions": []}, controls={"names": []})
     compare_pretraining(config)
