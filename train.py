@@ -2,6 +2,8 @@
 compare methods that teach them.
 
     python train.py configs/pretrain.yaml
+    python train.py configs/pretrain_text.yaml text.sources.mine.files=[my_text.jsonl] text.sources.facts.weight=0.1
+    python train.py configs/compare_pretraining.yaml
     python train.py configs/retrofit_smollm2_135m.yaml
     python train.py configs/augment_lessons.yaml base=HuggingFaceTB/SmolLM2-1.7B-Instruct
     python train.py configs/learn_sparse_memory.yaml learn.learning_rate=0.5 output=runs/mine

@@ -7,9 +7,19 @@ import yaml
 from commands import REPO
 
 from memlayer.commands.training import JOBS
-from memlayer.jobs.config import ANY_RUN, AugmentRun, CompareRun, LearnRun, PretrainRun, RetrofitRun, load_config
+from memlayer.jobs.config import (
+    ANY_RUN,
+    AugmentRun,
+    ComparePretrainingRun,
+    CompareRun,
+    LearnRun,
+    PretrainRun,
+    PretrainTextRun,
+    RetrofitRun,
+    load_config,
+)
 from memlayer.jobs.learn_settings import LoraConfig
-from memlayer.jobs.sections import LessonsConfig, TextConfig
+from memlayer.jobs.sections import ControlsConfig, LessonsConfig, MixtureConfig, SourceConfig, TextConfig
 from memlayer.jobs.typed import members, name_of
 
 CONFIGS = sorted((REPO / "configs").glob("*.yaml"))
@@ -23,8 +33,10 @@ def default_of(config):
     """A run of the same job and method that says nothing else."""
     return {
         "pretrain": lambda: PretrainRun(output="-"),
+        "pretrain_text": lambda: PretrainTextRun(output="-", text=MixtureConfig({"-": SourceConfig(files=["-"])})),
         "retrofit": lambda: RetrofitRun(output="-", base="-", text=TextConfig(files=["-"])),
         "augment": lambda: AugmentRun(output="-", base="-", lessons=LessonsConfig(files=["-"])),
+        "compare_pretraining": lambda: ComparePretrainingRun(output="-", controls=ControlsConfig(config=__file__)),
         "compare": lambda: CompareRun(output="-", checkpoint="-", methods=config.methods),
         "learn": lambda: LearnRun(output="-", checkpoint="-", learn=type(config.learn)()),
     }[config.job]()

@@ -1,6 +1,6 @@
 """The guides are run from their first command to their last snippet, each in a folder of its own.
 
-Healing takes two minutes, so the guide to retrofitting is run by make test-all.
+Healing takes two minutes and pretraining one, so the guides to these are run by make test-all.
 """
 
 import json
@@ -15,7 +15,7 @@ from memlayer.decoders.fingerprint import state_fingerprint
 from memlayer.jobs.measure import KL
 from memlayer.patch import MemoryPatch
 
-GUIDE, LESSONS = REPO / "docs" / "retrofit.md", REPO / "docs" / "teach_your_model.md"
+GUIDE, LESSONS, TEXT = (REPO / "docs" / f"{name}.md" for name in ("retrofit", "teach_your_model", "pretrain"))
 BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -86,3 +86,18 @@ def test_the_tiny_base_recalls_taught_wordings(walked):
     assert control["learning_seen"] == 0
     assert healing["method"] == "attach and heal"
     assert learned["learning_seen"] >= 0.4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_guide_to_pretraining_on_text_trains_two_architectures_and_teaches_one(tmp_path):
+    runs = walk(TEXT, tmp_path)
+    results = json.loads((runs / "manual" / "results.json").read_text())
+    losses = [entry["eval_loss"] for entry in results["log"] if "eval_loss" in entry]
+    assert losses[-1] < losses[0] - 1
+    read = {name: source["tokens"] for name, source in results["sources"].items()}
+    assert read["manual"] == pytest.approx(4 * read["facts"], rel=0.2)
+    assert files.load(runs / "gpt2")[0].config.base_model_type == "gpt2"
+    earned = json.loads((runs / "earned" / "results.json").read_text())["rows"]
+    assert [row["model"] for row in earned] == ["memory", "dense", "dense_time", "one_slot", "shuffled"]
+    assert MemoryPatch.load(runs / "taught_manual" / "patch").num_rows > 0

@@ -10,18 +10,20 @@
     accelerate launch -m memlayer pretrain                          several processes
 
 commands, each with a --help of its own:
-  pretrain   train a decoder with memory from nothing
-  retrofit   put memory into a pretrained decoder
-  augment    let a language model write study texts about lessons
-  learn      teach facts or lessons
-  compare    teach the same by several methods
-  eval       ask a checkpoint and what learning runs made of it
-  patch      show, apply, revert, merge, squash, delete or forget what was learned
-  recipes    list what pretrain, retrofit, augment, learn and compare can run by name
-  recipe     print one of them
+  pretrain              train a decoder with memory from nothing
+  pretrain_text         the same on text of several sources
+  compare_pretraining   train it beside controls on the same batches: does the memory earn it?
+  retrofit              put memory into a pretrained decoder
+  augment               let a language model write study texts about lessons
+  learn                 teach facts or lessons
+  compare               teach the same by several methods
+  eval                  ask a checkpoint and what learning runs made of it
+  patch                 show, apply, revert, merge, squash, delete or forget what was learned
+  recipes               list what the jobs, the first seven, can run by name
+  recipe                print one of them
 
-A recipe may be named without its job: memlayer learn smollm2 runs learn_smollm2; pretrain and compare have one of their
-own name, which they run when none is named.
+A recipe may be named without its job: memlayer learn smollm2 runs learn_smollm2; the pretraining jobs and
+compare have one of their own name, which they run when none is named.
 """
 
 import argparse

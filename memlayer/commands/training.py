@@ -14,10 +14,12 @@ from memlayer import __version__
 from memlayer.jobs import recipes
 from memlayer.jobs.augment import augment
 from memlayer.jobs.compare import compare
+from memlayer.jobs.compare_pretraining import compare_pretraining
 from memlayer.jobs.config import ANY_RUN, RunConfig, load_config, to_yaml
 from memlayer.jobs.config_help import describe_settings
 from memlayer.jobs.learn import learn_into_output
 from memlayer.jobs.pretrain import pretrain
+from memlayer.jobs.pretrain_text import pretrain_text
 from memlayer.jobs.retrofit import retrofit
 from memlayer.jobs.run_folder import is_finished
 from memlayer.jobs.typed import names
@@ -32,6 +34,18 @@ Exit status: 0 done, 1 refused, 2 a wrong command line, 3 retrofitted and writte
 def train(config: RunConfig, program: str) -> int:
     """Train a memory model from nothing."""
     pretrain(config)
+    return 0
+
+
+def train_on_text(config: RunConfig, program: str) -> int:
+    """Train a memory model from nothing on text."""
+    pretrain_text(config)
+    return 0
+
+
+def weigh(config: RunConfig, program: str) -> int:
+    """Train a memory model and its controls on the same text, and report what the memory earned."""
+    compare_pretraining(config)
     return 0
 
 
@@ -61,7 +75,15 @@ def contest(config: RunConfig, program: str) -> int:
     return 0
 
 
-JOBS = {"pretrain": train, "retrofit": heal, "augment": write, "learn": teach, "compare": contest}
+JOBS = {
+    "pretrain": train,
+    "pretrain_text": train_on_text,
+    "compare_pretraining": weigh,
+    "retrofit": heal,
+    "augment": write,
+    "learn": teach,
+    "compare": contest,
+}
 
 
 def main(program: str, description: str, words: list[str], job: str | None = None) -> None:

@@ -1,11 +1,12 @@
-"""Plain text as windows of tokens: what a retrofitted model is healed on and measured on.
+"""Plain text: where documents come from, and windows of tokens that a retrofitted model is healed and measured on.
 
 Documents come from files, from a dataset on the Hugging Face hub, or, with neither named, from the built-in
 known facts. They are read as a stream, so only the windows asked for are held. Windows are packed: they are
 cut from one row of tokens without regard for where documents begin, and attention crosses from one document into
 the next. That wastes no position and is fine for text; facts are never packed (see qa.py).
 
-Left out: shuffling, filtering, mixing datasets. A document longer than a window is cut, never dropped.
+Left out: shuffling, mixing sources, keeping documents apart, which pretraining does (mixture.py, packing.py); and
+filtering. A document longer than a window is cut, never dropped.
 
 Shapes: W windows, L tokens of a window.
 """
@@ -16,7 +17,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 import torch
-from datasets import load_dataset
+from datasets import IterableDataset, load_dataset
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -66,14 +67,28 @@ def load_documents(
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit} documents, must be at least 1")
     if files:
-        readers = [_reader(Path(file)) for file in files]  # before any is read
-        documents = chain.from_iterable(_texts(str(file), column, reader) for file, reader in zip(files, readers))
+        readers = readers_of(files)  # before any is read
+        documents = chain.from_iterable(texts(*reader, column) for reader in readers)
     elif dataset:
-        name = f"dataset {dataset}" + (f" ({subset})" if subset else "")
-        documents = _texts(name, column, {"path": dataset, "name": subset, "split": split})
+        documents = texts(*hub_reader(dataset, subset, split), column)
     else:
         documents = _builtin_sentences()
     return islice(documents, limit)
+
+
+def readers_of(files: Sequence[str | Path]) -> list[tuple[str, dict]]:
+    """Per file what errors call it, and what to give ``datasets.load_dataset`` to read it.
+
+    Raises:
+        FileNotFoundError, ValueError: a file that is not there, is empty, or has an ending that nobody here reads.
+    """
+    return [(str(file), _reader(Path(file))) for file in files]
+
+
+def hub_reader(dataset: str, subset: str | None, split: str) -> tuple[str, dict]:
+    """The same of a dataset of the hub."""
+    name = f"dataset {dataset}" + (f" ({subset})" if subset else "")
+    return name, {"path": dataset, "name": subset, "split": split}
 
 
 def _reader(path: Path) -> dict:
@@ -88,9 +103,19 @@ def _reader(path: Path) -> dict:
     return {**READERS[ending], "data_files": str(path), "split": "train"}
 
 
-def _texts(name: str, column: str, reader: dict) -> Iterator[str]:
-    """The texts of one file or dataset; ``name`` is what errors call it."""
-    for number, row in enumerate(_rows(name, reader), start=1):
+def texts(name: str, reader: dict, column: str, rows: Iterable[dict] | None = None) -> Iterator[str]:
+    """The texts of one file or dataset, without white space around them and without empty ones.
+
+    Args:
+        name: what errors call it.
+        reader: arguments of ``datasets.load_dataset``.
+        rows: what ``open_rows`` gave, where it is not to be read from its beginning.
+
+    Raises:
+        ValueError: it cannot be read, or a row holds no text under ``column``.
+    """
+    rows = open_rows(name, reader) if rows is None else rows
+    for number, row in enumerate(_reading(name, rows), start=1):
         if column not in row:
             raise ValueError(f"{name} has no column {column!r}, its columns are {', '.join(sorted(row))}")
         if not isinstance(row[column], str):
@@ -99,13 +124,28 @@ def _texts(name: str, column: str, reader: dict) -> Iterator[str]:
             yield text
 
 
-def _rows(name: str, reader: dict) -> Iterator[dict]:
-    """Rows of a streamed dataset, anything that goes wrong in reading told in one sentence."""
+def open_rows(name: str, reader: dict) -> IterableDataset:
+    """A streamed dataset, before anything of it is read.
+
+    Raises:
+        ValueError: there is none, or it cannot be read.
+    """
     try:
-        yield from load_dataset(**reader, streaming=True)
+        return load_dataset(**reader, streaming=True)
     except Exception as error:  # those of datasets, pyarrow, httpx and huggingface_hub have no base in common
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{name} cannot be read: {reason}") from error
+        raise _unreadable(name, error) from error
+
+
+def _reading(name: str, rows: Iterable[dict]) -> Iterator[dict]:
+    """The rows, anything that goes wrong in reading them told in one sentence."""
+    try:
+        yield from rows
+    except Exception as error:
+        raise _unreadable(name, error) from error
+
+
+def _unreadable(name: str, error: Exception) -> ValueError:
+    return ValueError(f"{name} cannot be read: {(str(error) or type(error).__name__).splitlines()[0]}")
 
 
 def _builtin_sentences() -> list[str]:
@@ -152,8 +192,6 @@ def windows(
     ):
         if number < least:
             raise ValueError(f"{name} is {number}, must be at least {least}")
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"{type(tokenizer).__name__} has no end token to put between documents")
     encoded, held_out = _encode(tokenizer, documents), set()
     number = num_train + num_validation
     with tqdm(total=number, desc="reading text", unit="window", disable=disable_tqdm) as bar:
@@ -165,11 +203,22 @@ def windows(
 
 def _encode(tokenizer, documents: Iterable[str]) -> Iterator[tuple[str, list[int]]]:
     """Each document with its token ids, encoded many at a time, which tokenizers do in parallel."""
-    begin = [token for token in begin_tokens(tokenizer) if token != tokenizer.eos_token_id]
     documents = iter(documents)
     while some := list(islice(documents, ENCODED_TOGETHER)):
-        for document, ids in zip(some, tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]):
-            yield document, [*begin, *ids, tokenizer.eos_token_id]
+        yield from zip(some, encode_texts(tokenizer, some))
+
+
+def encode_texts(tokenizer, documents: Sequence[str]) -> list[list[int]]:
+    """Token ids of each document, the end token last and a begin token first where the tokenizer puts one.
+
+    Raises:
+        ValueError: the tokenizer has no end token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{type(tokenizer).__name__} has no end token to put between documents")
+    begin = [token for token in begin_tokens(tokenizer) if token != tokenizer.eos_token_id]
+    encoded = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
+    return [[*begin, *ids, tokenizer.eos_token_id] for ids in encoded]
 
 
 def _noting(encoded: Iterable[tuple[str, list[int]]], seen: set[str]) -> Iterator[list[int]]:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
+from types import UnionType
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from memlayer.decoders.classes import (
     with_memory_section,
     without_memory_section,
 )
+from memlayer.decoders.dense_control import DenseBlock
 from memlayer.decoders.structure import check_blocks, decoder_layers, extract_memory, insert_memory
 from memlayer.layers.config import MemoryConfig
 from memlayer.layers.memory import FeedForwardWithMemory, MemoryLayer, MemoryTable
@@ -111,7 +113,7 @@ def remove_memory(model: PreTrainedModel) -> PreTrainedModel:
     """
     if not isinstance(model, MemoryDecoder):
         raise ValueError(f"{type(model).__name__} has no memory to remove")
-    if any(table.rows is not None for table in memory_tables(model).values()):
+    if any(isinstance(table, MemoryTable) and table.rows is not None for table in model.modules()):
         raise ValueError("a finetuner is attached to the memory: detach it before removing the memory")
     converted = model.dtype if model.dtype != model.attached_dtype else None
     extract_memory(model, MemoryConfig.from_dict(model.config.memory), model.replaced_ffns, converted)
@@ -178,7 +180,7 @@ def plain_name(name: str) -> str:
     return name.replace("_orig_mod.", "").removeprefix("module.").removeprefix("base_model.model.")
 
 
-def _found(model: nn.Module, kind: type[nn.Module], words: str) -> dict[str, nn.Module]:
+def _found(model: nn.Module, kind: type[nn.Module] | UnionType, words: str) -> dict[str, nn.Module]:
     found = {name: module for name, module in model.named_modules() if isinstance(module, kind)}
     if not found:
         raise ValueError(f"{type(model).__name__} has no {words}; attach one with add_memory(model, MemoryConfig(...))")
@@ -186,8 +188,12 @@ def _found(model: nn.Module, kind: type[nn.Module], words: str) -> dict[str, nn.
 
 
 def memory_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every parameter that memory brought: tables, product keys, gates and outputs, by name in the state dict."""
-    modules = {**_found(model, MemoryLayer, "memory layer"), **_found(model, MemoryTable, "memory table")}
+    """Every parameter that memory brought: tables, product keys, gates and outputs, by name in the state dict.
+
+    Of a control, those that it brought in the memory's place.
+    """
+    layers = _found(model, MemoryLayer | DenseBlock, "memory layer")
+    modules = layers | {name: module for name, module in model.named_modules() if isinstance(module, MemoryTable)}
     return {f"{name}.{inner}": p for name, m in modules.items() for inner, p in m.named_parameters()}
 
 

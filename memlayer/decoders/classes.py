@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from memlayer.decoders.dense_control import DenseBlock
 from memlayer.decoders.export import MAIN, auto_map, write_code
 from memlayer.decoders.structure import insert_memory, tables_owner
 from memlayer.layers.config import MemoryConfig
@@ -65,7 +66,10 @@ class MemoryDecoder:
         self.attached_dtype = None
         self.add_model_tags(TAG)
         # Made as add_memory makes it, which is not how the family initialises its own layers.
-        for memory in (tables_owner(self).memory, *(m for m in self.modules() if isinstance(m, MemoryLayer))):
+        for memory in (
+            tables_owner(self).memory,
+            *(m for m in self.modules() if isinstance(m, MemoryLayer | DenseBlock)),
+        ):
             for module in memory.modules():
                 module._is_hf_initialized = True
         self.post_init()
@@ -175,7 +179,7 @@ def memory_dtype(model: nn.Module) -> str:
     """
     found = {}
     for name, module in model.named_modules():
-        if isinstance(module, MemoryLayer | MemoryTable):
+        if isinstance(module, MemoryLayer | MemoryTable | DenseBlock):
             found |= {p.dtype: f"{name}.{inner}" for inner, p in module.named_parameters()}
     if len(found) > 1:
         (one, first), (other, second), *_ = found.items()

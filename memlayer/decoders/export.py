@@ -13,10 +13,14 @@ MAIN = "modeling_memlayer"
 FILES = {
     "checks": "memlayer_checks",
     "decoders.classes": MAIN,
+    "decoders.controls": "memlayer_controls",
+    "decoders.dense_control": "memlayer_dense_control",
     "decoders.export": "memlayer_export",
     "decoders.plain_ops": "memlayer_plain_ops",
+    "decoders.shuffled_address": "memlayer_shuffled_address",
     "decoders.structure": "memlayer_structure",
     "layers.config": "memlayer_memory_config",
+    "layers.costs": "memlayer_costs",
     "layers.memory": "memlayer_memory",
     "layers.product_keys": "memlayer_product_keys",
 }

@@ -22,6 +22,7 @@ from transformers import (
 from transformers.utils import GENERATION_CONFIG_NAME, logging
 
 from memlayer.data.tokenizer import load_tokenizer, save_tokenizer
+from memlayer.decoders.architecture import random_decoder
 from memlayer.decoders.attach import add_memory
 from memlayer.decoders.classes import MODEL_TYPE, classes_with_memory
 from memlayer.decoders.looked_at import rows_written
@@ -68,8 +69,7 @@ def build(
         pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=True,
     )
-    decoder = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention())
-    return add_memory(decoder, memory)
+    return add_memory(random_decoder(config), memory)
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:

@@ -11,8 +11,10 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from memlayer.decoders.controls import make
+from memlayer.decoders.shuffled_address import ShuffledMemory
 from memlayer.layers.config import MemoryConfig
-from memlayer.layers.memory import FeedForwardWithMemory, MemoryLayer, MemoryTable, MemoryTables
+from memlayer.layers.memory import FeedForwardWithMemory, MemoryTables
 
 # What Hugging Face decoders call their feed-forward block; the first of these that every layer has is taken.
 FFN_NAMES = ("mlp", "feed_forward", "ffn")
@@ -119,7 +121,7 @@ def _check_output(ffn: nn.Module, where: str, model: nn.Module, mode: str) -> No
 
 
 def insert_memory(model: nn.Module, config: MemoryConfig) -> dict[int, nn.Module]:
-    """Put memory layers into the layers named, and their tables beside the list of layers, as ``memory``.
+    """Put memory layers, or a control, into the layers named, and tables beside the list of layers, as ``memory``.
 
     Returns:
         the feed-forward blocks that were replaced, by layer; none with mode "add".
@@ -136,20 +138,17 @@ def insert_memory(model: nn.Module, config: MemoryConfig) -> dict[int, nn.Module
         raise ValueError(f"{type(owner).__name__} has a memory of its own: there is no place for tables")
     width, dtype = model.config.hidden_size, getattr(torch, config.dtype)
     ffns = {index: getattr(layers[index], ffn_name) for index in config.layers}
-    num_tables = 1 if config.share else len(ffns)
-    tables = [MemoryTable(config.num_keys**2, config.value_width or width) for _ in range(num_tables)]
+    tables, memories = make(width, config)
     blocks = {}  # all are made before one is put in: a refusal leaves the model as it was
-    for position, (index, ffn) in enumerate(ffns.items()):
-        table = tables[0 if config.share else position]
-        memory = MemoryLayer(width, table, config.num_keys, config.num_heads, config.top_k, config.key_width)
-        if config.mode == "add":
-            memory.silence(config.start)
+    for (index, ffn), memory in zip(ffns.items(), memories, strict=True):
         memory.to(_device_of(ffn, model), dtype).train(ffn.training)
         blocks[index] = memory if config.mode == "replace" else FeedForwardWithMemory(ffn, memory)
         blocks[index].training = ffn.training
     owner.memory = MemoryTables(tables).to(_device_of(ffn, model), dtype).train(model.training)
-    for index, block in blocks.items():
-        setattr(layers[index], ffn_name, block)
+    for index, memory in zip(ffns, memories, strict=True):
+        setattr(layers[index], ffn_name, blocks[index])
+        if isinstance(memory, ShuffledMemory):
+            memory.keys.listen_to(layers[index])
     return ffns if config.mode == "replace" else {}
 
 
@@ -184,5 +183,8 @@ def extract_memory(
                 "load the base model instead"
             )
     for index, ffn in originals.items():
+        for module in getattr(layers[index], ffn_name).modules():
+            if isinstance(module, ShuffledMemory):
+                module.keys.detach()
         setattr(layers[index], ffn_name, ffn)
     del tables_owner(model).memory

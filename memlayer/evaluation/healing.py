@@ -30,7 +30,8 @@ BASE, MEMORY, DENSE = "base model", "memory", "dense control"
 NOTES = """\
 Losses are means over the tokens of the validation windows, in nats. The gate compares the memory's loss after
 healing with the base model's. The dense control is a gated feed-forward block in the same layers, of as many
-parameters as a token touches in the memory, trained on the same batches with the same schedule."""
+FLOPs a token as the memory, and so of as many parameters as a token touches there, trained on the same batches with the
+same schedule."""
 
 
 def gate(base: float, healed: float, margin: float) -> tuple[bool, str]:

@@ -13,18 +13,24 @@ from memlayer.evaluation.rows import CONTROL
 from memlayer.jobs import recipes, typed, written
 from memlayer.jobs.learn_settings import ANY_LEARN, SparseMemoryConfig
 from memlayer.jobs.sections import (
+    ArchitectureConfig,
     AugmentConfig,
     CompareConfig,
+    ControlsConfig,
     CountConfig,
     DataConfig,
     LessonsConfig,
     MethodConfig,
+    MixtureConfig,
     ModelConfig,
     PretrainConfig,
+    PretrainTextConfig,
     ProbesConfig,
     PromptsConfig,
     RetrofitConfig,
+    StatedConfig,
     TextConfig,
+    TokenizerConfig,
 )
 from memlayer.jobs.trainer_settings import TYPES, check_trainer
 from memlayer.layers.config import MemoryConfig
@@ -36,7 +42,7 @@ class RunConfig:
     """What every job is told.
 
     Attributes:
-        job: what to do: pretrain, retrofit, augment, learn or compare.
+        job: what to do: pretrain, pretrain_text, compare_pretraining, retrofit, augment, learn or compare.
         output: folder to write.
         seed: of all that is drawn.
     """
@@ -83,6 +89,40 @@ class PretrainRun(TrainingRun):
 
 
 @dataclass(kw_only=True)
+class PretrainTextRun(TrainingRun):
+    """Pretrain a decoder with memory from nothing, on text of one source or several."""
+
+    job: Literal["pretrain_text"] = "pretrain_text"
+    model: ArchitectureConfig = field(default_factory=ArchitectureConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    memory: MemoryConfig = field(default_factory=_memory)
+    data: DataConfig = field(default_factory=DataConfig)
+    text: MixtureConfig
+    pretrain: PretrainTextConfig = field(default_factory=PretrainTextConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.data != DataConfig() and not any(source.facts for source in self.text.sources.values()):
+            raise ValueError("settings of data are there, and no source of the text is of facts")
+
+
+@dataclass(kw_only=True)
+class ComparePretrainingRun(RunConfig):
+    """Pretrain a decoder with memory and its controls on the same batches, and report what the memory earned."""
+
+    job: Literal["compare_pretraining"] = "compare_pretraining"
+    controls: ControlsConfig
+    stated: StatedConfig = field(default_factory=StatedConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        try:
+            recipes.find(self.controls.config, "pretrain_text")
+        except (FileNotFoundError, ValueError) as error:
+            raise ValueError(f"controls.config is {self.controls.config}: {error}") from error
+
+
+@dataclass(kw_only=True)
 class RetrofitRun(TrainingRun):
     """Retrofit memory into a pretrained decoder and heal it on text.
 
@@ -99,6 +139,10 @@ class RetrofitRun(TrainingRun):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.memory.control == "dense":
+            raise ValueError(
+                "memory.control is 'dense': a retrofit trains that beside the memory, by retrofit.dense_control"
+            )
         if not self.retrofit.steps and self.memory.start != "values_zero":
             raise ValueError(
                 f"retrofit.steps is 0, and memory of mode {self.memory.mode!r} and start {self.memory.start!r} has to "
@@ -191,7 +235,17 @@ class CompareRun(RunConfig):
             raise ValueError("lessons.files and settings of data are both there: a run teaches lessons or facts")
 
 
-ANY_RUN = PretrainRun | RetrofitRun | AugmentRun | LearnRun | CompareRun
+ANY_RUN = PretrainRun | PretrainTextRun | ComparePretrainingRun | RetrofitRun | AugmentRun | LearnRun | CompareRun
+
+
+def facts_told(run: RunConfig | None) -> tuple[DataConfig, bool] | None:
+    """The known facts that a run pretrained on, and whether in half of the unseen wordings too; None if it did not."""
+    if isinstance(run, PretrainRun):
+        return run.data, run.pretrain.unseen_wordings
+    if isinstance(run, PretrainTextRun):
+        told = [source.unseen_wordings for source in run.text.sources.values() if source.facts and source.weight]
+        return (run.data, any(told)) if told else None
+    return None
 
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:

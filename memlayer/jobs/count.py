@@ -8,6 +8,7 @@ from tqdm.auto import tqdm
 
 from memlayer.decoders.attach import memory_tables, record_reads
 from memlayer.decoders.fingerprint import product_key_fingerprints
+from memlayer.layers.memory import MemoryTable
 from memlayer.slots.counts import SlotCounts
 
 
@@ -21,7 +22,12 @@ def count(
         make_batch: from a list of sequences to ``input_ids`` and ``attention_mask``.
         words: what a document is.
         per_batch: documents run at a time.
+
+    Returns:
+        by the name of the table; nothing of a control that has none.
     """
+    if not any(isinstance(module, MemoryTable) for module in model.modules()):
+        return {}
     keys, tables = product_key_fingerprints(model), memory_tables(model)
     counts = {name: SlotCounts.empty(t.num_embeddings, words, keys[name]) for name, t in tables.items()}
     model.eval()

@@ -22,7 +22,7 @@ from memlayer.evaluation.provenance import provenance
 from memlayer.evaluation.report import write_report
 from memlayer.evaluation.rows import CONTROL, result_row, sample
 from memlayer.jobs import typed, written
-from memlayer.jobs.config import PretrainRun, RetrofitRun, RunConfig, load_config
+from memlayer.jobs.config import RetrofitRun, RunConfig, facts_told, load_config
 from memlayer.jobs.lessons import lessons_of, prompts_of
 from memlayer.jobs.measure import PLAIN, Measured, Measurement, check_finite, compared_probes, questions_of_known
 from memlayer.jobs.preflight import check_output
@@ -172,12 +172,12 @@ def questions_of(asked: Evaluation, base: RunConfig, taught: RunConfig | None) -
         data = asdict(getattr(taught or base, "data", DataConfig()))
         taught_facts = facts_of(**data).new if taught else ()
         learns = facts_of(**data | {"num_known": 0} | named)
-        told_facts = taught or named or isinstance(base, PretrainRun)
+        told_facts = taught or named or facts_told(base)
         new = new_questions(learns.new, learns.wordings) if told_facts else []
         if told_facts and not new and not asked.probes.any:
             raise ValueError("there is no new fact to ask about: --num-new is 0, or the facts file has none")
     # Of a checkpoint that was told no facts built-in ones are asked if their number is named.
-    told_some = isinstance(base, PretrainRun) or asked.num_known is not None
+    told_some = facts_told(base) or asked.num_known is not None
     known = questions_of_known(base, slice(asked.num_known) if told_some else slice(0), taught_facts)
     questions = known + new
     if not questions and not asked.probes.any:

@@ -29,7 +29,7 @@ from memlayer.decoders.mapped import read_or_map, refuse_mapped
 from memlayer.evaluation.qa import check_answers
 from memlayer.files import sha256_of
 from memlayer.jobs.checkpoints import checkpoint_to_resume, step_of
-from memlayer.jobs.config import PretrainRun, RunConfig, load_config
+from memlayer.jobs.config import RunConfig, facts_told, load_config
 from memlayer.jobs.learn_settings import LearnConfig, SparseMemoryConfig
 from memlayer.jobs.lessons import lessons_of, prompts_of
 from memlayer.jobs.preflight import check_checkpoint, check_lengths, check_output, training_arguments
@@ -299,10 +299,10 @@ def _tell_taught_anew(config: RunConfig) -> None:
         return
     new = facts_of(**asdict(config.data)).new
     try:
-        made = load_config(base)
-        if not isinstance(made, PretrainRun):  # healed on text, it was told no facts
+        pretrained_on = facts_told(load_config(base))
+        if pretrained_on is None:  # pretrained or healed on text, it was told no facts
             return
-        anew = taught_anew(facts_of(**asdict(made.data)).known, new)
+        anew = taught_anew(facts_of(**asdict(pretrained_on[0])).known, new)
     except (OSError, ValueError) as error:  # what the checkpoint was told may be long gone
         log.warning(f"whether {config.checkpoint} knows some of the facts to teach cannot be told: {error}")
         return

@@ -27,7 +27,7 @@ from memlayer.evaluation.harness import ask_tasks
 from memlayer.evaluation.probes import Probed, compared, known_items, window_nats
 from memlayer.evaluation.qa import Answered, answer_questions, encode_questions, positions_of
 from memlayer.evaluation.slick import how_well_known
-from memlayer.jobs.config import PretrainRun, RunConfig
+from memlayer.jobs.config import RunConfig, facts_told
 from memlayer.jobs.lessons import drawn_prompts, prompts_of
 from memlayer.jobs.sections import DataConfig, ProbesConfig
 from memlayer.machine import best_device
@@ -193,9 +193,7 @@ def questions_of_known(base: RunConfig | None, which: slice, taught: Sequence[Fa
     Raises:
         ValueError: there are not as many.
     """
-    data, unseen_wordings = DataConfig(num_new=0), True
-    if isinstance(base, PretrainRun):
-        data, unseen_wordings = base.data, base.pretrain.unseen_wordings
+    data, unseen_wordings = facts_told(base) or (DataConfig(num_new=0), True)
     knows = facts_of(**asdict(data))
     if which.stop is not None and not 0 <= which.stop <= len(knows.known):
         raise ValueError(f"known facts up to number {which.stop} are asked for, there are {len(knows.known)}")

@@ -85,8 +85,9 @@ def listed(job: str | None = None) -> str:
     known = recipes()
     width = max(map(len, known), default=0)
     rows = [(_job(path), name, path) for name, path in known.items()]
+    wide = max((len(of) for of, _, _ in rows), default=0)
     return "".join(
-        f"{of:<8}  {name:<{width}}  {_as_commands(_description(path))}\n"
+        f"{of:<{wide}}  {name:<{width}}  {_as_commands(_description(path))}\n"
         for of, name, path in rows
         if job in (None, of)
     )

@@ -5,7 +5,7 @@ it is attached and calibrated, and the reads of the text are counted.
 
 A model is healed when its validation loss is within a margin of the base model's: the gate. Two controls stand
 beside it in the report: the base model as it was, and the same model with a dense block where the memory
-is, of as many parameters as a token touches there, trained on the same batches.
+is, of as many FLOPs a token as it, trained on the same batches.
 
 Left out: training the base model's own weights along. It would heal faster, but what was lost and what the
 memory holds could no longer be told apart.
@@ -30,7 +30,7 @@ from memlayer.data.qa import collate, encode, pad_token
 from memlayer.data.text import collate_windows, load_documents, windows
 from memlayer.decoders import files
 from memlayer.decoders.attach import add_memory, calibrate, memory_layers, memory_parameters
-from memlayer.decoders.dense_control import add_dense, touched_per_token
+from memlayer.decoders.controls import as_control
 from memlayer.decoders.fingerprint import fingerprint
 from memlayer.evaluation.healing import BASE, DENSE, MEMORY, gate, write_healing_report
 from memlayer.evaluation.provenance import provenance
@@ -43,6 +43,7 @@ from memlayer.jobs.lessons import prompts_of
 from memlayer.jobs.preflight import check_output, training_arguments
 from memlayer.jobs.run_folder import check_finite, claimed, trained_model, write_result, write_trained
 from memlayer.jobs.trainer import MemoryTrainer, StepwiseTrainer, restore, train_to_end
+from memlayer.layers.costs import touched_per_token
 from memlayer.slots.counts import COUNTS_FILE, SlotCounts, save_counts
 
 DEFAULT_MARGIN = {"add": 0.01, "replace": 0.05}  # nats per token
@@ -165,7 +166,7 @@ def _retrofit(
     PartialState().wait_for_everyone()
     if config.retrofit.dense_control and config.retrofit.steps:
         model.to("cpu")  # the control has its place on the accelerator
-        trained[DENSE], parameters[DENSE] = _train_dense(config, inputs, text, touched[0])
+        trained[DENSE], parameters[DENSE] = _train_dense(config, inputs, text)
     results = _results(config, base_loss, trained, parameters, frozen, text)
 
     def write(folder: Path) -> None:
@@ -267,15 +268,14 @@ def _train_memory(
     return trained, {"sha256_before": before, "sha256_after": frozen()}
 
 
-def _train_dense(config: RunConfig, inputs: Mapping[str, str], text: Text, num_parameters: int) -> tuple[Trained, int]:
-    """The dense control and how many parameters it has, of which each layer's block has ``num_parameters``."""
+def _train_dense(config: RunConfig, inputs: Mapping[str, str], text: Text) -> tuple[Trained, int]:
+    """The dense control, and how many parameters its blocks have."""
     model, _ = load_base(config)
     model.requires_grad_(False)
     set_seed(config.seed)
-    memory = config.memory
-    blocks = add_dense(model, memory.layers, num_parameters, memory.mode, getattr(torch, memory.dtype))
+    add_memory(model, as_control(config.memory, "dense"))
     trained = _train(config, inputs, model, text, StepwiseTrainer, "dense_control")
-    return trained, _size(p for block in blocks for p in block.parameters())
+    return trained, _size(memory_parameters(model).values())
 
 
 def _train(

@@ -32,6 +32,8 @@ CONFIG, UNFINISHED, TRAINED, LOCK = "config.yaml", ".unfinished", "trained.yaml"
 MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*")
 RESULTS = {
     "pretrain": MODEL_FILES,
+    "pretrain_text": (*MODEL_FILES, "results.json"),
+    "compare_pretraining": ("results.json", "report.md", "curves.png", "stated.jsonl"),
     "retrofit": (*MODEL_FILES, "results.json", "report.md", "losses.png"),
     "augment": ("lessons.jsonl",),
     "learn": ("patch", "model", "store", "learned.json", "answers.jsonl", "probes.json"),
@@ -42,7 +44,9 @@ WITHOUT_EFFECT |= {f"trainer.{name}" for name in ("logging_steps", "logging_stra
 # Settings that name a file -> the input that stands for its content.
 CONTENT_OF = {"checkpoint": "checkpoint", "base": "base", "text.files": "text"}
 CONTENT_OF |= {"data.facts": "facts", "data.wordings": "wordings", "lessons.files": "lessons 1"}
+CONTENT_OF |= {"model.config": "architecture", "tokenizer.name": "tokenizer"}
 CONTENT_OF |= {"retrofit.background_lessons": "background lessons 1", "prompts.shots": "shots"}
+SOURCE = "source "  # and its name: the input that stands for what is in its files
 DIGEST = "# SHA-256 of "
 NAMED = 3  # differences that a refusal names
 
@@ -173,6 +177,7 @@ def _told(config: RunConfig, inputs: Mapping[str, str]) -> dict[str, Any]:
     """Everything a result depends on, flat."""
     settings = _flat(yaml.safe_load(to_yaml(config)))
     by_content = {name for name, content in CONTENT_OF.items() if content in inputs}
+    by_content |= {f"text.sources.{name.removeprefix(SOURCE)}.files" for name in inputs if name.startswith(SOURCE)}
     kept = {name: value for name, value in settings.items() if name not in WITHOUT_EFFECT | by_content}
     return kept | {f"SHA-256 of {name}": digest for name, digest in inputs.items()}
 

@@ -14,7 +14,7 @@ from memlayer.data.facts import facts_of
 from memlayer.data.lessons import load_lessons
 from memlayer.data.prompts import Prompts
 from memlayer.data.qa import Example, begin_tokens, encode, pad_token, pretraining_examples
-from memlayer.jobs.config import LearnRun, PretrainRun, load_config
+from memlayer.jobs.config import LearnRun, facts_told, load_config
 from memlayer.jobs.learn_settings import ReplayConfig, TrustRegionConfig
 from memlayer.jobs.lessons import prompts_of
 from memlayer.methods.features import mean_hidden_states
@@ -104,10 +104,10 @@ def _known(told: ReplayConfig, config: LearnRun, prompts: Prompts, tokenizer) ->
     if first == last:
         return []
     made = Path(config.checkpoint) / "config.yaml"
-    base = load_config(made) if made.is_file() else None
-    if not isinstance(base, PretrainRun):
+    pretrained_on = facts_told(load_config(made)) if made.is_file() else None
+    if pretrained_on is None:
         raise ValueError(f"learn.terms.replay.known is {told.known}: {config.checkpoint} was not pretrained on facts")
-    facts, draw = facts_of(**asdict(base.data)), random.Random(config.seed)
+    facts, draw = facts_of(**asdict(pretrained_on[0])), random.Random(config.seed)
     if last > len(facts.known):
         raise ValueError(f"learn.terms.replay.known is {told.known}, there are {len(facts.known)} known facts")
     told_in = [(fact.relation, pretraining_examples([fact], facts.wordings, False)) for fact in facts.known[first:last]]

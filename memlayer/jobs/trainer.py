@@ -25,6 +25,7 @@ from memlayer.data.qa import IGNORED, MASKS
 from memlayer.decoders.attach import memory_tables
 from memlayer.files import reading, writing
 from memlayer.jobs.checkpoints import damage_of, newest_checkpoint
+from memlayer.layers.memory import MemoryTable
 from memlayer.layers.optimizer import RowAdamW
 from memlayer.machine import describe
 from memlayer.methods.prepared import Finetuner
@@ -195,29 +196,25 @@ class MemoryTrainer(StepwiseTrainer):
                 table.sparse = sparse
 
     def create_optimizer(self, model=None):
-        """AdamW in three groups: decayed matrices, the rest, and tables (constant rate, no decay).
+        """AdamW in three groups: decayed matrices, the rest, and tables (constant rate, no decay) where there are any.
 
         The tables come last, for the rate that the Trainer logs is the first group's.
         """
         if self.optimizer is None:
             model = model or self.model
-            tables = {id(t.weight) for t in memory_tables(model).values()}
+            tables = {id(module.weight) for module in model.modules() if isinstance(module, MemoryTable)}
             groups = {"table": [], "decay": [], "no_decay": []}
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     kind = "table" if id(parameter) in tables else "decay" if parameter.ndim > 1 else "no_decay"
                     groups[kind].append(parameter)
             args = self.args
+            of_table = {"lr": self.table_learning_rate, "weight_decay": 0.0, "name": "table"}
             self.optimizer = RowAdamW(
                 [
                     {"params": groups["decay"], "weight_decay": args.weight_decay, "name": "decay"},
                     {"params": groups["no_decay"], "weight_decay": 0.0, "name": "no_decay"},
-                    {
-                        "params": groups["table"],
-                        "lr": self.table_learning_rate,
-                        "weight_decay": 0.0,
-                        "name": "table",
-                    },
+                    *([{"params": groups["table"], **of_table}] if tables else []),
                 ],
                 lr=args.learning_rate,
                 betas=(args.adam_beta1, args.adam_beta2),

@@ -35,6 +35,10 @@ OF_JOB = {
     "pretrain": _set("""
         adam_beta1 adam_beta2 adam_epsilon neftune_noise_alpha dataloader_drop_last train_sampling_strategy
     """),
+    "pretrain_text": _set("""
+        adam_beta1 adam_beta2 adam_epsilon neftune_noise_alpha eval_strategy eval_steps eval_delay eval_on_start
+        per_device_eval_batch_size load_best_model_at_end metric_for_best_model greater_is_better
+    """),
     "retrofit": _set("""
         adam_beta1 adam_beta2 adam_epsilon neftune_noise_alpha dataloader_drop_last eval_strategy eval_steps eval_delay
         eval_on_start per_device_eval_batch_size load_best_model_at_end metric_for_best_model greater_is_better
@@ -54,7 +58,8 @@ _DECIDING = {
         lr_scheduler_type lr_scheduler_kwargs""",
     "the optimizer follows from the job: AdamW by rows in pretrain and retrofit, that of learn.method in learn": """
         optim optim_args optim_target_modules adam_beta1 adam_beta2 adam_epsilon""",
-    "the steps follow from pretrain.steps, retrofit.steps or learn.steps_per_fact": "max_steps num_train_epochs",
+    "the steps follow from pretrain.steps or pretrain.tokens, retrofit.steps or learn.steps_per_fact": """
+        max_steps num_train_epochs""",
     "the batch follows from pretrain.batch_size, retrofit.batch_size, or learn.statements and learn.questions": """
         per_device_train_batch_size auto_find_batch_size""",
     "batches follow from the job: facts in the order of their file, text in an order that seed gives": """
@@ -65,7 +70,7 @@ _DECIDING = {
     "evaluations are as precise as training, and no weight is rounded for them": "bf16_full_eval fp16_full_eval",
     "Liger does not know models with memory": "use_liger_kernel liger_kernel_config",
     "nothing is generated in training": "use_cache",
-    "only job retrofit measures a validation loss while it trains": """
+    "only jobs pretrain_text and retrofit measure a validation loss while they train": """
         eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size load_best_model_at_end
         metric_for_best_model greater_is_better""",
     "an evaluation measures the loss and nothing else": """

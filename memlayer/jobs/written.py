@@ -93,7 +93,7 @@ def override(tree: dict, name: str, text: str) -> None:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
             raise ValueError(f"{'.'.join(sections[:depth])} is {shown(tree)}, so {name} cannot be set")
-    if isinstance(tree.get(key), dict):
+    if isinstance(tree.get(key), dict) and text[:1] + text[-1:] != "{}":  # a whole mapping may take another's place
         raise ValueError(f"{name} is a section: write {name}.key=value")
     tree[key] = Scalar(text, override=True)
 

@@ -8,6 +8,7 @@ from typing import Any
 from memlayer.checks import check_at_least, check_choice
 
 STARTS = ("values_zero", "output_zero")
+STAND_INS = ("dense", "shuffled")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 MAX_KEYS = 46340  # the largest n with n * n < 2 ** 31
 
@@ -28,6 +29,10 @@ class MemoryConfig:
             is heard at once, so the model needs no healing; with "output_zero" it is heard when the output has healed.
             None is "values_zero" with mode "add"; in a block's place there is no such start.
         share: one table for all layers instead of one each.
+        control: what stands in the memory's place, to be compared with it: "dense" is a gated feed-forward block of as
+            many FLOPs a token as these settings say of a memory; "shuffled" is the memory with slots that follow from
+            a token's position, whatever the token; None is the memory. One with nothing to look up is num_keys=1 and
+            top_k=1.
         dtype: of tables, product keys, gates and outputs, whatever the decoder around them computes in. In half
             precision most steps of a learning run would be rounded away.
 
@@ -44,6 +49,7 @@ class MemoryConfig:
     mode: str = "replace"
     start: str | None = None
     share: bool = True
+    control: str | None = None
     dtype: str = "float32"
 
     def __post_init__(self):
@@ -54,6 +60,8 @@ class MemoryConfig:
             )
         check_choice("memory.mode", self.mode, ("replace", "add"))
         check_choice("memory.dtype", self.dtype, DTYPES)
+        if self.control is not None:
+            check_choice("memory.control", self.control, STAND_INS)
         if self.start is not None:
             check_choice("memory.start", self.start, STARTS)
             if self.mode != "add":

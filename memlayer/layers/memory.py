@@ -77,6 +77,8 @@ class MemoryLayer(nn.Module):
         ValueError: the table does not have ``num_keys ** 2`` slots.
     """
 
+    keys_class = ProductKeys
+
     def __init__(
         self,
         width: int,
@@ -92,7 +94,7 @@ class MemoryLayer(nn.Module):
                 f"the table has {table.num_embeddings} slots, num_keys = {num_keys} addresses {num_keys**2}"
             )
         value_width = table.embedding_dim
-        self.keys = ProductKeys(width, num_keys, num_heads, top_k, key_width or max(2, value_width // 4 * 2))
+        self.keys = self.keys_class(width, num_keys, num_heads, top_k, key_width or max(2, value_width // 4 * 2))
         self.gate = nn.Linear(width, value_width, bias=False)
         self.out = nn.Linear(value_width, width, bias=False)
         self._table = [table]

@@ -85,11 +85,15 @@ class ProductKeys(FindsSlots):
 
     def forward(self, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Scores (T, H, K) float32, best first, and slots (T, H, K) int64."""
-        queries_TH2Q = self.norm(self.query(hidden_TD).unflatten(-1, (self.num_heads, 2, self.half_width)))
-        # Under autocast the projection is in half precision; the search keeps the precision of its keys.
-        scores_THK, slots_THK = product_key_topk(queries_TH2Q.to(self.half_keys.dtype), self.half_keys, self.top_k)
+        scores_THK, slots_THK = self.search(hidden_TD)
         self.tell(slots_THK)
         return scores_THK, slots_THK
+
+    def search(self, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """What ``forward`` gives, told to nobody."""
+        queries_TH2Q = self.norm(self.query(hidden_TD).unflatten(-1, (self.num_heads, 2, self.half_width)))
+        # Under autocast the projection is in half precision; the search keeps the precision of its keys.
+        return product_key_topk(queries_TH2Q.to(self.half_keys.dtype), self.half_keys, self.top_k)
 
     def extra_repr(self) -> str:
         return f"num_slots={self.num_keys**2}, num_heads={self.num_heads}, top_k={self.top_k}"

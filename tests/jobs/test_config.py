@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memlayer.jobs.config import ANY_RUN, LearnRun, PretrainRun, RetrofitRun, load_config, to_yaml
+from memlayer.jobs.config import ANY_RUN, LearnRun, PretrainRun, RetrofitRun, facts_told, load_config, to_yaml
 from memlayer.jobs.config_help import attributes, describe_settings
 from memlayer.jobs.learn_settings import (
     ANY_LEARN,
@@ -93,6 +93,31 @@ def test_one_file_is_a_list_of_one_and_brackets_hold_several(tmp_path, value, fi
         assert load_config(path, [f"text.files={value}"]).text.files == [f.replace("HOME", home) for f in files]
 
 
+def test_a_mapping_with_names_of_somebody_else_is_added_to_or_replaced_whole(tmp_path):
+    text = "job: pretrain_text\noutput: x\nmodel: {settings: {model_type: llama, hidden_size: 8}}\n"
+    path = write(tmp_path, text + "text: {sources: {a: {files: [a.txt]}}}\n")
+    more = ["model.settings.rms_norm_eps=1e-5", "text.sources.b.facts=true", "text.sources.b.weight=0.5"]
+    config = load_config(path, more)
+    assert config.model.settings == {"model_type": "llama", "hidden_size": 8, "rms_norm_eps": 1e-5}
+    assert {name: source.weight for name, source in config.text.sources.items()} == {"a": 1.0, "b": 0.5}
+    other = load_config(path, ["model.settings={model_type: gpt2, n_embd: 4}"])
+    assert other.model.settings == {"model_type": "gpt2", "n_embd": 4}
+    for each in (config, other):
+        assert load_config(write(tmp_path, to_yaml(each))) == each
+
+
+def test_which_facts_a_run_pretrained_on_follows_from_its_job_and_its_sources(tmp_path):
+    few = DataConfig(num_known=5)
+    assert facts_told(PretrainRun(output="x", data=few)) == (few, True)
+    text = "job: pretrain_text\noutput: x\ndata: {num_known: 5}\ntext: {sources: {a: {files: [a]}, b: {facts: true}}}\n"
+    path = write(tmp_path, text)
+    assert facts_told(load_config(path)) == (few, True)
+    assert facts_told(load_config(path, ["text.sources.b.unseen_wordings=false"])) == (few, False)
+    assert facts_told(load_config(path, ["text.sources.b.weight=0"])) is None
+    assert facts_told(RUN) is None
+    assert facts_told(None) is None
+
+
 def test_a_leading_tilde_is_the_home_folder_in_files_too(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/somewhere")
     config = load_config(write(tmp_path, "job: learn\noutput: ~/runs\ncheckpoint: a~/b\n"), ["data.facts=~/f.jsonl"])
@@ -138,7 +163,15 @@ def test_which_settings_there_are_follows_from_job_and_method(tmp_path):
         config = load_config(write(tmp_path, MINIMAL), [f"learn.method={method}"])
         assert config.learn == kind()
         assert load_config(write(tmp_path, to_yaml(config))) == config
-    assert {name_of(job) for job in members(ANY_RUN)} == {"pretrain", "retrofit", "augment", "learn", "compare"}
+    assert {name_of(job) for job in members(ANY_RUN)} == {
+        "pretrain",
+        "pretrain_text",
+        "compare_pretraining",
+        "retrofit",
+        "augment",
+        "learn",
+        "compare",
+    }
 
 
 @pytest.mark.parametrize(
@@ -186,7 +219,7 @@ def test_what_is_made_in_python_is_checked_alike(make, message):
             ["learn.method=retrieval", "learn.learning_rate=1"],
             "and sparse_mask, not of retrieval",
         ),
-        (MINIMAL, ["pretrain.steps=3"], "pretrain is a setting of pretrain, not of learn"),
+        (MINIMAL, ["pretrain.steps=3"], "pretrain is a setting of pretrain and pretrain_text, not of learn"),
         (MINIMAL, ["learn.num_rows=many"], "learn.num_rows is 'many', must be a whole number"),
         (MINIMAL, ["learn.num_rows=1.5"], "learn.num_rows is '1.5', must be a whole number"),
         (MINIMAL, ["learn.learning_rate=inf"], "learn.learning_rate is 'inf', must be a number"),
@@ -203,7 +236,11 @@ def test_what_is_made_in_python_is_checked_alike(make, message):
         (HEAL, ["text.files=[a #1]"], "text.files is '[a #1]', in brackets but not YAML; put its items in quotes"),
         (HEAL, ["text.files=a", "text.builtin_facts=maybe"], "text.builtin_facts is 'maybe', must be true or false"),
         ("job: learn\noutput: runs/x\n", [], "checkpoint is not set"),
-        ("output: runs/x\n", [], "job is not set, must be 'pretrain' or 'retrofit' or 'augment' or 'learn'"),
+        (
+            "output: runs/x\n",
+            [],
+            "job is not set, must be 'pretrain' or 'pretrain_text' or 'compare_pretraining' or 'retrofit' or",
+        ),
         ("job: [pretrain\n", [], "not YAML: while parsing a flow sequence"),
         ("job: learn\njob: learn\n", [], "the key job is there twice, line 2"),
         ("- a\n- b\n", [], "the file is a list, must be sections of key: value"),

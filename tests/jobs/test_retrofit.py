@@ -403,7 +403,7 @@ def longer_tokenizer(folder):
         ("base=absent", "base absent cannot be retrofitted: it is no folder, and as a name on the hub: "),
         ("trainer.learning_rate=1", "trainer.learning_rate cannot be set in job retrofit: it follows from"),
         ("text.builtin_facts=false", "no text to heal on: name text.files or text.dataset"),
-        ("data.num_new=3", "data is a setting of pretrain, learn and compare, not of retrofit"),
+        ("data.num_new=3", "data is a setting of pretrain, pretrain_text, learn and compare, not of retrofit"),
         ("trainer.weight_decay=0.9", "it follows from pretrain.weight_decay, retrofit.weight_decay or learn.method"),
     ],
 )
