@@ -24,6 +24,7 @@ from memlayer.jobs.sections import (
     ProbesConfig,
     PromptsConfig,
     RetrofitConfig,
+    TableConfig,
     TextConfig,
 )
 from memlayer.jobs.trainer_settings import TYPES, check_trainer
@@ -59,6 +60,7 @@ class TrainingRun(RunConfig):
             100 and report_to none unless they are set here, and bf16=auto follows the machine.
     """
 
+    table: TableConfig = field(default_factory=TableConfig)
     trainer: dict[str, Any] = field(default_factory=dict, metadata={"types": TYPES})
 
     def __post_init__(self):

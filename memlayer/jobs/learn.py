@@ -25,6 +25,7 @@ from memlayer.data.qa import collate, encode, pad_token
 from memlayer.decoders import files
 from memlayer.decoders.attach import memory_tables
 from memlayer.decoders.fingerprint import fingerprint, product_key_fingerprints, state_fingerprint
+from memlayer.decoders.split import tables_split
 from memlayer.evaluation.qa import check_answers
 from memlayer.files import sha256_of
 from memlayer.jobs.checkpoints import checkpoint_to_resume, step_of
@@ -155,25 +156,26 @@ def _teach(lesson: _Prepared) -> Learned:
         check_output(arguments.output_dir)
         checkpoint = checkpoint_to_resume(arguments, config, lesson.sha256)
     told = provenance(config, lesson.sha256)
-    terms = terms_of(config, model.to(arguments.device), tokenizer, chain(*lesson.micro_batches))
-    collator = partial(_collate, pad_token_id=pad_token(tokenizer), loss_on=settings.loss_on)
-    start = time.perf_counter()  # what looks at the lessons before the first step is learning, too
-    prepared = _made_ready(lesson, collator)
-    may_change = sum(p.numel() for group in prepared.optimizer.param_groups for p in group["params"])
-    trainer = MemoryTrainer(
-        prepared.model,
-        arguments,
-        finetuner=prepared.finetuner,
-        lessons=lesson.lesson_of_step,
-        skip_below=settings.skip_below,
-        terms=terms,
-        optimizers=(prepared.optimizer, None),
-        train_dataset=lesson.micro_batches,
-        data_collator=collator,
-    )
-    if arguments.disable_tqdm:
-        trainer.remove_callback(PrinterCallback)  # what stands in for the bar would print a line a run
-    train_to_end(trainer, checkpoint, f"learn.learning_rate={settings.learning_rate:g}")
+    with tables_split(model, config.table.shards):
+        terms = terms_of(config, model.to(arguments.device), tokenizer, chain(*lesson.micro_batches))
+        collator = partial(_collate, pad_token_id=pad_token(tokenizer), loss_on=settings.loss_on)
+        start = time.perf_counter()  # what looks at the lessons before the first step is learning, too
+        prepared = _made_ready(lesson, collator)
+        may_change = sum(p.numel() for group in prepared.optimizer.param_groups for p in group["params"])
+        trainer = MemoryTrainer(
+            prepared.model,
+            arguments,
+            finetuner=prepared.finetuner,
+            lessons=lesson.lesson_of_step,
+            skip_below=settings.skip_below,
+            terms=terms,
+            optimizers=(prepared.optimizer, None),
+            train_dataset=lesson.micro_batches,
+            data_collator=collator,
+        )
+        if arguments.disable_tqdm:
+            trainer.remove_callback(PrinterCallback)  # what stands in for the bar would print a line a run
+        train_to_end(trainer, checkpoint, f"learn.learning_rate={settings.learning_rate:g}")
     seconds = time.perf_counter() - start
     capacity = prepared.finetuner.capacity() if prepared.finetuner else {}
     if not arguments.disable_tqdm and trainer.is_world_process_zero():

@@ -32,6 +32,7 @@ from memlayer.decoders import files
 from memlayer.decoders.attach import add_memory, calibrate, memory_layers, memory_parameters
 from memlayer.decoders.dense_control import add_dense, touched_per_token
 from memlayer.decoders.fingerprint import fingerprint
+from memlayer.decoders.split import tables_split
 from memlayer.evaluation.healing import BASE, DENSE, MEMORY, gate, write_healing_report
 from memlayer.evaluation.provenance import provenance
 from memlayer.files import sha256_of, write_file
@@ -263,7 +264,8 @@ def _train_memory(
 
     before = frozen()
     kind = partial(MemoryTrainer, table_learning_rate=config.retrofit.table_learning_rate)
-    trained = _train(config, inputs, model, text, kind, "trainer")
+    with tables_split(model, config.table.shards):
+        trained = _train(config, inputs, model, text, kind, "trainer")
     return trained, {"sha256_before": before, "sha256_after": frozen()}
 
 

@@ -42,6 +42,21 @@ class ModelConfig:
 
 
 @dataclass
+class TableConfig:
+    """How several processes hold the tables while a run trains; see docs/several_devices.md.
+
+    Attributes:
+        shards: neighbouring processes that share a table by columns, each holding all slots and a part of every value;
+            with 1 every process holds the whole table.
+    """
+
+    shards: int = 1
+
+    def __post_init__(self):
+        check_at_least(1, "table", self, "shards")
+
+
+@dataclass
 class DataConfig:
     """Facts to train on or to teach.
 
