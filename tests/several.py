@@ -11,10 +11,13 @@ import tiny
 import torch
 from accelerate import PartialState
 from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from training import examples, trainer_of
 
+from memlayer.decoders.sharding import shard_decoder
 from memlayer.decoders.split import average_table_gradients, join_tables, split_tables, tables_split
 from memlayer.layers.memory import MemoryTable
+from memlayer.layers.optimizer import RowAdamW
 from memlayer.layers.ranks import Ranks, num_ranks
 from memlayer.methods import METHODS
 from memlayer.methods.sparse_memory import SparseMemoryFinetuner
@@ -66,6 +69,7 @@ def read_a_table(shards, dtype=torch.float32, sparse=True):
 
 SETTINGS = {"train_sampling_strategy": "sequential", "max_grad_norm": 0.5, "max_steps": 4, "learning_rate": 1e-3}
 SETTINGS |= {"save_strategy": "steps", "save_steps": 2}
+SETTINGS["adam_epsilon"] = 1e-4  # with a smaller one a gradient that is zero but for rounding moves by a whole step
 
 
 def pretrain(folder, shards, resume=None, layers=(0, 2), **settings):
@@ -95,6 +99,32 @@ def teach(folder, shards, method="sgd", dtype=torch.float32, resume=None, **sett
         trainer.train(resume_from_checkpoint=resume and str(resume))
     patch = finetuner.detach().tables[tiny.TABLE]
     return {"slots": patch.slots, "rows": patch.rows, "originals": patch.originals, "state": dict(model.state_dict())}
+
+
+def train_sharded(folder, shards):
+    """Three steps of a loop of one's own; with several processes the decoder's weights are sharded by FSDP2."""
+    model, ranks, losses = tiny.memory_model(layers=[0, 2]), num_ranks(), []
+    if shards > 1:
+        split_tables(model, shards)
+    if ranks > 1:
+        shard_decoder(model, mesh=init_device_mesh("cpu", (ranks,)))
+    table = model.model.memory[0]
+    table.sparse = True
+    rest = [p for p in model.parameters() if p is not table.weight]
+    optimizer = RowAdamW([{"params": rest}, {"params": [table.weight], "weight_decay": 0.0}], lr=1e-3, eps=1e-4)
+    for step in range(3):
+        batch, mine = tiny.inputs(tiny.batch(seed=step)), 4 // ranks
+        loss = model(**tiny.part(batch, rank() * mine, (rank() + 1) * mine)).loss
+        loss.backward()
+        loss = loss.detach().clone()
+        if ranks > 1:
+            average_table_gradients(model, Ranks())
+            dist.all_reduce(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss) / ranks)
+    model.save_pretrained(folder)
+    return {"losses": losses, "stepped": optimizer.state[table.weight]["step"]}
 
 
 class Settings:
@@ -131,6 +161,7 @@ def refusals(shards):
     ask("dense", lambda: METHODS["dense_memory"](model, None, Settings()))
     finetuner = SparseMemoryFinetuner(model, tiny.background(model), 9, select="gradient")
     ask("gradient", lambda: finetuner.loss(tiny.batch()))
+    ask("sharded", lambda: shard_decoder(model))
     return said
 
 
@@ -147,6 +178,7 @@ def main(job, folder):
             found[f"half {name}"] = read_a_table(shards, torch.bfloat16)
             found[f"pretrain {name}"] = pretrain(folder / f"pretrain{shards}", shards)
             found[f"teach {name}"] = teach(folder / f"teach{shards}", shards)
+            found[f"sharded {name}"] = train_sharded(folder / f"sharded{shards}", shards)
         else:
             resumed = folder.parent / "one" / "pretrain" / "checkpoint-2"
             found[f"resumed {name}"] = pretrain(folder / f"resumed{shards}", shards, resumed)

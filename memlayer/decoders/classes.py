@@ -105,7 +105,7 @@ class MemoryDecoder:
         with_code = bool(getattr(self.config, "auto_map", None))
         if with_code and kwargs.get("push_to_hub"):
             raise ValueError("exported code is uploaded by push_to_hub, called after save_pretrained, not by it")
-        if kwargs.get("state_dict") is None and any(table.columns is not None for table in tables_of(self).values()):
+        if kwargs.get("state_dict") is None and _is_shared_out(self):
             kwargs["state_dict"] = whole_state_dict(self)
             if kwargs["state_dict"] is None:
                 return  # another process writes
@@ -195,11 +195,15 @@ def tables_of(model: nn.Module) -> dict[str, MemoryTable]:
 
 
 def whole_state_dict(model: nn.Module) -> dict[str, torch.Tensor] | None:
-    """The state dict of a model whose tables several processes share, as one process would have it.
+    """The state dict of a model that several processes share, as one process would have it.
 
-    All of them have to call it; the first one gets it, the others get None.
+    Tables may be split by columns, other weights sharded by FSDP2. All processes have to call it; the first one gets
+    it, the others get None.
     """
-    state, is_first = model.state_dict(), is_first_of_all(model)
+    here = model.state_dict(keep_vars=True)  # in which tied weights are one parameter
+    whole = {id(t): t.detach().full_tensor().cpu() for t in here.values() if _is_sharded(t)}
+    state = {name: whole[id(t)] if _is_sharded(t) else t.detach() for name, t in here.items()}
+    is_first = is_first_of_all(model)
     for name, table in tables_of(model).items():
         if table.columns is not None:
             state[f"{name}.weight"] = table.columns.whole_table(table.weight, keep=is_first)
@@ -207,8 +211,17 @@ def whole_state_dict(model: nn.Module) -> dict[str, torch.Tensor] | None:
 
 
 def is_first_of_all(model: nn.Module) -> bool:
-    """Of the processes that share a model's tables, whether this is the one that writes what one process would."""
-    return all(table.columns is None or table.columns.is_first for table in tables_of(model).values())
+    """Of the processes that share a model, whether this is the one that writes what one process would."""
+    return not (_is_shared_out(model) and torch.distributed.get_rank())
+
+
+def _is_shared_out(model: nn.Module) -> bool:
+    split = any(table.columns is not None for table in tables_of(model).values())
+    return split or any(map(_is_sharded, model.parameters()))
+
+
+def _is_sharded(tensor: torch.Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")  # a DTensor
 
 
 def _misfits(info: dict[str, Any]) -> str:

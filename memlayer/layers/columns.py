@@ -77,11 +77,6 @@ class Columns:
                 whole_NV[first : first + step] = rows.cpu()
         return whole_NV
 
-    @property
-    def is_first(self) -> bool:
-        """Whether this is the first of all processes, which writes what one process would."""
-        return not self.ranks.rank and not self.replicas.rank
-
     @torch.compiler.disable(reason="other processes take part in it")
     def read(self, slots_TK: Tensor, weights_TK: Tensor, look_up: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """What this process's tokens read, (T, V).

@@ -34,6 +34,7 @@ def one(folder):
         "read": several.read_a_table(1),
         "pretrain": several.pretrain(folder / "one" / "pretrain", 1),
         "teach": several.teach(folder / "one" / "teach", 1),
+        "sharded": several.train_sharded(folder / "one" / "sharded", 1),
         "all values": several.teach_all_values(folder / "one" / "values"),
     }
 
@@ -148,6 +149,19 @@ def test_a_checkpoint_of_several_goes_on_in_one_process(folder, one, group):
         assert_close(taught["rows"], one["teach"]["rows"])
 
 
+def test_a_decoder_sharded_by_fsdp2_with_its_tables_left_out_trains_as_one_process_does(folder, one, group):
+    found, ways = group
+    alone = load_file(folder / "one" / "sharded" / "model.safetensors")
+    for name in ways:
+        ours = found[0][f"sharded {name}"]
+        assert ours["losses"] == pytest.approx(one["sharded"]["losses"], abs=1e-6)
+        assert torch.equal(ours["stepped"], one["sharded"]["stepped"])
+        saved = folder / ("two" if len(found) == 2 else "four") / f"sharded{name.split()[1]}"
+        assert_close(load_file(saved / "model.safetensors"), alone)
+        config = folder / "one" / "sharded" / "config.json"
+        assert (saved / "config.json").read_text() == config.read_text()
+
+
 def test_what_is_sent_is_what_the_counting_says(two):
     """Bytes that a process sends for its tokens: see the table in docs/several_devices.md."""
     tokens, others = several.CUTS[2], (1, 0)
@@ -169,6 +183,7 @@ def test_what_a_split_table_cannot_do_is_refused_by_name(two):
     assert "join_tables first" in said["between"]
     assert "join_tables first" in said["dense"]
     assert "select 'gradient' in 2 processes" in said["gradient"]
+    assert said["sharded"].startswith("a finetuner is attached to table 'model.memory.0'")
 
 
 @pytest.mark.slow
