@@ -77,7 +77,8 @@ def pretrain(folder, shards, resume=None, layers=(0, 2), **settings):
     model = tiny.memory_model(layers=list(layers))
     settings = {**SETTINGS, "per_device_train_batch_size": 8 // num_ranks(), **settings}
     with tables_split(model, shards):
-        trainer = trainer_of(model, folder, examples(32), **settings)
+        trainer = trainer_of(model, folder, examples(32), validation=examples(8), **settings)
+        trainer.evaluate()  # an evaluation before training is no reason to leave gradients unreduced
         trainer.train(resume_from_checkpoint=resume and str(resume))
         stepped = trainer.optimizer.optimizer.state[model.model.memory[0].weight]["step"]
         if shards > 1 or rank() == 0:

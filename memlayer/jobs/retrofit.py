@@ -221,7 +221,7 @@ def _text(config: RunConfig, tokenizer: PreTrainedTokenizerBase, model: PreTrain
 def _arguments(config: RunConfig, folder: str):
     settings = config.retrofit
     interval = max(1, settings.steps // EVALUATIONS)
-    return training_arguments(
+    arguments = training_arguments(
         config,
         folder,
         max_steps=settings.steps or 1,  # of none, the Trainer makes as many as the text has
@@ -234,6 +234,16 @@ def _arguments(config: RunConfig, folder: str):
         eval_steps=interval,
         logging_steps=interval,
     )
+    if arguments.world_size > 1:
+        most = arguments.per_device_eval_batch_size
+        arguments.per_device_eval_batch_size = _even(config.text.num_validation, arguments.world_size, most)
+    return arguments
+
+
+def _even(windows: int, processes: int, most: int) -> int:
+    """A batch for evaluation with which all processes have full ones: the Trainer fills up the others with windows that
+    it has counted already, and only batches of one are left out again."""
+    return next(size for size in range(most, 0, -1) if size == 1 or windows % (size * processes) == 0)
 
 
 def _base_loss(config: RunConfig, text: Text) -> float:

@@ -103,6 +103,15 @@ class StepwiseTrainer(Trainer):
             stop.add_note(self._where_it_stopped())
             raise
 
+    def train(self, *args, **kwargs):
+        """The Trainer's, also after an evaluation.
+
+        accelerate (1.15) marks what an evaluation ran as prepared, and would then leave the model out of
+        DistributedDataParallel: several processes would train without a word to each other.
+        """
+        self.model.__dict__.pop("_is_accelerate_prepared", None)
+        return super().train(*args, **kwargs)
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         """The Trainer's; looking at every loss waits for the device no longer than the Trainer's own filter would."""
         loss = super().training_step(model, inputs, num_items_in_batch)
