@@ -349,7 +349,7 @@ PRETRAIN_REFUSALS = [
     ("trainer.resume_from_checkpoint=/nowhere", "a run goes on by itself from the newest checkpoint in its output"),
     ("trainer.report_to=wandb", "trainer.report_to is 'wandb', but its package is not installed"),
     ("trainer.report_to=wandbe", "trainer.report_to is 'wandbe', must be none, all or some of"),
-    ("trainer.deepspeed=ds.json", "it would split memory tables, which memlayer cannot train yet"),
+    ("trainer.deepspeed=ds.json", "it would split memory tables by rows, which memlayer cannot train"),
     ("memory.top_k=9", "memory.top_k is 9, must be at most memory.num_keys = 8"),
     ("memory.layers=[2]", "memory layers [2] asked for, the model has layers 0 to 1"),
     ("memory.key_width=3", "key_width is 3, must be even"),
