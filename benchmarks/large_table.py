@@ -39,7 +39,7 @@ from memlayer.jobs.config import LearnRun
 from memlayer.jobs.count import count
 from memlayer.jobs.learn import learn
 from memlayer.jobs.learn_settings import SparseMemoryConfig
-from memlayer.jobs.sections import DataConfig
+from memlayer.jobs.sections import DataConfig, LearnTableConfig
 from memlayer.layers.config import MemoryConfig
 from memlayer.layers.product_keys import ProductKeys
 from memlayer.machine import use_threads
@@ -154,7 +154,7 @@ def teach(options: argparse.Namespace) -> dict:
     config = LearnRun(
         checkpoint=str(checkpoint),
         output=str(options.folder / f"learned_{name}_{table}"),
-        table=table,
+        table=LearnTableConfig(place=table),
         data=DataConfig(num_new=options.facts),
         learn=SparseMemoryConfig(optimizer="adam", learning_rate=options.rate, steps_per_fact=options.steps),
         trainer={"disable_tqdm": True},

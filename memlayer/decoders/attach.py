@@ -175,6 +175,20 @@ def refuse_sharded(model: nn.Module) -> None:
             )
 
 
+def refuse_split(model: nn.Module) -> None:
+    """Refuse a model of whose tables this process holds some columns.
+
+    Raises:
+        ValueError: it is such a model.
+    """
+    for name, table in memory_tables(model).items():
+        if table.columns is not None:
+            raise ValueError(
+                f"table {name!r} is shared by {table.columns.ranks.size} processes by columns, and this takes a whole "
+                "one: call memlayer.decoders.split.join_tables first"
+            )
+
+
 def plain_name(name: str) -> str:
     """A module's name without what DistributedDataParallel, torch.compile and PEFT put before it."""
     return name.replace("_orig_mod.", "").removeprefix("module.").removeprefix("base_model.model.")

@@ -83,6 +83,8 @@ class MemoryDecoder:
         ``model_type`` when it loads. A folder with memory has a ``model_type`` of its own, and no other program reads
         it, so nothing is gained by it; and the Trainer looks for the model's own names when it resumes.
 
+        Where processes share a table, all of them have to call this; the first one writes what one process would.
+
         Args:
             export_code: write the code beside the weights, so that the folder also loads where memlayer is not
                 installed, with ``trust_remote_code=True``. A model saved or loaded like that keeps its code from
@@ -107,6 +109,10 @@ class MemoryDecoder:
         with_code = bool(getattr(self.config, "auto_map", None))
         if with_code and kwargs.get("push_to_hub"):
             raise ValueError("exported code is uploaded by push_to_hub, called after save_pretrained, not by it")
+        if kwargs.get("state_dict") is None and _is_shared_out(self):
+            kwargs["state_dict"] = whole_state_dict(self)
+            if kwargs["state_dict"] is None:
+                return  # another process writes
         super().save_pretrained(save_directory, *args, save_original_format=False, **kwargs)
         if with_code and kwargs.get("is_main_process", True):
             write_code(save_directory)
@@ -185,6 +191,41 @@ def memory_dtype(model: nn.Module) -> str:
         (one, first), (other, second), *_ = found.items()
         raise ValueError(f"{first} is {one}, {second} {other}: memory is saved in one dtype, convert one of them")
     return str(*found).removeprefix("torch.")
+
+
+def tables_of(model: nn.Module) -> dict[str, MemoryTable]:
+    """The tables of a bare model, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MemoryTable)}
+
+
+def whole_state_dict(model: nn.Module) -> dict[str, torch.Tensor] | None:
+    """The state dict of a model that several processes share, as one process would have it.
+
+    Tables may be split by columns, other weights sharded by FSDP2. All processes have to call it; the first one gets
+    it, the others get None.
+    """
+    here = model.state_dict(keep_vars=True)  # in which tied weights are one parameter
+    whole = {id(t): t.detach().full_tensor().cpu() for t in here.values() if _is_sharded(t)}
+    state = {name: whole[id(t)] if _is_sharded(t) else t.detach() for name, t in here.items()}
+    is_first = is_first_of_all(model)
+    for name, table in tables_of(model).items():
+        if table.columns is not None:
+            state[f"{name}.weight"] = table.columns.whole_table(table.weight, keep=is_first)
+    return state if is_first else None
+
+
+def is_first_of_all(model: nn.Module) -> bool:
+    """Of the processes that share a model, whether this is the one that writes what one process would."""
+    return not (_is_shared_out(model) and torch.distributed.get_rank())
+
+
+def _is_shared_out(model: nn.Module) -> bool:
+    split = any(table.columns is not None for table in tables_of(model).values())
+    return split or any(map(_is_sharded, model.parameters()))
+
+
+def _is_sharded(tensor: torch.Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")  # a DTensor
 
 
 def _misfits(info: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from memlayer.jobs.sections import (
     ControlsConfig,
     CountConfig,
     DataConfig,
+    LearnTableConfig,
     LessonsConfig,
     MethodConfig,
     MixtureConfig,
@@ -29,6 +30,7 @@ from memlayer.jobs.sections import (
     PromptsConfig,
     RetrofitConfig,
     StatedConfig,
+    TableConfig,
     TextConfig,
     TokenizerConfig,
 )
@@ -65,6 +67,7 @@ class TrainingRun(RunConfig):
             100 and report_to none unless they are set here, and bf16=auto follows the machine.
     """
 
+    table: TableConfig = field(default_factory=TableConfig)
     trainer: dict[str, Any] = field(default_factory=dict, metadata={"types": TYPES})
 
     def __post_init__(self):
@@ -175,13 +178,11 @@ class LearnRun(TrainingRun):
 
     Attributes:
         checkpoint: folder of a pretrained or healed memory model.
-        table: loaded into memory; mapped, read row by row from its file, which stays as it is; or with auto mapped
-            where the checkpoint is larger than the memory that is free.
     """
 
     job: Literal["learn"] = "learn"
     checkpoint: str
-    table: Literal["auto", "loaded", "mapped"] = "auto"
+    table: LearnTableConfig = field(default_factory=LearnTableConfig)
     data: DataConfig = field(default_factory=DataConfig)
     lessons: LessonsConfig = field(default_factory=LessonsConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)

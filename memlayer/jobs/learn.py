@@ -26,6 +26,7 @@ from memlayer.decoders.attach import memory_tables
 from memlayer.decoders.fingerprint import fingerprint, product_key_fingerprints
 from memlayer.decoders.looked_at import checkpoint_fingerprint
 from memlayer.decoders.mapped import read_or_map, refuse_mapped
+from memlayer.decoders.split import tables_split
 from memlayer.evaluation.qa import check_answers
 from memlayer.files import sha256_of
 from memlayer.jobs.checkpoints import checkpoint_to_resume, step_of
@@ -114,7 +115,7 @@ def _prepare(config: RunConfig) -> _Prepared:
         max_grad_norm=0.0,
     )
     check_checkpoint(config.checkpoint)
-    model, tokenizer = files.load(config.checkpoint, config.table)
+    model, tokenizer = files.load(config.checkpoint, config.table.place)
     _refuse_whole_tables(config, model)
     if not config.lessons.files:
         _tell_taught_anew(config)
@@ -131,6 +132,8 @@ def _prepare(config: RunConfig) -> _Prepared:
 def _refuse_whole_tables(config: RunConfig, model: nn.Module) -> None:
     """Refuse what would need a gradient or a copy of a table that is mapped, before it is read."""
     settings = config.learn
+    if config.table.shards > 1:
+        refuse_mapped(model, f"table.shards={config.table.shards} splits whole tables")
     if settings.method in ("full", "dense_memory"):
         refuse_mapped(model, f"learn.method={settings.method} trains whole tables")
     if isinstance(settings, LearnConfig) and settings.mist is not None and settings.mist.paper_code:
@@ -168,25 +171,26 @@ def _teach(lesson: _Prepared) -> Learned:
         check_output(arguments.output_dir)
         checkpoint = checkpoint_to_resume(arguments, config, lesson.sha256)
     told = provenance(config, lesson.sha256)
-    terms = terms_of(config, model.to(arguments.device), tokenizer, chain(*lesson.micro_batches))
-    collator = partial(_collate, pad_token_id=pad_token(tokenizer), loss_on=settings.loss_on)
-    start = time.perf_counter()  # what looks at the lessons before the first step is learning, too
-    prepared = _made_ready(lesson, collator)
-    may_change = sum(p.numel() for group in prepared.optimizer.param_groups for p in group["params"])
-    trainer = MemoryTrainer(
-        prepared.model,
-        arguments,
-        finetuner=prepared.finetuner,
-        lessons=lesson.lesson_of_step,
-        skip_below=settings.skip_below,
-        terms=terms,
-        optimizers=(prepared.optimizer, None),
-        train_dataset=lesson.micro_batches,
-        data_collator=collator,
-    )
-    if arguments.disable_tqdm:
-        trainer.remove_callback(PrinterCallback)  # what stands in for the bar would print a line a run
-    train_to_end(trainer, checkpoint, f"learn.learning_rate={settings.learning_rate:g}")
+    with tables_split(model, config.table.shards):
+        terms = terms_of(config, model.to(arguments.device), tokenizer, chain(*lesson.micro_batches))
+        collator = partial(_collate, pad_token_id=pad_token(tokenizer), loss_on=settings.loss_on)
+        start = time.perf_counter()  # what looks at the lessons before the first step is learning, too
+        prepared = _made_ready(lesson, collator)
+        may_change = sum(p.numel() for group in prepared.optimizer.param_groups for p in group["params"])
+        trainer = MemoryTrainer(
+            prepared.model,
+            arguments,
+            finetuner=prepared.finetuner,
+            lessons=lesson.lesson_of_step,
+            skip_below=settings.skip_below,
+            terms=terms,
+            optimizers=(prepared.optimizer, None),
+            train_dataset=lesson.micro_batches,
+            data_collator=collator,
+        )
+        if arguments.disable_tqdm:
+            trainer.remove_callback(PrinterCallback)  # what stands in for the bar would print a line a run
+        train_to_end(trainer, checkpoint, f"learn.learning_rate={settings.learning_rate:g}")
     seconds = time.perf_counter() - start
     capacity = prepared.finetuner.capacity() if prepared.finetuner else {}
     if not arguments.disable_tqdm and trainer.is_world_process_zero():

@@ -14,6 +14,8 @@ from memlayer.jobs.config import RunConfig
 from memlayer.jobs.trainer_settings import DECIDED, check_reporters, check_trainer
 from memlayer.machine import best_device, use_threads
 
+SPLIT_METHODS = ("sparse_memory", "full")  # what of learn.method trains a table that processes share
+
 
 def training_arguments(
     config: RunConfig, folder: str = "trainer", batch_size: int | None = None, **ours
@@ -52,11 +54,24 @@ def training_arguments(
         arguments = TrainingArguments(**{**defaults, **ours, **config.trainer, **fixed})
     except (TypeError, ValueError, ImportError, RuntimeError) as error:
         raise ValueError(f"trainer: {' '.join(str(error).split())}") from error
-    _refuse_devices(arguments, trains_tables=config.job != "learn" or config.learn.method == "full")
+    _refuse_devices(arguments)
+    _check_shards(config, arguments.world_size)
     if batch_size is not None:
         _share_batch(arguments)
     use_threads()
     return arguments
+
+
+def count_windows_once(arguments: TrainingArguments, windows: int) -> None:
+    """Give evaluation a batch with which all processes have full ones.
+
+    The Trainer fills up the others with windows that it has counted already; only batches of one are left out again.
+    """
+    most, processes = arguments.per_device_eval_batch_size, arguments.world_size
+    if processes > 1:
+        arguments.per_device_eval_batch_size = next(
+            size for size in range(most, 0, -1) if size == 1 or windows % (size * processes) == 0
+        )
 
 
 def _refuse_engines() -> None:
@@ -65,19 +80,39 @@ def _refuse_engines() -> None:
             raise ValueError(f"accelerate was told to use {engine}: {DECIDED[engine]}")
 
 
-def _refuse_devices(arguments: TrainingArguments, trains_tables: bool) -> None:
+def _refuse_devices(arguments: TrainingArguments) -> None:
     if arguments.device.type not in ("cpu", "cuda"):
         raise ValueError(f"the kernels have no way on {arguments.device}: leave trainer.use_cpu out, or set it to true")
     if arguments.n_gpu > 1:
         raise ValueError(
             f"{arguments.n_gpu} GPUs are visible, and one process would spread each batch over them: "
-            "show it one with CUDA_VISIBLE_DEVICES=0"
+            "show it one with CUDA_VISIBLE_DEVICES=0, or launch a process for each"
         )
-    if trains_tables and arguments.world_size > 1 and arguments.device.type != "cpu":
+
+
+def _check_shards(config: RunConfig, processes: int) -> None:
+    """Refuse what a table that processes share cannot do."""
+    shards = config.table.shards
+    if processes % shards:
         raise ValueError(
-            f"{arguments.world_size} processes on GPUs: a table's gradient holds only the rows read, "
-            "which NCCL does not reduce; train in one process"
+            f"table.shards is {shards}, and {processes} process{'es' * (processes > 1)} cannot stand in groups of that "
+            "size: launch a multiple of it"
         )
+    if shards == 1:
+        return
+    if config.trainer.get("save_on_each_node"):
+        raise ValueError(f"trainer.save_on_each_node with table.shards={shards}: only the first process writes")
+    if config.job == "learn" and (refused := _needs_whole_table(config.learn)):
+        raise ValueError(f"table.shards is {shards}, but {refused} needs the whole table in each process")
+
+
+def _needs_whole_table(learn) -> str | None:
+    if learn.method not in SPLIT_METHODS:
+        return f"learn.method={learn.method}"
+    if learn.mist is not None:
+        return "learn.mist"
+    on = [name for name, term in vars(learn.terms).items() if term is not None]
+    return f"learn.terms.{on[0]}" if on else None
 
 
 def _share_batch(arguments: TrainingArguments) -> None:

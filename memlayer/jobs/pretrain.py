@@ -14,6 +14,7 @@ from memlayer.data.facts import facts_of
 from memlayer.data.qa import Example, collate, encode, pretraining_examples
 from memlayer.data.tokenizer import load_tokenizer, train_tokenizer
 from memlayer.decoders import files
+from memlayer.decoders.split import tables_split
 from memlayer.evaluation.qa import check_answers
 from memlayer.files import sha256_of
 from memlayer.jobs.checkpoints import checkpoint_to_resume
@@ -72,22 +73,35 @@ def _pretrain(
     encoded = encode(tokenizer, examples)
     check_lengths(encoded, config.model.max_length, examples)
     check_answers(tokenizer, examples)
-    trainer = MemoryTrainer(
-        model,
-        arguments,
-        table_learning_rate=config.pretrain.table_learning_rate,
-        train_dataset=Dataset.from_list(encoded),
-        data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id, loss_on=config.pretrain.loss_on),
-    )
     if whole := trained_model(config.output):  # stopped while it counted
-        restore(model, whole)
+        restore(model.to(arguments.device), whole)
     else:
-        train_to_end(trainer, checkpoint, f"pretrain.learning_rate={config.pretrain.learning_rate:g}")
+        _train(config, arguments, model, tokenizer, encoded, checkpoint)
     if PartialState().is_main_process:
         if not whole:
             save_trained(config, inputs, model, tokenizer)
         counts = _count_facts(config, model, tokenizer, encoded)
         write_result(config.output, config, inputs, lambda folder: save_counts(counts, folder / COUNTS_FILE))
+
+
+def _train(
+    config: RunConfig,
+    arguments: TrainingArguments,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: list[dict],
+    checkpoint: Path | None,
+) -> None:
+    settings = config.pretrain
+    with tables_split(model, config.table.shards):
+        trainer = MemoryTrainer(
+            model,
+            arguments,
+            table_learning_rate=settings.table_learning_rate,
+            train_dataset=Dataset.from_list(encoded),
+            data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id, loss_on=settings.loss_on),
+        )
+        train_to_end(trainer, checkpoint, f"pretrain.learning_rate={settings.learning_rate:g}")
 
 
 def save_trained(config: RunConfig, inputs: Mapping[str, str], model: nn.Module, tokenizer) -> None:

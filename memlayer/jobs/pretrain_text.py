@@ -28,12 +28,13 @@ from memlayer.decoders import files
 from memlayer.decoders.architecture import architecture, random_decoder
 from memlayer.decoders.attach import add_memory, memory_parameters
 from memlayer.decoders.packed import check_keeps_apart
+from memlayer.decoders.split import tables_split
 from memlayer.evaluation.provenance import provenance
 from memlayer.files import sha256_of, write_file
 from memlayer.jobs.checkpoints import checkpoint_to_resume, step_of
 from memlayer.jobs.config import PretrainTextRun
 from memlayer.jobs.count import count
-from memlayer.jobs.preflight import check_output, training_arguments
+from memlayer.jobs.preflight import check_output, count_windows_once, training_arguments
 from memlayer.jobs.run_folder import SOURCE, check_finite, claimed, trained_model, write_result, write_trained
 from memlayer.jobs.taught import files_of
 from memlayer.jobs.text_trainer import TextTrainer
@@ -144,17 +145,18 @@ def train_on_text(
     if packing.together:
         check_keeps_apart(model)
     settings = config.pretrain
-    trainer = TextTrainer(
-        model,
-        arguments,
-        packing=packing,
-        validation=validation,
-        table_learning_rate=settings.table_learning_rate,
-    )
-    if trainer.is_world_process_zero() and not arguments.disable_tqdm:
-        print(_speed_in_words(trainer.speed()))
-    train_to_end(trainer, checkpoint, f"pretrain.learning_rate={settings.learning_rate:g}")
-    loss = trainer.evaluate()["eval_loss"]
+    with tables_split(model, config.table.shards):
+        trainer = TextTrainer(
+            model,
+            arguments,
+            packing=packing,
+            validation=validation,
+            table_learning_rate=settings.table_learning_rate,
+        )
+        if trainer.is_world_process_zero() and not arguments.disable_tqdm:
+            print(_speed_in_words(trainer.speed()))
+        train_to_end(trainer, checkpoint, f"pretrain.learning_rate={settings.learning_rate:g}")
+        loss = trainer.evaluate()["eval_loss"]
     if not math.isfinite(loss):
         raise ValueError(f"the validation loss after {trainer.state.global_step} steps is {loss}: nothing is written")
     return {
@@ -184,7 +186,7 @@ def arguments_of(config: PretrainTextRun, folder: str = "trainer") -> TrainingAr
         raise ValueError(
             f"pretrain.tokens is {settings.tokens}, one step takes {settings.batch_size} windows of {text.length}"
         )
-    return training_arguments(
+    arguments = training_arguments(
         config,
         folder,
         max_steps=steps,
@@ -198,6 +200,8 @@ def arguments_of(config: PretrainTextRun, folder: str = "trainer") -> TrainingAr
         logging_steps=max(1, steps // LOGS),
         ignore_data_skip=True,  # the stream knows its place
     )
+    count_windows_once(arguments, text.num_validation)
+    return arguments
 
 
 def inputs_of(config: PretrainTextRun) -> dict[str, str]:

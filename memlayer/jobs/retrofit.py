@@ -32,6 +32,7 @@ from memlayer.decoders import files
 from memlayer.decoders.attach import add_memory, calibrate, memory_layers, memory_parameters
 from memlayer.decoders.controls import as_control
 from memlayer.decoders.fingerprint import fingerprint
+from memlayer.decoders.split import tables_split
 from memlayer.evaluation.healing import BASE, DENSE, MEMORY, gate, write_healing_report
 from memlayer.evaluation.provenance import provenance
 from memlayer.files import sha256_of, write_file
@@ -40,7 +41,7 @@ from memlayer.jobs.checkpoints import checkpoint_to_resume, step_of
 from memlayer.jobs.config import RunConfig
 from memlayer.jobs.count import count
 from memlayer.jobs.lessons import prompts_of
-from memlayer.jobs.preflight import check_output, training_arguments
+from memlayer.jobs.preflight import check_output, count_windows_once, training_arguments
 from memlayer.jobs.run_folder import check_finite, claimed, trained_model, write_result, write_trained
 from memlayer.jobs.trainer import MemoryTrainer, StepwiseTrainer, restore, train_to_end
 from memlayer.layers.costs import touched_per_token
@@ -221,7 +222,7 @@ def _text(config: RunConfig, tokenizer: PreTrainedTokenizerBase, model: PreTrain
 def _arguments(config: RunConfig, folder: str):
     settings = config.retrofit
     interval = max(1, settings.steps // EVALUATIONS)
-    return training_arguments(
+    arguments = training_arguments(
         config,
         folder,
         max_steps=settings.steps or 1,  # of none, the Trainer makes as many as the text has
@@ -234,6 +235,8 @@ def _arguments(config: RunConfig, folder: str):
         eval_steps=interval,
         logging_steps=interval,
     )
+    count_windows_once(arguments, config.text.num_validation)
+    return arguments
 
 
 def _base_loss(config: RunConfig, text: Text) -> float:
@@ -264,7 +267,8 @@ def _train_memory(
 
     before = frozen()
     kind = partial(MemoryTrainer, table_learning_rate=config.retrofit.table_learning_rate)
-    trained = _train(config, inputs, model, text, kind, "trainer")
+    with tables_split(model, config.table.shards):
+        trained = _train(config, inputs, model, text, kind, "trainer")
     return trained, {"sha256_before": before, "sha256_after": frozen()}
 
 

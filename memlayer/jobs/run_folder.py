@@ -39,7 +39,8 @@ RESULTS = {
     "learn": ("patch", "model", "store", "learned.json", "answers.jsonl", "probes.json"),
     "compare": ("results.json", "report.md", "pareto.png", "samples.jsonl"),
 }
-WITHOUT_EFFECT = {"output", "table", *(f"trainer.{name}" for name in ("disable_tqdm", "report_to", "run_name"))}
+WITHOUT_EFFECT = {"output", "table.place", "table.shards"}
+WITHOUT_EFFECT |= {f"trainer.{name}" for name in ("disable_tqdm", "report_to", "run_name")}
 WITHOUT_EFFECT |= {f"trainer.{name}" for name in ("logging_steps", "logging_strategy", "save_total_limit")}
 # Settings that name a file -> the input that stands for its content.
 CONTENT_OF = {"checkpoint": "checkpoint", "base": "base", "text.files": "text"}

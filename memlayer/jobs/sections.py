@@ -42,6 +42,41 @@ class ModelConfig:
 
 
 @dataclass
+class TableConfig:
+    """How several processes hold the tables while a run trains; see docs/several_devices.md.
+
+    Attributes:
+        shards: neighbouring processes that share a table by columns, each holding all slots and a part of every value;
+            with 1 every process holds the whole table.
+    """
+
+    shards: int = 1
+
+    def __post_init__(self):
+        check_at_least(1, "table", self, "shards")
+
+
+@dataclass
+class LearnTableConfig(TableConfig):
+    """Where the tables are that a run learns into, and how several processes hold them; see docs/several_devices.md.
+
+    Attributes:
+        shards: neighbouring processes that share a table by columns, each holding all slots and a part of every value;
+            with 1 every process holds the whole table.
+        place: loaded into memory; mapped, read row by row from its file, which stays as it is; or with auto mapped
+            where the checkpoint is larger than the memory that is free.
+    """
+
+    place: Literal["auto", "loaded", "mapped"] = "auto"
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_choices("table", self)
+        if self.shards > 1 and self.place == "mapped":
+            raise ValueError(f"table.shards is {self.shards} and table.place mapped: a mapped table is not split")
+
+
+@dataclass
 class DataConfig:
     """Facts to train on or to teach.
 

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -18,15 +18,19 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from memlayer.data.qa import IGNORED, MASKS
 from memlayer.decoders.attach import memory_tables
+from memlayer.decoders.classes import whole_state_dict
+from memlayer.decoders.split import average_table_gradients, copy_tables_from_first, leave_to_us
 from memlayer.files import reading, writing
 from memlayer.jobs.checkpoints import damage_of, newest_checkpoint
+from memlayer.jobs.split_checkpoints import state_here, whole_state
 from memlayer.layers.memory import MemoryTable
 from memlayer.layers.optimizer import RowAdamW
+from memlayer.layers.ranks import Ranks, num_ranks
 from memlayer.machine import describe
 from memlayer.methods.prepared import Finetuner
 from memlayer.methods.terms import Term
@@ -99,6 +103,15 @@ class StepwiseTrainer(Trainer):
             stop.add_note(self._where_it_stopped())
             raise
 
+    def train(self, *args, **kwargs):
+        """The Trainer's, also after an evaluation.
+
+        accelerate (1.15) marks what an evaluation ran as prepared, and would then leave the model out of
+        DistributedDataParallel: several processes would train without a word to each other.
+        """
+        self.model.__dict__.pop("_is_accelerate_prepared", None)
+        return super().train(*args, **kwargs)
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         """The Trainer's; looking at every loss waits for the device no longer than the Trainer's own filter would."""
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -170,6 +183,7 @@ class MemoryTrainer(StepwiseTrainer):
         self.table_learning_rate, self.finetuner = table_learning_rate, finetuner
         decoder = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         self._can_keep_logits = "logits_to_keep" in inspect.signature(decoder.forward).parameters
+        self._ranks: Ranks | None = None  # of several processes: those whose gradients of rows are gathered
         if finetuner is not None and self.args.load_best_model_at_end:
             raise ValueError(
                 "load_best_model_at_end has no meaning while facts are taught in order: the last step knows all of them"
@@ -186,6 +200,8 @@ class MemoryTrainer(StepwiseTrainer):
             return super().train(*args, **kwargs)
         finally:
             self._set_sparse(False)
+            if num_ranks() > 1:
+                leave_to_us(self.model, self._split())
 
     def _set_sparse(self, sparse: bool) -> None:
         """Whether the tables that an optimizer made here steps get sparse gradients."""
@@ -194,6 +210,30 @@ class MemoryTrainer(StepwiseTrainer):
         for table in memory_tables(self.model).values() if stepped else ():
             if id(table.weight) in stepped:
                 table.sparse = sparse
+
+    def _split(self) -> list[MemoryTable]:
+        """The tables that this process has some columns of."""
+        return [table for table in memory_tables(self.model).values() if table.columns is not None]
+
+    def _take_tables_from_reducer(self) -> None:
+        """Reduce the gradients of tables ourselves where they hold only the rows read: NCCL cannot."""
+        by_rows = [t for t in memory_tables(self.model).values() if t.sparse and t.weight.requires_grad]
+        self._ranks = Ranks() if by_rows else None
+        whole = [table for table in by_rows if table.columns is None]
+        copy_tables_from_first(whole, self._ranks)
+        ours = [*whole, *self._split()]
+        leave_to_us(self.model, ours)
+        taken = {id(table.weight) for table in ours}
+        if all(id(p) in taken for p in self.model.parameters() if p.requires_grad):
+            # DistributedDataParallel refuses a model of which it has nothing to reduce.
+            self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """The Trainer's; the gradients of tables are gathered once all micro-batches of a step have added theirs."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._ranks is not None and self.accelerator.sync_gradients:
+            average_table_gradients(self.model, self._ranks)
+        return loss
 
     def create_optimizer(self, model=None):
         """AdamW in three groups: decayed matrices, the rest, and tables (constant rate, no decay) where there are any.
@@ -221,6 +261,8 @@ class MemoryTrainer(StepwiseTrainer):
                 eps=args.adam_epsilon,
             )
         self._set_sparse(True)
+        if num_ranks() > 1:
+            self._take_tables_from_reducer()
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
@@ -318,12 +360,37 @@ class MemoryTrainer(StepwiseTrainer):
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir=None, _internal_call=False):
-        """The Trainer's; of a finetuner's run a checkpoint holds what was written, not the whole model again."""
-        if self.finetuner is None or not _internal_call:
+        """The Trainer's; of a finetuner's run a checkpoint holds what was written, not the whole model again.
+
+        Every process takes part where tables are split; what is written is what one process would write.
+        """
+        if self.finetuner is not None and _internal_call:
+            state = self.finetuner.state_dict() if self.args.should_save or self._split() else None
+            if self.args.should_save:
+                Path(output_dir).mkdir(parents=True, exist_ok=True)
+                torch.save(state, Path(output_dir) / FINETUNER)
+        elif self._split():
+            if (state := whole_state_dict(self.model)) is not None:
+                self._save(output_dir, state_dict=state)
+        else:
             super().save_model(output_dir, _internal_call)
-        elif self.args.should_save:
-            Path(output_dir).mkdir(parents=True, exist_ok=True)
-            torch.save(self.finetuner.state_dict(), Path(output_dir) / FINETUNER)
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        if not self._split():
+            return super()._save_optimizer_and_scheduler(output_dir)
+        if (state := whole_state(self.optimizer, self.model)) is not None:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is None or not self._split():
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        optimizer, scheduler = (Path(checkpoint) / name for name in (OPTIMIZER_NAME, SCHEDULER_NAME))
+        with reading(optimizer):  # mapped: moments of the whole table need not be in memory
+            state = torch.load(optimizer, map_location="cpu", weights_only=True, mmap=True)
+        self.optimizer.load_state_dict(state_here(state, self.optimizer, self.model))
+        with reading(scheduler):
+            self.lr_scheduler.load_state_dict(torch.load(scheduler, weights_only=True))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.finetuner is not None:

@@ -81,7 +81,8 @@ _DECIDING = {
     "checkpoints follow from trainer.save_strategy and trainer.save_steps": "enable_jit_checkpoint",
     "the finished output is what to publish, not the checkpoints of a run": """
         push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision""",
-    "it would split memory tables, which memlayer cannot train yet": "fsdp fsdp_config deepspeed parallelism_config",
+    "it would split memory tables by rows, which memlayer cannot train; table.shards splits them by columns, and "
+    "memlayer.decoders.sharding the rest in a loop of your own": "fsdp fsdp_config deepspeed parallelism_config",
     "whatever launches the processes sets it": "local_rank",
 }
 DECIDED = {name: reason for reason, names in _DECIDING.items() for name in names.split()}

@@ -20,7 +20,8 @@ class MemoryTable(nn.Embedding):
     It is an ``nn.Embedding``, whose gradient is dense, so that any optimizer, clipping or trainer can train it. With
     ``sparse`` set to True its gradient holds only the rows read, which RowAdamW steps and DistributedDataParallel
     knows how to reduce: whoever makes that optimizer sets it. While a sparse memory finetuner is attached, ``rows``
-    and ``row_of_slot`` say which slots the backward pass may write to.
+    and ``row_of_slot`` say which slots the backward pass may write to. While ``columns`` is set the weight holds these
+    columns of all slots, and other processes the others (columns.py); its forward pass is then theirs too.
 
     Args:
         num_slots: N.
@@ -31,6 +32,7 @@ class MemoryTable(nn.Embedding):
         super().__init__(num_slots, width)
         self.register_parameter("rows", None)
         self.register_buffer("row_of_slot", None, persistent=False)
+        self.columns = None  # a columns.Columns; not imported, as exported code does without
 
     def reset_parameters(self) -> None:
         """Values of unit expected norm (arXiv:1907.05242)."""
@@ -39,7 +41,31 @@ class MemoryTable(nn.Embedding):
     def forward(self, slots_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Weighted sums of values, shape (T, V)."""
         slots_TK, weights_TK = slots_TK.to(self.weight.device), weights_TK.to(self.weight.device)
-        return memory_lookup(self.weight, slots_TK, weights_TK, self.rows, self.row_of_slot, sparse_grad=self.sparse)
+        if self.columns is not None:
+            return self.columns.read(slots_TK, weights_TK, self._look_up)
+        return self._look_up(slots_TK, weights_TK)
+
+    def _look_up(self, slots_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        rows = self.rows if self.rows is None or self.columns is None else self.rows[:, self.columns.here]
+        return memory_lookup(self.weight, slots_TK, weights_TK, rows, self.row_of_slot, sparse_grad=self.sparse)
+
+    def rows_at(self, slots_R: Tensor) -> Tensor:
+        """A copy of whole rows, (R, V), whatever of them is here."""
+        rows = self.weight.detach()[slots_R.to(self.weight.device)]
+        return rows if self.columns is None else self.columns.whole(rows)
+
+    @torch.no_grad()
+    def put_rows(self, slots_R: Tensor, rows_RV: Tensor) -> None:
+        """Write whole rows, (R, V), of the table's dtype, of which what belongs here is kept."""
+        rows = rows_RV if self.columns is None else self.columns.of(rows_RV)
+        self.weight.index_copy_(0, slots_R.to(self.weight.device), rows.to(self.weight.device))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        """torch's, which takes of a whole table what belongs here."""
+        weight = state_dict.get(f"{prefix}weight")
+        if self.columns is not None and weight is not None and weight.shape[1] == self.embedding_dim:
+            state_dict = {**state_dict, f"{prefix}weight": self.columns.of(weight)}
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 class MemoryTables(nn.ModuleList):

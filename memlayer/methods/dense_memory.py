@@ -7,7 +7,7 @@ figure 6 of arXiv:2510.15103). Rows that a batch does not read stay where they a
 import torch
 from torch import nn
 
-from memlayer.decoders.attach import unsharded_tables
+from memlayer.decoders.attach import refuse_split, unsharded_tables
 from memlayer.decoders.mapped import refuse_mapped
 from memlayer.layers.optimizer import RowAdamW
 from memlayer.methods.prepared import Prepared
@@ -20,6 +20,7 @@ def prepare(model: nn.Module, background, settings, lessons=()) -> Prepared:
         ValueError: the model has no memory, FSDP has sharded it, or a table of it is mapped.
     """
     refuse_mapped(model, "dense memory finetuning trains whole tables")
+    refuse_split(model)
     tables = list(unsharded_tables(model).values())
     weights = [table.weight for table in tables]
     was_trainable = [p for p in model.parameters() if p.requires_grad]

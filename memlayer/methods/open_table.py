@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from memlayer.decoders.fingerprint import fingerprint
 from memlayer.layers.memory import MemoryTable
+from memlayer.layers.ranks import num_ranks
 from memlayer.methods.slot_steps import SlotSteps, check_optimizer, group_of
 from memlayer.methods.slot_store import SlotStore
 from memlayer.patch import TablePatch
@@ -96,7 +97,7 @@ class OpenTable:
         # DistributedDataParallel expects sparse gradients of every parameter of a sparse embedding, rows included.
         self._was_sparse, table.sparse = table.sparse, False
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        table.rows = nn.Parameter(torch.zeros(num_rows, weight.shape[1], dtype=dtype, device=weight.device))
+        table.rows = nn.Parameter(torch.zeros(num_rows, table.embedding_dim, dtype=dtype, device=weight.device))
         table.rows.register_hook(self._refuse_leftovers)
         table.row_of_slot = torch.full((len(weight),), -1, dtype=torch.int32, device=weight.device)
         self.slots_R = self._at_R = torch.empty(0, dtype=torch.int64, device=weight.device)
@@ -139,7 +140,7 @@ class OpenTable:
         count = len(self.slots_R)
         self.selection = Selection(len(slots_U), int((scores_U <= 0).sum()), count)
         self._at_R = -2 - self.table.row_of_slot[self.slots_R].long()
-        rows_RV = self.table.weight[self.slots_R].to(self.rows.dtype)
+        rows_RV = self.table.rows_at(self.slots_R).to(self.rows.dtype)
         if ROWS in self._store:
             stepped_R = self._at_R >= 0
             rows_RV[stepped_R] = self._store.get(ROWS, self._at_R[stepped_R])
@@ -203,7 +204,7 @@ class OpenTable:
             self._shorten(rows_RV)
         if weight.dtype != self.rows.dtype:
             self._store.put(ROWS, self._at_R, rows_RV)
-        weight.index_copy_(0, self.slots_R, rows_RV.to(weight.dtype))
+        self.table.put_rows(self.slots_R, rows_RV.to(weight.dtype))
         self.drop()
 
     def _admit(self) -> None:
@@ -213,7 +214,7 @@ class OpenTable:
         at_F = torch.arange(first, self._store.num_slots, device=new_R.device)
         self._at_R[new_R] = at_F
         self._store.put(SLOTS, at_F, self.slots_R[new_R])
-        self._store.put(ORIGINALS, at_F, self.table.weight[self.slots_R[new_R]])
+        self._store.put(ORIGINALS, at_F, self.table.rows_at(self.slots_R[new_R]))
         for name, dtype in ((WRITERS, torch.int64), (MINE, torch.bool)):
             self._store.put(name, at_F, torch.zeros_like(at_F, dtype=dtype))
         first_R = ~self._store.get(MINE, self._at_R)
@@ -249,11 +250,11 @@ class OpenTable:
         """Every row that was ever stepped, whether it moved or not, and its place in the store."""
         weight = self.table.weight.detach()
         slots_W = at_W = torch.empty(0, dtype=torch.int64, device=weight.device)
-        originals = weight[:0]
+        originals = weight.new_empty(0, self.table.embedding_dim)
         if self._store.num_slots:
             slots_W, at_W = self._store.column(SLOTS).sort()
             originals = self._store.get(ORIGINALS, at_W)
-        parts = (slots_W, weight[slots_W], originals), self._protected_by_patch(slots_W, at_W)
+        parts = (slots_W, self.table.rows_at(slots_W), originals), self._protected_by_patch(slots_W, at_W)
         changed, protected = ([part.cpu() for part in each] for each in parts)
         lessons = {name: slots.cpu() for name, slots in self._slots_of_lesson.items() if name}
         return TablePatch(*changed, len(weight), product_keys, *protected, lessons), at_W
@@ -327,9 +328,9 @@ def _count_reads(slots: Tensor) -> tuple[Tensor, Tensor]:
 
 def _over_ranks(slots_U: Tensor, reads_U: Tensor) -> tuple[Tensor, Tensor]:
     """The reads of all ranks together; a step's choice must be the same on each."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if (ranks := num_ranks()) == 1:
         return slots_U, reads_U
-    gathered: list = [None] * torch.distributed.get_world_size()
+    gathered: list = [None] * ranks
     torch.distributed.all_gather_object(gathered, (slots_U.cpu(), reads_U.cpu()))
     slots = torch.cat([s for s, _ in gathered]).to(slots_U.device)
     reads = torch.cat([r for _, r in gathered]).to(reads_U.device)

@@ -17,12 +17,12 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 
 from memlayer.data.qa import MASKS
 from memlayer.decoders.attach import Reads, in_backward, record_reads, refuse_sharded, unsharded_tables
 from memlayer.decoders.fingerprint import product_key_fingerprints
 from memlayer.layers.memory import MemoryTable
+from memlayer.layers.ranks import num_ranks
 from memlayer.methods.open_table import Capacity, OpenTable, Selection
 from memlayer.methods.prepared import Prepared
 from memlayer.methods.slot_gradients import recording
@@ -377,8 +377,7 @@ class SparseMemoryFinetuner:
 
     def _choose(self, counted: Iterable[Mapping[str, Tensor]]) -> None:
         counted = list(counted)
-        ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        parts = len(counted) * ranks
+        parts = len(counted) * num_ranks()
         if parts > 1 and self._settings["reads"] == "minimum":
             raise ValueError(f"a step of {parts} micro-batches with reads 'minimum': that takes a batch in one part")
         for name, table in self._tables.items():
@@ -388,6 +387,11 @@ class SparseMemoryFinetuner:
 
     def _choose_by_gradient(self, batch: Mapping[str, Tensor]) -> None:
         """Choose by how much the loss wants each slot to move, which one more pass over the batch tells."""
+        if (ranks := num_ranks()) > 1:
+            raise ValueError(
+                f"select 'gradient' in {ranks} processes: each would choose by its own part of the batch, so train in "
+                "one"
+            )
         self._begin()
         self._choice = object()  # no row is open yet, so nothing is trained
         with recording({name: t.table for name, t in self._tables.items()}) as found, self._run(self._choice):

@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 from torch import nn
 
-from memlayer.decoders.attach import unsharded_tables
+from memlayer.decoders.attach import refuse_split, unsharded_tables
 from memlayer.decoders.fingerprint import differing, fingerprint, product_key_fingerprints
 from memlayer.layers.memory import MemoryTable
 from memlayer.patch import card, files
@@ -53,6 +53,8 @@ class MemoryPatch(ModelHubMixin, library_name="memlayer"):
         Raises:
             ValueError: the models' tables differ in name, shape or dtype, or their product keys differ.
         """
+        for model in (before, after):
+            refuse_split(model)
         tables, others = unsharded_tables(before), unsharded_tables(after)
         if tables.keys() != others.keys():
             raise ValueError(f"one model has tables {sorted(tables)}, the other {sorted(others)}")

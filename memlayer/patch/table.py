@@ -123,10 +123,10 @@ class TablePatch:
     def check_shape(self, name: str, table: MemoryTable) -> None:
         """Refuse a table of another shape or dtype with a ValueError."""
         weight = table.weight
-        if (self.num_slots, self.rows.shape[1]) != tuple(weight.shape):
+        shape = table.num_embeddings, table.embedding_dim
+        if (self.num_slots, self.rows.shape[1]) != shape:
             raise ValueError(
-                f"the patch changes {self.num_slots} slots of width {self.rows.shape[1]}, "
-                f"table {name!r} is {tuple(weight.shape)}"
+                f"the patch changes {self.num_slots} slots of width {self.rows.shape[1]}, table {name!r} is {shape}"
             )
         if weight.dtype != self.rows.dtype:
             raise ValueError(f"the patch is in {self.rows.dtype}, table {name!r} in {weight.dtype}")
@@ -150,15 +150,12 @@ class TablePatch:
 
     def held(self, table: MemoryTable, part: str) -> Tensor:
         """Which of the "originals" or of the "rows" the table holds to the bit, bool, shape (R,)."""
-        weight = table.weight
-        held_R = (bits(weight[self.slots.to(weight.device)]) == bits(getattr(self, part).to(weight.device))).all(dim=1)
-        return held_R.cpu()
+        rows_RV = table.rows_at(self.slots)
+        return (bits(rows_RV) == bits(getattr(self, part).to(rows_RV.device))).all(dim=1).cpu()
 
     def write(self, table: MemoryTable, part: str, where_R: Tensor | slice = slice(None)) -> None:
         """Copy the "rows" or the "originals" into a table of the same shape, all or those of a bool mask (R,)."""
-        weight = table.weight
-        slots, rows = self.slots[where_R], getattr(self, part)[where_R]
-        weight.index_copy_(0, slots.to(weight.device), rows.to(weight.device))
+        table.put_rows(self.slots[where_R], getattr(self, part)[where_R])
 
 
 def within(lessons: dict[str, Tensor], slots: Tensor) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ def runs(checkpoint, tmp_path_factory):
     base = shutil.copytree(checkpoint, folder / "base")
     learned = {}
     for table in ("loaded", "mapped"):
-        learned[table] = learn(config_of(LEARN, folder / table, checkpoint=str(base), table=table))
+        learned[table] = learn(config_of(LEARN, folder / table, checkpoint=str(base), table={"place": table}))
         save_learned(learned[table], folder / table)
     return base, learned
 
@@ -66,7 +66,7 @@ def test_both_runs_are_asked_on_any_table_and_score_alike(tmp_path, runs, table)
 def test_a_run_on_a_mapped_table_is_found_done_on_a_loaded_one(tmp_path, runs):
     base, _ = runs
     for table in ("mapped", "loaded"):
-        learn_into_output(config_of(LEARN, tmp_path / "run", checkpoint=str(base), table=table))
+        learn_into_output(config_of(LEARN, tmp_path / "run", checkpoint=str(base), table={"place": table}))
     model, _ = load_learned(base, tmp_path / "run")
     assert state_fingerprint(model) != state_fingerprint(files.load_model(base))
 
@@ -74,7 +74,7 @@ def test_a_run_on_a_mapped_table_is_found_done_on_a_loaded_one(tmp_path, runs):
 def test_a_run_on_a_mapped_table_goes_on_where_it_was_stopped(tmp_path, runs):
     base, _ = runs
     trainer = {"save_strategy": "steps", "save_steps": 1, "disable_tqdm": True}
-    config = config_of(LEARN, tmp_path / "run", checkpoint=str(base), table="mapped", trainer=trainer)
+    config = config_of(LEARN, tmp_path / "run", checkpoint=str(base), table={"place": "mapped"}, trainer=trainer)
     whole = learn(config)
     shutil.rmtree(tmp_path / "run" / "trainer" / f"checkpoint-{whole.steps}")
     resumed = learn(config)
@@ -85,7 +85,7 @@ def test_a_run_on_a_mapped_table_goes_on_where_it_was_stopped(tmp_path, runs):
 def test_a_store_answers_beside_a_mapped_table(tmp_path, runs):
     base, _ = runs
     learned = learn(
-        config_of(LEARN, tmp_path / "run", checkpoint=str(base), table="mapped", learn={"method": "nearest"})
+        config_of(LEARN, tmp_path / "run", checkpoint=str(base), table={"place": "mapped"}, learn={"method": "nearest"})
     )
     save_learned(learned, tmp_path / "run")
     assert evaluate(Evaluation(base, [tmp_path / "run"], num_known=0, output=tmp_path / "out", table="mapped"))
@@ -95,7 +95,9 @@ def test_lora_beside_a_mapped_table_gives_a_whole_model(tmp_path, runs):
     base, _ = runs
     found = {}
     for table in ("loaded", "mapped"):
-        config = config_of(LEARN, tmp_path / table, checkpoint=str(base), table=table, learn={"method": "lora"})
+        config = config_of(
+            LEARN, tmp_path / table, checkpoint=str(base), table={"place": table}, learn={"method": "lora"}
+        )
         save_learned(learned := learn(config), tmp_path / table)
         found[table] = state_fingerprint(load_learned(base, tmp_path / table)[0]), learned.parameters_changed
     assert found["mapped"] == found["loaded"]
@@ -114,6 +116,6 @@ def test_lora_beside_a_mapped_table_gives_a_whole_model(tmp_path, runs):
 )
 def test_what_needs_whole_tables_is_refused_before_anything_is_read(tmp_path, runs, settings, words):
     base, _ = runs
-    config = config_of(LEARN, tmp_path / "run", checkpoint=str(base), table="mapped", learn=settings)
+    config = config_of(LEARN, tmp_path / "run", checkpoint=str(base), table={"place": "mapped"}, learn=settings)
     with pytest.raises(ValueError, match=words):
         learn(config)

@@ -26,14 +26,31 @@ def test_a_device_without_kernels_is_refused_before_a_model_is_loaded(monkeypatc
         arguments_of("learn_sparse_memory", tmp_path)
 
 
-def test_tables_are_not_trained_by_several_processes_on_gpus_but_rows_and_lora_are(monkeypatch, tmp_path):
-    monkeypatch.setattr(TrainingArguments, "world_size", property(lambda _arguments: 2))
-    monkeypatch.setattr(TrainingArguments, "device", property(lambda _arguments: torch.device("cuda", 0)))
-    for recipe in ("pretrain", "learn_full"):
-        with pytest.raises(ValueError, match=r"2 processes on GPUs: .* NCCL does not reduce"):
-            arguments_of(recipe, tmp_path)
-    for recipe in ("learn_sparse_memory", "learn_lora"):
+def several(monkeypatch, device, processes=2):
+    monkeypatch.setattr(TrainingArguments, "world_size", property(lambda _arguments: processes))
+    monkeypatch.setattr(TrainingArguments, "device", property(lambda _arguments: device))
+
+
+def test_tables_and_rows_are_trained_by_several_processes_on_gpus(monkeypatch, tmp_path):
+    several(monkeypatch, torch.device("cuda", 0))
+    for recipe in ("pretrain", "learn_full", "learn_dense_memory", "learn_sparse_memory", "learn_lora"):
         assert arguments_of(recipe, tmp_path).world_size == 2
+
+
+def test_what_a_shared_table_cannot_do_is_refused_before_a_model_is_loaded(monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match=r"table\.shards is 2, and 1 process cannot stand in groups of that size"):
+        arguments_of("pretrain", tmp_path, "table.shards=2")
+    several(monkeypatch, torch.device("cpu"))
+    assert arguments_of("pretrain", tmp_path, "table.shards=2")
+    for recipe, setting, said in (
+        ("learn_lora", "learn.learning_rate=1e-4", r"learn\.method=lora"),
+        ("learn_retrieval", "learn.min_share=0.5", r"learn\.method=retrieval"),
+        ("learn_sparse_memory", "learn.terms.ngram.n=3", r"learn\.terms\.ngram"),
+        ("learn_sparse_memory", "learn.mist.epochs=2", r"learn\.mist"),
+        ("learn_sparse_memory", "trainer.save_on_each_node=true", r"trainer\.save_on_each_node"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            arguments_of(recipe, tmp_path, "table.shards=2", setting)
 
 
 def test_engines_that_split_tables_are_refused(monkeypatch, tmp_path):

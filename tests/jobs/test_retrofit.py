@@ -3,11 +3,13 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
-from commands import config_of, is_written, refusal, run, start, write_config
+from commands import REPO, config_of, is_written, refusal, run, start, write_config
 from plain_base import LENGTH, TRAIN, VALIDATION, base, text
 from torch import nn
 from torch.nn import functional as F
@@ -470,3 +472,19 @@ def test_what_is_no_number_is_refused_and_nothing_is_written(tmp_path, base, rat
     with pytest.raises(ValueError, match=said):
         retrofit(config)
     assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
+@pytest.mark.slow
+def test_two_processes_that_share_the_table_heal_as_one_does(tmp_path, base, healed):
+    folder, alone, _ = healed
+    mode = alone.results["mode"]
+    path = write_config(tmp_path / "retrofit.yaml", RETROFIT, output=str(tmp_path / "two"), base=str(base))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py", str(path)]
+    command = [sys.executable, *launch, f"memory.mode={mode}", "table.shards=2"]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=240)
+    assert (tmp_path / "two" / "results.json").is_file(), done.stderr
+    losses = json.loads((tmp_path / "two" / "results.json").read_text())["losses"]
+    for name, expected in alone.results["losses"].items():
+        assert losses[name] == pytest.approx(expected, abs=1e-4), name
+    one, two = (files.load(each)[0].state_dict() for each in (folder, tmp_path / "two"))
+    assert min(float(torch.isclose(one[name], two[name], atol=1e-4).float().mean()) for name in one) > 0.98

@@ -1,6 +1,4 @@
-"""MemoryTrainer: optimizer groups, resuming, clipping, accumulation and several processes."""
-
-from pathlib import Path
+"""MemoryTrainer: optimizer groups, resuming, clipping and accumulation; several processes: test_several_devices.py."""
 
 import families
 import peft
@@ -308,41 +306,3 @@ def test_a_finetuner_for_answer_positions_refuses_batches_without_them(tmp_path)
     trainer.data_collator = lambda rows: {k: v for k, v in collator(rows).items() if k != "answer_mask"}
     with pytest.raises(ValueError, match="the batch has no 'answer_mask'"):
         trainer.train()
-
-
-TWO_PROCESSES = """
-import sys, torch
-sys.path.insert(0, {tests!r})
-import test_trainer as t, tiny
-folder = sys.argv[1]
-slots, table = t.taught(folder, per_device_train_batch_size=4)
-pretrained = t.pretrained(folder, per_device_train_batch_size=4)
-rank = torch.distributed.get_rank()
-assert torch.distributed.get_world_size() == 2
-torch.save({{"slots": slots, "table": table, "pretrained": pretrained}}, f"{{folder}}/rank{{rank}}.pt")
-torch.distributed.destroy_process_group()  # left to the end of the process, its threads sometimes abort it
-"""
-
-
-def pretrained(folder, **settings):
-    """The parameters after two steps of pretraining, by name."""
-    model = tiny.memory_model()
-    settings = {"max_grad_norm": 0.0, "train_sampling_strategy": "sequential", "max_steps": 2, **settings}
-    trainer_of(model, folder, examples(16), **settings).train()
-    return dict(model.state_dict())
-
-
-def test_two_processes_select_the_same_slots_and_end_with_the_table_of_one(tmp_path):
-    script = tmp_path / "two_processes.py"
-    script.write_text(TWO_PROCESSES.format(tests=str(Path(__file__).parent)))
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    tiny.run_python(script, tmp_path, modules=launch)
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
-    assert_same(first, second)
-    slots, table = taught(tmp_path / "alone", per_device_train_batch_size=8)
-    assert torch.equal(first["slots"], slots)
-    torch.testing.assert_close(first["table"], table, rtol=1e-4, atol=1e-6)
-    alone = pretrained(tmp_path / "alone", per_device_train_batch_size=8)
-    # Adam divides by the gradient's size, so a gradient that is zero but for rounding moves by a whole step.
-    close = [torch.isclose(first["pretrained"][name], alone[name], atol=1e-5).float().mean() for name in alone]
-    assert min(close) > 0.99
