@@ -23,10 +23,11 @@ from kernel_costs import SHAPES, Shape
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from memlayer_kernels import gather, product_key, rows_gpu, scatter
+from memlayer_kernels import gather, half_bounds, half_lists, product_key, rows_gpu, scatter
 from memlayer_kernels.reads import all_segments, sort_reads
+from memlayer_kernels.variants import GATHERS, SEARCHES
 
-MODULES = (product_key, gather, scatter, rows_gpu)
+MODULES = (product_key, half_bounds, half_lists, gather, scatter, rows_gpu)
 KERNELS = {name for module in MODULES for name, _ in inspect.getmembers(module) if name.endswith("_kernel")}
 TOKENS, SLOTS = 8, 64
 OTHER_TOKENS = (1, 16, 37)  # for which what was compiled has to do
@@ -97,7 +98,8 @@ def launch_lookup(shape: Shape, dtype: torch.dtype) -> None:
     slots = torch.randint(SLOTS, (shape.tokens, shape.reads_per_token))
     slots[: shape.tokens // 2] = 3  # a run of reads long enough to be split
     weights = torch.rand(slots.shape).to(dtype)
-    gather.weighted_sum(values, slots, weights)
+    for way in (None, *GATHERS.values()):
+        gather.weighted_sum(values, slots, weights, way)
     reads = sort_reads(slots.flatten(), shape.reads_per_token, labels=range(SLOTS))
     scatter.segment_sums(grad, reads, weights.flatten(), all_segments(reads.labels_M, SLOTS), dtype)
     scatter.read_products(grad, values, reads)
@@ -115,7 +117,8 @@ def launch_steps(shape: Shape, dtype: torch.dtype) -> None:
 def launch_search(shape: Shape, dtype: torch.dtype) -> None:
     queries = torch.randn(shape.tokens, shape.heads, 2, shape.key_width).to(dtype)
     half_keys = torch.randn(shape.heads, 2, shape.half_keys, shape.key_width).to(dtype)
-    product_key.search(queries, half_keys, shape.top_k)
+    for way in dict.fromkeys((None, *SEARCHES.values())):
+        product_key.search(queries, half_keys, shape.top_k, way)
 
 
 def main() -> None:
