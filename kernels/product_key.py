@@ -1,8 +1,8 @@
 """Triton: the exact k best of n * n product-key slots, of which no kernel writes all scores.
 
-The k best of each half are found first: by half_bounds.py, which multiplies twice and sorts little, or by half_lists.py,
-which multiplies once and sorts everything. pair_topk_kernel adds the pairs of ranks that can win (product_key_cpu.py
-says which) and sorts them; it is apart because it needs both halves of a token.
+The k best of each half are found first: by half_bounds.py, which multiplies twice and sorts little, or by
+half_lists.py, which multiplies once and sorts everything. pair_topk_kernel adds the pairs of ranks that can win
+(product_key_cpu.py says which) and sorts them; it is apart because it needs both halves of a token.
 
 What it costs: instructions, not memory. Thread instructions per half score, counted in the machine code for sm_90
 (triton 3.6, 32 of 1024 kept): 128 to sort everything, about 42 for bounds and lists (8 + 25 + 9), 18 for the pairs by

@@ -56,7 +56,7 @@ SEARCHES = MappingProxyType(
     {
         "sort": Search(None, ONE_WARP),
         "sort, pairs by four warps": Search(None, FOUR_WARPS),
-        "collect": Search(Collect(64, 128, 64, False, 4, 2), ONE_WARP),
+        "collect": Search(Collect(64, 128, 64, False, 8, 2), ONE_WARP),
         "collect 128 x 128": Search(Collect(128, 128, 32, False, 8, 3), ONE_WARP),
         "collect, 64 groups": Search(Collect(128, 64, 64, False, 8, 2), ONE_WARP),
         "collect, 16 tokens": Search(Collect(16, 128, 64, False, 4, 3), ONE_WARP),

@@ -9,7 +9,11 @@ from kernel_costs import Shape
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
-SHAPE = Shape("", tokens=300, half_keys=8, width=16, key_width=8, dtype="float32", top_k=2, ops=())
+from memlayer_kernels.variants import GATHERS, ONE_WARP, SEARCHES, Collect, Search
+
+SHAPE = Shape("", tokens=300, half_keys=32, width=16, key_width=8, dtype="float32", heads=1, top_k=2, ops=())
+BOUNDS = Search(Collect(TOKENS=128, GROUPS=16, COLUMNS=16, RESIDENT=False, WARPS=4, STAGES=2), ONE_WARP)
+WAYS = (SEARCHES["sort"], BOUNDS), (GATHERS["wide"],)
 
 
 @pytest.fixture
@@ -38,7 +42,7 @@ def launches(monkeypatch):
 
 def test_every_kernel_is_launched_with_the_device_of_its_tensors_current(launches, device):
     with device:
-        launch_every_kernel(SHAPE, torch.bfloat16)
+        launch_every_kernel(SHAPE, torch.bfloat16, *WAYS)
     assert {name for name, *_ in launches} == KERNELS
     for name, entered, arguments, _ in launches:
         assert len(entered) == 1, name
@@ -47,5 +51,5 @@ def test_every_kernel_is_launched_with_the_device_of_its_tensors_current(launche
 
 def test_every_kernel_is_told_to_fuse_products_and_sums(launches):
     """Triton 3.10 no longer does so unless told, which changes bits and speed."""
-    launch_every_kernel(SHAPE, torch.bfloat16)
+    launch_every_kernel(SHAPE, torch.bfloat16, *WAYS)
     assert all(options["enable_fp_fusion"] is True for *_, options in launches)

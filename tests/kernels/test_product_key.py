@@ -189,7 +189,7 @@ def test_tiles_are_powers_of_two_that_a_program_can_hold(n, width, data, dtype):
     k = data.draw(st.integers(1, min(n, product_key.MAX_TOP_K)))
     half = half_tiles(n, width, k, dtype)
     one, pair = (pair_tiles(k, pairs) for pairs in (ONE_WARP, FOUR_WARPS))
-    assert one.LISTS * one.CANDIDATES == max(ONE_WARP.CANDIDATES, pair.CANDIDATES)
+    assert max(ONE_WARP.CANDIDATES, pair.CANDIDATES) == one.LISTS * one.CANDIDATES
     assert all(size & (size - 1) == 0 for size in (*half, *pair))
     assert half.TOP == pair.TOP >= k
     assert half.KEYS >= half.TOP
