@@ -4,13 +4,9 @@ Kernels of the variants and of the tests are interpreted, the rest goes the way 
 """
 
 import json
-import os
-import subprocess
 import sys
 import time
-from pathlib import Path
 
-import commands
 import gpu_hour
 import kernel_variants
 import pytest
@@ -19,7 +15,6 @@ from gpu_records import Records
 
 from memlayer_kernels.variants import GATHERS, SEARCHES
 
-SCRIPT = "benchmarks/gpu_hour.py"
 PROBES = [
     "layer beside SwiGLU, V=16",
     *("decoding, T=1", "decoding, T=16"),
@@ -30,19 +25,23 @@ PROBES = [
 WHERE = {"device": {"cpu": "x"}, "versions": {}, "commit": "abc"}
 
 
-def dry(folder: Path, *arguments: str) -> tuple[int, str, list[dict]]:
-    """Exit code, what was printed last, and the records, of a run as at a commit of some name."""
-    command = [sys.executable, SCRIPT, "--dry", "--output", str(folder), *arguments]
-    environment = os.environ | {"MEMLAYER_COMMIT": "abc"}
-    done = subprocess.run(command, cwd=commands.REPO, env=environment, capture_output=True, text=True, timeout=250)
-    lines = (folder / "gpu-hour/records.jsonl").read_text(encoding="utf-8").splitlines()
-    return done.returncode, done.stderr[-3000:], [json.loads(line) for line in lines]
+@pytest.fixture
+def dry(monkeypatch, tmp_path):
+    """Runs the script dry as at a commit of some name; the records it wrote, or the message that it ended with."""
+
+    def run(*arguments: str) -> list[dict]:
+        monkeypatch.setenv("MEMLAYER_COMMIT", "abc")
+        monkeypatch.setattr(sys, "argv", ["gpu_hour.py", "--dry", f"--output={tmp_path}", *arguments])
+        gpu_hour.main()
+        lines = (tmp_path / "gpu-hour/records.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+    return run
 
 
-def test_probes_and_variants_run_and_a_second_call_has_nothing_left(tmp_path):
+def test_probes_and_variants_run_and_a_second_call_has_nothing_left(dry):
     parts = "--only", "variants", "probes", "smollm2"
-    code, said, records = dry(tmp_path, *parts)
-    assert code == 0, said
+    records = dry(*parts)
     variants = ["variants of search, A V=1024", "variants of gather, A V=1024"]
     assert [record["name"] for record in records] == [*variants, *PROBES, "retrofit and learning"]
     assert not any("failed" in record for record in records)
@@ -52,15 +51,12 @@ def test_probes_and_variants_run_and_a_second_call_has_nothing_left(tmp_path):
     assert by_name["retrofit and learning"]["skipped"].startswith("no folder with SmolLM2 was given")
     assert by_name["training step with memory"]["parameters"] != by_name["training step without memory"]["parameters"]
     assert {"memory_compiled_s", "swiglu_s"} <= by_name["decoding, T=1"].keys()
-    code, _, again = dry(tmp_path, *parts)
-    assert code == 0
-    assert again == records
+    assert dry(*parts) == records
 
 
 @pytest.mark.slow
-def test_tests_kernels_and_facts_run_in_processes_of_their_own(tmp_path):
-    code, said, records = dry(tmp_path, "--only", "tests", "kernels", "facts", "--seconds", "400")
-    assert code == 0, said
+def test_tests_kernels_and_facts_run_in_processes_of_their_own(dry, tmp_path):
+    records = dry("--only", "tests", "kernels", "facts")
     shapes = [f"kernel_times.py, {shapes}" for shapes in "CABD"]
     assert [record["name"] for record in records] == ["tests of test_checks.py", *shapes, "fact_step.py"]
     assert "passed" in records[0]["said"][-1]
@@ -68,10 +64,9 @@ def test_tests_kernels_and_facts_run_in_processes_of_their_own(tmp_path):
     assert all(f"| {name} |" in table.read_text(encoding="utf-8") for name in ("A V=1024", "B N=4M", "C T=1", "D"))
 
 
-def test_what_there_is_no_time_for_is_left_for_another_call(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["gpu_hour.py", "--dry", "--only=facts", "--seconds=0", f"--output={tmp_path}"])
-    with pytest.raises(SystemExit, match="^failed: none; not measured yet: fact_step.py$"):
-        gpu_hour.main()
+def test_what_there_is_no_time_for_is_left_for_another_call(dry):
+    with pytest.raises(SystemExit, match=r"^failed: none; not measured yet: fact_step.py$"):
+        dry("--only", "facts", "--seconds=0")
 
 
 def test_records_hold_for_one_commit_and_failures_come_last(tmp_path):

@@ -90,8 +90,8 @@ def describe(kernel, log: str) -> dict:
 def ways_of(target: GPUTarget, every: bool) -> tuple[list[Search], list[Gather]]:
     """Searches and gathers of the table that are for this GPU: queries that stay take an H100's shared memory."""
     nvidia = target.backend == "cuda"
-    machines = (None, divmod(target.arch, 10)) if nvidia else (None,)
-    chosen = {name for (_, machine), name in CHOSEN.items() if machine in machines}
+    machine = divmod(target.arch, 10) if nvidia else None
+    chosen = {CHOSEN.get((operation, machine), CHOSEN[operation, None]) for operation, _ in CHOSEN}
     large = nvidia and target.arch >= 90
     searches = [way for name, way in SEARCHES.items() if every or name in chosen | {"sort"}]
     gathers = [way for name, way in GATHERS.items() if every or name in chosen]
