@@ -58,7 +58,7 @@ build/import/memlayer_kernels:
 bench-gpu: build/import/memlayer_kernels  ## all that is to be known of a GPU, into docs/results; call again to go on
 	@python=$(PYTHON); \
 	$$python -c '$(GPU_NEEDS)' 2>/dev/null || { $(MAKE) --no-print-directory $(STAMP) && python=$(PY); } || exit 1; \
-	export PYTHONPATH="$(CURDIR)/build/import$${PYTHONPATH:+:$$PYTHONPATH}"; \
+	export PYTHONPATH="$(CURDIR)/build/import:$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"; \
 	$$python benchmarks/gpu_hour.py --seconds $(GPU_SECONDS) --output "$${OUT:-docs/results}" --earlier docs/results $(GPU_ARGS)
 
 clean:  ## remove the environment, builds and caches, never what runs wrote

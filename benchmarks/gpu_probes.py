@@ -19,7 +19,6 @@ from memlayer.decoders.attach import add_memory, memory_tables
 from memlayer.layers.config import MemoryConfig
 from memlayer.layers.memory import MemoryLayer, MemoryTable
 from memlayer.layers.optimizer import RowAdamW
-from memlayer.methods.sparse_memory import SparseMemoryFinetuner
 from memlayer.slots.counts import SlotCounts
 from memlayer_kernels.ops import memory_lookup
 
@@ -214,6 +213,10 @@ def training(clock: Clock, sizes: dict, with_memory: bool) -> dict:
 
 def fact_step(clock: Clock, sizes: dict, make_optimizer: type) -> dict:
     """A step of sparse memory finetuning on one window, and its forward pass alone."""
+    try:  # the methods bring peft with them, which a machine that is lent may lack; all else here does without
+        from memlayer.methods.sparse_memory import SparseMemoryFinetuner
+    except ModuleNotFoundError as error:
+        return {"skipped": f"{error}: carry it along in a folder on PYTHONPATH"}
     model = make_decoder(clock, sizes, with_memory=True)
     batch = batch_of(clock, {**sizes, "step_tokens": min(2048, sizes["step_tokens"])}, model)
     background = {}

@@ -1,6 +1,7 @@
 """What was measured on a GPU, a line a measurement, written as soon as it is there, so that a later call goes on.
 
-A record holds for one commit, machine and set of versions; what failed is tried again, after what was never tried.
+A record holds for one commit, machine and set of versions; what failed or lacked something is tried again, after what
+was never tried.
 """
 
 import json
@@ -34,9 +35,9 @@ class Records:
         return known and all(record[name] == self._where[name] for name in self._where)
 
     def left(self, names: list[str]) -> list[str]:
-        """Those without a record, then those that failed."""
-        failed = [name for name in names if "failed" in self.all.get(name, {})]
-        return [name for name in names if name not in self.all] + failed
+        """Those without a record, then those that failed or lacked something."""
+        again = [name for name in names if self.all.get(name, {}).keys() & {"failed", "skipped"}]
+        return [name for name in names if name not in self.all] + again
 
     def add(self, name: str, measure: Callable[[], dict | None]) -> None:
         """Measure and write; an error is written too, and None is not: there was no time."""
@@ -46,7 +47,10 @@ class Records:
             traceback.print_exception(error)
             figures = {"failed": f"{type(error).__name__}: {str(error).strip()[:500]}"}
         if figures is not None:
-            record = self.all[name] = {"name": name, **figures, **self._where}
+            record, before = {"name": name, **figures, **self._where}, self.all.get(name)
+            self.all[name] = record
+            if record == before:  # it lacks what it lacked before
+                return
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
             print(json.dumps({"name": name, **figures}), flush=True)
