@@ -55,6 +55,7 @@ def test_probes_and_variants_run_and_a_second_call_has_nothing_left(dry):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # six processes that load torch
 def test_tests_kernels_and_facts_run_in_processes_of_their_own(dry, tmp_path):
     records = dry("--only", "tests", "kernels", "facts")
     shapes = [f"kernel_times.py, {shapes}" for shapes in "CABD"]
