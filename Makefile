@@ -45,32 +45,21 @@ bench: test  ## the benchmarks, only when the tests pass
 	@set -e; for script in $$(grep -l __main__ benchmarks/*.py); do echo "== $$script"; $(PY) "$$script"; done
 
 # On a GPU machine that has what this needs, nothing is installed: its own Python finds kernels/ under its import name.
-# Where one call may take ten minutes, call again to go on, without the tests: make bench-gpu GPU_TESTS= ; MEMLAYER_COMMIT
-# names the commit where the files came without their history, and OUT the folder that comes back from there.
-GPU_NEEDS := import hypothesis, pytest, pytest_timeout, torch, triton; assert torch.cuda.is_available()
-GPU_TESTS ?= tests/kernels
-GPU_SHAPES ?= C B A
-GPU_SECONDS ?= 300
+# Where one call may take ten minutes, call again to go on. MEMLAYER_COMMIT names the commit where the files came without
+# their history, OUT the folder that comes back from there (what came back goes into docs/results before the next call),
+# and GPU_ARGS more for benchmarks/gpu_hour.py: --only tests variants, --smollm2 FOLDER, --dry.
+GPU_NEEDS := import hypothesis, pytest, pytest_timeout, torch, transformers, triton; assert torch.cuda.is_available()
+GPU_SECONDS ?= 540
+GPU_ARGS ?=
 
 build/import/memlayer_kernels:
 	@mkdir -p $(@D) && ln -s ../../kernels $@
 
-bench-gpu: build/import/memlayer_kernels  ## tests of the kernels on a GPU, then their times into docs/results
-	@python=$(PYTHON); out=$${OUT:-docs/results}; wrong=0; \
+bench-gpu: build/import/memlayer_kernels  ## all that is to be known of a GPU, into docs/results; call again to go on
+	@python=$(PYTHON); \
 	$$python -c '$(GPU_NEEDS)' 2>/dev/null || { $(MAKE) --no-print-directory $(STAMP) && python=$(PY); } || exit 1; \
-	export PYTHONPATH="$(CURDIR)/build/import$${PYTHONPATH:+:$$PYTHONPATH}"; \
-	$$python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "make bench-gpu: torch finds no GPU here")' \
-		|| exit 1; \
-	mkdir -p "$$out"; \
-	if [ -n "$(GPU_TESTS)" ]; then \
-		workers=$$($$python -c 'import xdist' 2>/dev/null && echo "-n 8"); \
-		$$python -m pytest -q $$workers $(GPU_TESTS) --ignore tests/kernels/test_compile.py > "$$out/kernel_tests.txt" 2>&1 \
-			|| wrong=1; \
-		tail -n 30 "$$out/kernel_tests.txt"; \
-	fi; \
-	$$python benchmarks/kernel_times.py --device cuda --shapes $(GPU_SHAPES) --seconds $(GPU_SECONDS) \
-		--output "$$out" --earlier docs/results || wrong=1; \
-	exit $$wrong
+	export PYTHONPATH="$(CURDIR)/build/import:$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"; \
+	$$python benchmarks/gpu_hour.py --seconds $(GPU_SECONDS) --output "$${OUT:-docs/results}" --earlier docs/results $(GPU_ARGS)
 
 clean:  ## remove the environment, builds and caches, never what runs wrote
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -27,6 +27,8 @@ MATMUL_SECONDS = 0.5  # for one product at most: without bf16 instructions 2048 
 class Clock:
     """Times callables on one device."""
 
+    dry = False
+
     def __init__(self, device: torch.device):
         self.device = device
         self._source = torch.ones(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
@@ -90,6 +92,28 @@ class Clock:
     def _flush(self) -> None:
         """Read much, and write nothing that would go back to memory while the next run is timed."""
         self._source[:FLUSH_BYTES].view(torch.int64).max()
+
+
+class DryClock(Clock):
+    """Runs everything once on a CPU and says that each run took a millisecond: to try scripts where no GPU is."""
+
+    dry = True
+
+    def __init__(self):
+        self.device = torch.device("cpu")
+
+    def medians(self, ways: dict[str, Callable[[], object]], repeats: int) -> tuple[dict[str, float], float]:
+        for way in ways.values():
+            way()
+        return dict.fromkeys(ways, 1e-3), 1e12
+
+    def operations_per_second(self, dtype: torch.dtype) -> float:
+        return 1e12
+
+
+def clock_of(dry: bool) -> Clock:
+    """That of the GPU, or one that does not time."""
+    return DryClock() if dry else Clock(torch.device("cuda"))
 
 
 def free_bytes(device: torch.device) -> int:

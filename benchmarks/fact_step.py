@@ -21,6 +21,8 @@ glibc only.
 The floor is the bytes a step must move at the speed of a large copy measured in the same run: each distinct row read
 once, reads written once, slots and scores read once, the gradient of the reads written and read once, each chosen row
 read, written and kept as it was.
+
+On a GPU every part ends when the device is done with it, and memory is what torch's allocator counts.
 """
 
 import argparse
@@ -57,8 +59,7 @@ def main() -> None:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         memory = pool.submit(peak_memory, options).result()
     torch.manual_seed(0)
-    model, background = make_model(options.num_slots, options.width, options.tokens, options.reads)
-    batch = make_batch(options)
+    model, background, batch = make_problem(options)
     spans = {"dense": [], "own_dense": [], "sparse": []}
     bandwidths = []
     for repeat in range(options.repeats + 1):
@@ -82,6 +83,8 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default_device, help="default: %(default)s")
     parser.add_argument("--repeats", type=int, default=5, help="timed steps of each (default: %(default)s)")
     for name, size in SIZES.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=size, help="default: %(default)s")
@@ -101,16 +104,16 @@ def sparse_step(model: Reader, background: dict, batch: dict, num_rows: int) -> 
     """Seconds of each part, and what was written; the table is as before at the end."""
     finetuner = SparseMemoryFinetuner(model, background, num_rows)
     optimizer = finetuner.watch(torch.optim.SGD(finetuner.parameters(), lr=LEARNING_RATE))
-    clock = [time.perf_counter()]
+    clock = [now()]
     with finetuner.selecting(batch):
         loss = model(**batch).loss
-        clock.append(time.perf_counter())
-    clock.append(time.perf_counter())
+        clock.append(now())
+    clock.append(now())
     loss.backward()
-    clock.append(time.perf_counter())
+    clock.append(now())
     optimizer.step()
     optimizer.zero_grad()
-    clock.append(time.perf_counter())
+    clock.append(now())
     patch = finetuner.detach()
     patch.revert(model)
     return parts(clock), patch.tables[TABLE]
@@ -127,20 +130,20 @@ def dense_step(
     table, weight = model.memory[0], model.memory[0].weight
     table.sparse, model.layer.with_torch = False, with_torch
     optimizer = torch.optim.SGD([weight], lr=LEARNING_RATE)
-    clock = [time.perf_counter()]
+    clock = [now()]
     with record_reads(model) as reads:
         loss = model(**batch).loss
-        clock.append(time.perf_counter())
+        clock.append(now())
     slots_U, reads_U = reads.slots(batch["attention_mask"])[TABLE].unique(return_counts=True)
     slots_R = top_slots(slots_U, tf_idf(slots_U, reads_U, background[TABLE]), len(expected.slots))
-    clock.append(time.perf_counter())
+    clock.append(now())
     loss.backward()
-    clock.append(time.perf_counter())
-    mask_N1 = torch.zeros(len(weight), 1).index_fill_(0, slots_R, 1.0)
+    clock.append(now())
+    mask_N1 = torch.zeros(len(weight), 1, device=weight.device).index_fill_(0, slots_R, 1.0)
     weight.grad.mul_(mask_N1)
     optimizer.step()
     optimizer.zero_grad()
-    clock.append(time.perf_counter())
+    clock.append(now())
     table.sparse, model.layer.with_torch = True, False
     check_equal(weight, slots_R, expected)
     return parts(clock)
@@ -163,9 +166,9 @@ def copy_bandwidth(weight: Tensor) -> float:
     """Bytes a second read and written by copying part of the table into memory that is already there."""
     source = weight.detach()[: max(1, len(weight) // 16)]
     target = source.clone()
-    start = time.perf_counter()
+    start = now()
     target.copy_(source)
-    return 2 * source.nbytes / (time.perf_counter() - start)
+    return 2 * source.nbytes / (now() - start)
 
 
 def peak_memory(options: argparse.Namespace) -> dict[str, int]:
@@ -173,13 +176,14 @@ def peak_memory(options: argparse.Namespace) -> dict[str, int]:
 
     Run in a process of its own, where nothing was freed before that could be used again unseen.
     """
+    if options.device == "cuda":
+        return gpu_peak_memory(options)
     high_water_reset = Path("/proc/self/clear_refs")
     if not high_water_reset.exists() or platform.libc_ver()[0] != "glibc":
         return {}
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 128 * 1024)  # what is larger goes back to the system when freed
     torch.manual_seed(0)
-    model, background = make_model(options.num_slots, options.width, options.tokens, options.reads)
-    batch = make_batch(options)
+    model, background, batch = make_problem(options)
     finetuner = SparseMemoryFinetuner(model, background, options.rows)
     optimizer = finetuner.watch(torch.optim.SGD(finetuner.parameters(), lr=LEARNING_RATE))
     transient = 0
@@ -193,13 +197,49 @@ def peak_memory(options: argparse.Namespace) -> dict[str, int]:
         optimizer.step()
         transient = resident("VmHWM") - before
         optimizer.zero_grad()
-    table, counts = model.memory[0], background[TABLE]
-    held = sum(t.nbytes for t in (table.rows, table.row_of_slot, counts.reads_N, counts.document_frequency_N))
+    held = held_bytes(model, background)
     return {"transient_bytes": transient, "held_bytes": held, "peak_beyond_bytes": transient + held}
 
 
-def make_batch(options: argparse.Namespace) -> dict[str, Tensor]:
-    return dict.fromkeys(("input_ids", "attention_mask", "labels"), torch.ones(1, options.tokens, dtype=torch.int64))
+def gpu_peak_memory(options: argparse.Namespace) -> dict[str, int]:
+    """The same as torch's allocator counts it."""
+    torch.manual_seed(0)
+    model, background, batch = make_problem(options)
+    finetuner = SparseMemoryFinetuner(model, background, options.rows)
+    optimizer = finetuner.watch(torch.optim.SGD(finetuner.parameters(), lr=LEARNING_RATE))
+    transient = 0
+    for _ in range(2):
+        with finetuner.selecting(batch):
+            loss = model(**batch).loss
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        loss.backward()
+        optimizer.step()
+        transient = torch.cuda.max_memory_allocated() - before
+        optimizer.zero_grad()
+    held = held_bytes(model, background)
+    return {"transient_bytes": transient, "held_bytes": held, "peak_beyond_bytes": transient + held}
+
+
+def held_bytes(model: Reader, background: dict) -> int:
+    """What a finetuner keeps between steps."""
+    table, counts = model.memory[0], background[TABLE]
+    return sum(t.nbytes for t in (table.rows, table.row_of_slot, counts.reads_N, counts.document_frequency_N))
+
+
+def make_problem(options: argparse.Namespace) -> tuple[Reader, dict, dict[str, Tensor]]:
+    """Model, background counts and batch, on the device."""
+    model, background = make_model(options.num_slots, options.width, options.tokens, options.reads)
+    background = {name: counts.to(options.device) for name, counts in background.items()}
+    ones = torch.ones(1, options.tokens, dtype=torch.int64, device=options.device)
+    return model.to(options.device), background, dict.fromkeys(("input_ids", "attention_mask", "labels"), ones)
+
+
+def now() -> float:
+    """Seconds, once a GPU has done all it was asked."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def resident(field: str) -> int:
@@ -214,12 +254,14 @@ def resident(field: str) -> int:
 def search_seconds(options: argparse.Namespace) -> float:
     """Seconds that a real layer of this size takes to find its slots, query projection included."""
     key_width = max(2, options.width // 4 * 2)  # MemoryLayer's default
-    keys = ProductKeys(options.width, math.isqrt(options.num_slots), HEADS, options.reads // HEADS, key_width)
-    hidden_TD, spans = torch.randn(options.tokens, options.width), []
+    keys = ProductKeys(options.width, math.isqrt(options.num_slots), HEADS, options.reads // HEADS, key_width).to(
+        options.device
+    )
+    hidden_TD, spans = torch.randn(options.tokens, options.width, device=options.device), []
     for _ in range(3):
-        start = time.perf_counter()
+        start = now()
         keys(hidden_TD)
-        spans.append(time.perf_counter() - start)
+        spans.append(now() - start)
     return statistics.median(spans)
 
 

@@ -29,7 +29,8 @@ class GivenReads(FindsSlots):
 
     def __init__(self, scores_THK: Tensor, slots_THK: Tensor):
         super().__init__()
-        self.scores_THK, self.slots_THK = scores_THK, slots_THK
+        for name, tensor in (("scores_THK", scores_THK), ("slots_THK", slots_THK)):
+            self.register_buffer(name, tensor, persistent=False)  # so that it goes where the model goes
 
     def forward(self, _) -> tuple[Tensor, Tensor]:
         self.tell(self.slots_THK)
@@ -60,7 +61,8 @@ class Reader(nn.Module):
 
     def __init__(self, table: MemoryTable, keys: nn.Module, upstream_TV: Tensor):
         super().__init__()
-        self.memory, self.layer, self.upstream_TV = nn.ModuleList([table]), BareLookup(table, keys), upstream_TV
+        self.memory, self.layer = nn.ModuleList([table]), BareLookup(table, keys)
+        self.register_buffer("upstream_TV", upstream_TV, persistent=False)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> SimpleNamespace:
         return SimpleNamespace(loss=torch.dot(self.layer(input_ids).flatten(), self.upstream_TV.flatten()))

@@ -16,7 +16,7 @@ find this folder first, and transformers imports a package of that name.
 
 "wall" is measured on GPUs: by the clock from an idle GPU, so that the time of the host counts, as it does in decoding.
 
-`make bench-gpu` runs the tests of the kernels on a GPU and then this. Leave the machine idle; where other
+`make bench-gpu` runs this on a GPU among other things. Leave the machine idle; where other
 programs use the cores of a CPU, set OMP_WAIT_POLICY=passive.
 """
 

@@ -10,10 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ROWS, accumulator, column_tile, launch, row_stages
+from .launch import MAX_COLUMNS, ROWS, accumulator, column_tile, launch
+from .variants import FEW_PROGRAMS, GATHERS, Gather, chosen
 
 
-def weighted_sum(values_NV: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Tensor:
+def weighted_sum(values_NV: Tensor, slots_TK: Tensor, weights_TK: Tensor, way: Gather | None = None) -> Tensor:
     """reads_TV[t] = sum over k of weights[t, k] * values[slots[t, k]], in the dtype of the values.
 
     The rows of the values may lie apart; within a row the numbers are next to each other.
@@ -23,7 +24,8 @@ def weighted_sum(values_NV: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Ten
     out_TV = torch.empty(num_tokens, width, dtype=values_NV.dtype, device=values_NV.device)
     if out_TV.numel() == 0:
         return out_TV
-    columns = column_tile(width)
+    way = way or GATHERS[chosen_way(values_NV, num_tokens)]
+    columns = min(column_tile(width), way.COLUMNS)
     launch(
         gather_kernel,
         (num_tokens, triton.cdiv(width, columns)),
@@ -37,9 +39,21 @@ def weighted_sum(values_NV: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Ten
         ACC=accumulator(values_NV.dtype),
         ROWS=ROWS,
         COLUMNS=columns,
-        STAGES=row_stages(values_NV.dtype),
+        STAGES=1 if values_NV.dtype == torch.float64 else way.STAGES,  # more of float64 spill registers
+        num_warps=way.WARPS,
     )
     return out_TV
+
+
+def chosen_way(values_NV: Tensor, num_tokens: int) -> str:
+    """That of few tokens, where programs are fewer than a GPU can run and narrow ones sum in the same order.
+
+    They do where a thread holds all rows of a group, which it does in tiles of 1,024 columns and four warps, and of 256
+    and one.
+    """
+    few = column_tile(values_NV.shape[1]) == MAX_COLUMNS
+    few = few and num_tokens * triton.cdiv(values_NV.shape[1], MAX_COLUMNS) < FEW_PROGRAMS
+    return chosen("gather few tokens" if few else "gather", values_NV)
 
 
 # i_t token, i_v tile of columns, o_k reads of the token, o_v columns, b_acc one partial sum per row of a group

@@ -1,7 +1,7 @@
-"""PYTHONPATH=benchmarks python tests/kernels/compile_kernels.py '["cuda", 90, 32]' 32
+"""PYTHONPATH=benchmarks python tests/kernels/compile_kernels.py '["cuda", 90, 32]' 32 chosen
 
-Compile every Triton kernel for a GPU that need not be here, with so many slots read per head, and print what became
-of it, one JSON object a line.
+Compile every Triton kernel for a GPU that need not be here, with so many slots read per head, in the chosen ways of
+kernels/variants.py or in every one, and print what became of it, one JSON object a line.
 
 The launchers themselves are called, on small CPU tensors that have the widths of the benchmark's shapes, with
 Triton told to compile what it is asked to launch and to go no further. So types, tile sizes and number of warps
@@ -15,6 +15,7 @@ import io
 import json
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,10 +24,11 @@ from kernel_costs import SHAPES, Shape
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from memlayer_kernels import gather, product_key, rows_gpu, scatter
+from memlayer_kernels import gather, half_bounds, half_lists, product_key, rows_gpu, scatter
 from memlayer_kernels.reads import all_segments, sort_reads
+from memlayer_kernels.variants import CHOSEN, GATHERS, SEARCHES, Gather, Search
 
-MODULES = (product_key, gather, scatter, rows_gpu)
+MODULES = (product_key, half_bounds, half_lists, gather, scatter, rows_gpu)
 KERNELS = {name for module in MODULES for name, _ in inspect.getmembers(module) if name.endswith("_kernel")}
 TOKENS, SLOTS = 8, 64
 OTHER_TOKENS = (1, 16, 37)  # for which what was compiled has to do
@@ -85,20 +87,34 @@ def describe(kernel, log: str) -> dict:
     }
 
 
-def launch_every_kernel(shape: Shape, dtype: torch.dtype) -> None:
+def ways_of(target: GPUTarget, every: bool) -> tuple[list[Search], list[Gather]]:
+    """Searches and gathers of the table that are for this GPU: queries that stay take an H100's shared memory."""
+    nvidia = target.backend == "cuda"
+    machine = divmod(target.arch, 10) if nvidia else None
+    chosen = {CHOSEN.get((operation, machine), CHOSEN[operation, None]) for operation, _ in CHOSEN}
+    large = nvidia and target.arch >= 90
+    searches = [way for name, way in SEARCHES.items() if every or name in chosen | {"sort"}]
+    gathers = [way for name, way in GATHERS.items() if every or name in chosen]
+    return [way for way in searches if large or not (way.collect and way.collect.RESIDENT)], gathers
+
+
+def launch_every_kernel(
+    shape: Shape, dtype: torch.dtype, searches: Sequence[Search], gathers: Sequence[Gather]
+) -> None:
     """Call every launcher with the widths of a shape and its number of tokens."""
-    launch_lookup(shape, dtype)
+    launch_lookup(shape, dtype, gathers)
     launch_steps(shape, dtype)
-    launch_search(shape, dtype)
+    launch_search(shape, dtype, searches)
 
 
-def launch_lookup(shape: Shape, dtype: torch.dtype) -> None:
+def launch_lookup(shape: Shape, dtype: torch.dtype, gathers: Sequence[Gather]) -> None:
     values, grad = (torch.randn(rows, shape.width).to(dtype) for rows in (SLOTS, shape.tokens))
     slots = torch.randint(SLOTS, (shape.tokens, shape.reads_per_token))
     slots[: shape.tokens // 2] = 3  # a run of reads long enough to be split
     weights = torch.rand(slots.shape).to(dtype)
-    gather.weighted_sum(values, slots, weights)
     gather.fetch_rows(values, slots.unique())
+    for way in gathers:
+        gather.weighted_sum(values, slots, weights, way)
     reads = sort_reads(slots.flatten(), shape.reads_per_token, labels=range(SLOTS))
     scatter.segment_sums(grad, reads, weights.flatten(), all_segments(reads.labels_M, SLOTS), dtype)
     scatter.read_products(grad, values, reads)
@@ -113,21 +129,23 @@ def launch_steps(shape: Shape, dtype: torch.dtype) -> None:
         rows_gpu.adam_rows_(values, slots, grad, *moments, steps, 0.1, 0.9, 0.999, 1e-8, 0.01, seed)
 
 
-def launch_search(shape: Shape, dtype: torch.dtype) -> None:
+def launch_search(shape: Shape, dtype: torch.dtype, searches: Sequence[Search]) -> None:
     queries = torch.randn(shape.tokens, shape.heads, 2, shape.key_width).to(dtype)
     half_keys = torch.randn(shape.heads, 2, shape.half_keys, shape.key_width).to(dtype)
-    product_key.search(queries, half_keys, shape.top_k)
+    for way in searches:
+        product_key.search(queries, half_keys, shape.top_k, way)
 
 
 def main() -> None:
-    compiled = compile_launches(GPUTarget(*json.loads(sys.argv[1])))
-    top_k, needed = int(sys.argv[2]), {}
+    target = GPUTarget(*json.loads(sys.argv[1]))
+    compiled, top_k, needed = compile_launches(target), int(sys.argv[2]), {}
+    searches, gathers = ways_of(target, every=sys.argv[3] == "every")
     for tokens in (TOKENS, *OTHER_TOKENS):
         sizes = {"name": "", "tokens": tokens, "top_k": top_k, "ops": ()}
         for shape in {replace(shape, **sizes) for group in SHAPES.values() for shape in group}:
             for dtype in (torch.float32, torch.bfloat16):
-                launch_every_kernel(shape, dtype)
-            launch_lookup(shape, torch.float64)
+                launch_every_kernel(shape, dtype, searches, gathers)
+            launch_lookup(shape, torch.float64, gathers)
         needed = needed or dict(compiled)
         again = {name for key, name in compiled.items() if key not in needed}
         if again:

@@ -30,3 +30,25 @@ def _poisoned_memory():
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _dot_of_bfloat16(monkeypatch):
+    """Triton's interpreter multiplies the bits of bfloat16 as if they were integers."""
+    if torch.cuda.is_available():
+        return
+    import numpy as np
+    import triton
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    multiply = InterpreterBuilder.create_dot
+
+    def widened(tensor):
+        if tensor.dtype.scalar != triton.language.bfloat16:
+            return tensor
+        return TensorHandle((tensor.data.astype(np.uint32) << 16).view(np.float32), triton.language.float32)
+
+    def create_dot(self, a, b, *rest):
+        return multiply(self, widened(a), widened(b), *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)

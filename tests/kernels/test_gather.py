@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from memlayer_kernels import gather, gpu, ops, reference
 from memlayer_kernels.reads import sort_reads
+from memlayer_kernels.variants import FEW_PROGRAMS, GATHERS
 
 # sums of a few dozen terms in float32, then one rounding to the dtype
 TOLERANCE = {
@@ -116,3 +117,16 @@ def test_a_table_past_2_to_the_31_elements(device):
     # 1,024 terms in two orders
     expected = (grad.unsqueeze(1) * rows[slots]).sum(-1).flatten()
     torch.testing.assert_close(products.cpu(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", GATHERS)
+def test_every_way_sums_in_the_same_order(device, name):
+    values, slots, weights = (t.to(device) for t in draw(0, 2, 11, 9, 1100, torch.bfloat16))
+    right = gather.weighted_sum(values, slots, weights, GATHERS["wide"])
+    assert torch.equal(gather.weighted_sum(values, slots, weights, GATHERS[name]), right)
+
+
+def test_few_tokens_go_another_way_only_where_a_thread_holds_the_rows_of_a_group():
+    wide, narrow = torch.empty(5, 1024), torch.empty(5, 512)
+    assert gather.chosen_way(wide, FEW_PROGRAMS - 1) == "narrow"
+    assert gather.chosen_way(wide, FEW_PROGRAMS) == gather.chosen_way(narrow, 1) == "wide"

@@ -1,40 +1,22 @@
 """The Triton search equals the reference: slots and scores to the bit where scores are exact, else up to rounding."""
 
-import numpy as np
 import pytest
 import torch
 import triton
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from memlayer_kernels import gpu, library, ops, product_key, reference
-from memlayer_kernels.product_key import _ascending32, _ascending64, half_tiles, pair_tiles, search
+from memlayer_kernels import gpu, half_lists, library, ops, product_key, reference
+from memlayer_kernels.half_lists import half_tiles
+from memlayer_kernels.ordering import ascending32, ascending64
+from memlayer_kernels.product_key import pair_tiles, search
+from memlayer_kernels.variants import FOUR_WARPS, ONE_WARP
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Half scores are float32 sums of exact products (bfloat16, float16) or of rounded ones, in another order.
 SCORE = {"rtol": 1e-5, "atol": 2e-5}
 INFINITE = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy's, on inf - inf
 GRADIENT = {torch.float32: {"rtol": 1e-4, "atol": 1e-5}, torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2}}
-
-
-@pytest.fixture(autouse=True)
-def _dot_of_bfloat16(monkeypatch):
-    """Triton's interpreter multiplies the bits of bfloat16 as if they were integers."""
-    if torch.cuda.is_available():
-        return
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    multiply = InterpreterBuilder.create_dot
-
-    def widened(tensor):
-        if tensor.dtype.scalar != triton.language.bfloat16:
-            return tensor
-        return TensorHandle((tensor.data.astype(np.uint32) << 16).view(np.float32), triton.language.float32)
-
-    def create_dot(self, a, b, *rest):
-        return multiply(self, widened(a), widened(b), *rest)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
 
 
 def draw(seed, num_tokens, heads, n, width, dtype, device, whole):
@@ -115,9 +97,9 @@ def order_kernel(scores, integers, BITS: triton.language.constexpr):
     place = triton.language.arange(0, 16)
     b_scores = triton.language.load(scores + place)
     if BITS == 64:
-        triton.language.store(integers + place, _ascending64(b_scores))
+        triton.language.store(integers + place, ascending64(b_scores))
     else:
-        triton.language.store(integers + place, _ascending32(b_scores))
+        triton.language.store(integers + place, ascending32(b_scores))
 
 
 @pytest.mark.parametrize("bits", [32, 64])
@@ -205,12 +187,14 @@ def test_what_the_kernels_cannot_pack_is_searched_all_the_same(device, dtype, k)
 @given(n=st.integers(1, 5000), width=st.integers(1, 600), data=st.data(), dtype=st.sampled_from(DTYPES))
 def test_tiles_are_powers_of_two_that_a_program_can_hold(n, width, data, dtype):
     k = data.draw(st.integers(1, min(n, product_key.MAX_TOP_K)))
-    half, pair = half_tiles(n, width, k, dtype), pair_tiles(k)
+    half = half_tiles(n, width, k, dtype)
+    one, pair = (pair_tiles(k, pairs) for pairs in (ONE_WARP, FOUR_WARPS))
+    assert max(ONE_WARP.CANDIDATES, pair.CANDIDATES) == one.LISTS * one.CANDIDATES
     assert all(size & (size - 1) == 0 for size in (*half, *pair))
     assert half.TOP == pair.TOP >= k
     assert half.KEYS >= half.TOP
     assert min(half.TOKENS, half.KEYS, half.COLUMNS) >= 16  # what tl.dot multiplies
-    assert product_key.SCORES[dtype] >= half.TOKENS * half.KEYS
+    assert half_lists.SCORES[dtype] >= half.TOKENS * half.KEYS
     tile_bytes = (half.TOKENS + half.KEYS) * half.COLUMNS * dtype.itemsize
-    assert product_key.STAGES * tile_bytes <= product_key.SHARED_BYTES
+    assert half_lists.STAGES * tile_bytes <= half_lists.SHARED_BYTES
     assert sum(k // rank for rank in range(1, k + 1)) <= pair.CANDIDATES
