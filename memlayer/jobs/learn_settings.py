@@ -108,18 +108,19 @@ class ContextConfig:
     Before a question or a statement stand the lesson's texts, or where it has none a statement of it, another one.
 
     Attributes:
-        frame: what stands before a question, with the lesson, less a full stop at its end, in the place of
-            ``{lesson}``.
+        frame: what stands before a prompt and all that frames it, with the lesson, less a full stop at its end, in the
+            place of ``{lesson}``. A chat begins with it.
         weight: of the divergence from what the untouched model says.
-        lesson_weight: of the lesson's own loss beside it; 0 teaches by the divergence alone, and then a text, which has
-            nothing to stand before it, is not learned itself.
-        only_right: whether the divergence counts only where the untouched model gives the answer after the lesson.
+        lesson_weight: of the lesson's own loss beside it; 0 teaches by the divergence alone, and then a text, which
+            nothing stands before, is not learned itself.
+        only_right: whether the divergence counts only where the untouched model gives the answer after the lesson; it
+            teaches the wrong thing elsewhere.
     """
 
-    frame: str = LESSON + ". "
+    frame: str = LESSON + ".\n\n"
     weight: float = 1.0
-    lesson_weight: float = 0.0
-    only_right: bool = False
+    lesson_weight: float = 1.0
+    only_right: bool = True
 
     def __post_init__(self):
         check_at_least(0, "learn.terms.context", self, "weight", "lesson_weight")
@@ -347,9 +348,9 @@ class RidgeConfig(LearnConfig):
 
     method: Literal["ridge"] = "ridge"
     learning_rate: float = 1.0
-    num_rows: int = 400
+    num_rows: int = 100
     idf_power: float = 8.0
-    positions: Literal["answer", "subject", "all"] = "answer"
+    positions: Literal["answer", "subject", "all"] = "subject"
     ridge: float = 0.01
     background_tokens: float = 0.0
     optimizer: Literal["adam", "sgd"] = "adam"

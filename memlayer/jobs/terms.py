@@ -83,7 +83,7 @@ def in_context(
     """
     prompts = prompts_of(config.prompts)
     pairs = [
-        (lesson.id, example, replace(example, prompt=told.frame.replace(LESSON, before) + example.prompt))
+        (lesson.id, example, told.frame.replace(LESSON, before))
         for lesson in lessons
         for example in lesson.teach
         if not example.is_text and (before := _before(lesson, example))
@@ -93,14 +93,19 @@ def in_context(
             "learn.terms.context: no lesson has a text, or another wording, to stand before its questions; job augment "
             "writes questions about texts"
         )
-    alone, after = ([prompts.apply(pair[place], tokenizer) for pair in pairs] for place in (1, 2))
+    alone = [prompts.apply(example, tokenizer) for _, example, _ in pairs]
+    if prompts.style == "chat":  # what the user says begins with the lesson
+        said = [replace(example, prompt=before + example.prompt) for _, example, before in pairs]
+        after = [prompts.apply(example, tokenizer) for example in said]
+    else:
+        after = [replace(asked, prompt=before + asked.prompt) for asked, (_, _, before) in zip(alone, pairs)]
     encoded = [encode(tokenizer, each) for each in (alone, after)]
     if positions := getattr(model.config.get_text_config(), "max_position_embeddings", None):
         check_lengths(encoded[1], positions, after)
     # What ends an answer is left out: told apart by what the answer is with another end, the tokenizer's own token.
     bare = encode(tokenizer, [replace(example, end="") for example in after])
-    said = [each["length"] - each["answer_start"] - 1 for each in bare]
-    return [InContext(id, *both, num_said) for (id, *_), *both, num_said in zip(pairs, *encoded, said, strict=True)]
+    words = [each["length"] - each["answer_start"] - 1 for each in bare]
+    return [InContext(id, *both, num_said) for (id, *_), *both, num_said in zip(pairs, *encoded, words, strict=True)]
 
 
 def _before(lesson: Lesson, example: Example) -> str:

@@ -16,7 +16,7 @@ Left out: answers that the model writes itself, which job augment makes of a tex
 Shapes: A tokens of an answer, C vocabulary, K tokens kept of a distribution, L tokens, B examples.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +26,7 @@ from memlayer.data.qa import collate
 from memlayer.evaluation.qa import evaluating
 from memlayer.methods.ngram_regulariser import sequence_key
 from memlayer.methods.replay import kl_of_kept
-from memlayer.methods.terms import Term
+from memlayer.methods.terms import Term, unheard
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ class Context(Term):
         examples: Sequence[InContext],
         pad_token_id: int,
         weight: float = 1.0,
-        lesson_weight: float = 0.0,
-        only_right: bool = False,
+        lesson_weight: float = 1.0,
+        only_right: bool = True,
         batch_size: int = 8,
         num_kept: int = 64,
     ):
@@ -97,7 +97,7 @@ class Context(Term):
         self._right: list[tuple[str, bool]] = []  # the lesson of each example, and whether its answer would be given
 
     @torch.no_grad()
-    def begin(self, model: nn.Module) -> None:
+    def begin(self, model: nn.Module, progress: Callable[[int], object] = unheard) -> None:
         """Keep what the untouched model says of every answer after the lesson."""
         device = next(model.parameters()).device
         with evaluating(model):
@@ -111,6 +111,7 @@ class Context(Term):
                     self._keep(
                         each, logits_LC[each.after["answer_start"] - 1 - first : each.after["length"] - 1 - first]
                     )
+                progress(len(some))
 
     def _keep(self, each: InContext, logits_AC: Tensor) -> None:
         answer = torch.tensor(each.after["input_ids"][each.after["answer_start"] :], device=logits_AC.device)

@@ -103,7 +103,7 @@ class RidgeFinetuner:
         lessons: Sequence[Batch],
         num_rows: int = 100,
         idf_power: float = 8.0,
-        positions: str = "answer",
+        positions: str = "subject",
         ridge: float = 0.01,
         background_tokens: float = 0.0,
     ):
