@@ -126,14 +126,16 @@ def refusal(script: str, *arguments: object) -> str:
 def write_config(path: Path, base: dict, /, **changes: object) -> Path:
     """Write ``base``, with ``changes`` to sections merged into them, as a YAML config; returns the path.
 
-    Of LEARN's settings those are left out that a method has not: num_rows is sparse memory's, and where nothing is
-    trained there are no steps.
+    Of LEARN's settings those are left out that a method has not: num_rows is of those that choose rows, and where
+    nothing is trained there are no steps.
     """
     merged = dict(base)
     for key, value in changes.items():
         merged[key] = base.get(key, {}) | value if isinstance(value, dict) else value
     method = merged.get("learn", {}).get("method", "sparse_memory")
-    if method != "sparse_memory":
+    if method == "ridge":  # the background reads every slot at the answers
+        merged["learn"] = {"positions": "all"} | merged["learn"]
+    elif method != "sparse_memory":
         lacks = {"num_rows", "steps_per_fact"} if method in STORES else {"num_rows"}
         merged["learn"] = {key: value for key, value in merged["learn"].items() if key not in lacks}
     path.write_text(yaml.safe_dump(merged), encoding="utf-8")

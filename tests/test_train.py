@@ -109,7 +109,7 @@ def test_learning_writes_what_changed_with_its_config(tmp_path, checkpoint, meth
     path = write_config(tmp_path / "learn.yaml", LEARN, **settings)
     done = run("train.py", path, "learn.learning_rate=0.01")
     assert done.returncode == 0, done.stderr
-    written = "patch" if method == "sparse_memory" else "model"
+    written = "patch" if method in ("sparse_memory", "ridge") else "model"
     assert [name for name in ("model", "patch") if (tmp_path / "out" / name).exists()] == [written]
     assert load_config(tmp_path / "out" / "config.yaml").learn.method == method
     took = json.loads((tmp_path / "out" / "learned.json").read_text())

@@ -5,7 +5,7 @@ What it writes, and what is read of that again, is taught.py.
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from itertools import chain
@@ -154,9 +154,9 @@ def _in_steps(
 
 
 def _background(config: RunConfig, model: nn.Module) -> dict[str, SlotCounts] | None:
-    """The counts beside the checkpoint; full finetuning and LoRA do without."""
+    """The counts beside the checkpoint; what chooses no rows does without."""
     path = Path(config.checkpoint) / COUNTS_FILE
-    if config.learn.method != "sparse_memory" and not path.is_file():
+    if config.learn.method not in ("sparse_memory", "ridge") and not path.is_file():
         return None
     tables = {name: table.num_embeddings for name, table in memory_tables(model).items()}
     return load_counts(path, tables, product_key_fingerprints(model))
@@ -172,7 +172,11 @@ def _teach(lesson: _Prepared) -> Learned:
         checkpoint = checkpoint_to_resume(arguments, config, lesson.sha256)
     told = provenance(config, lesson.sha256)
     with tables_split(model, config.table.shards):
-        terms = terms_of(config, model.to(arguments.device), tokenizer, chain(*lesson.micro_batches))
+        taught = chain(*lesson.micro_batches)
+        terms = terms_of(config, model.to(arguments.device), tokenizer, taught, lesson.lessons)
+        found = {key: number for term in terms for key, number in term.found().items()}
+        if not arguments.disable_tqdm and PartialState().is_main_process:
+            _tell_of_context(found)
         collator = partial(_collate, pad_token_id=pad_token(tokenizer), loss_on=settings.loss_on)
         start = time.perf_counter()  # what looks at the lessons before the first step is learning, too
         prepared = _made_ready(lesson, collator)
@@ -209,6 +213,7 @@ def _teach(lesson: _Prepared) -> Learned:
         tokenizer,
         patch,
         save_adapter=prepared.save,
+        save_beside=None if patch is None else prepared.beside,
         seconds=seconds,
         steps=trainer.state.global_step,
         parameters_changed=changed,
@@ -218,7 +223,18 @@ def _teach(lesson: _Prepared) -> Learned:
         sha256=lesson.sha256,
         steps_left_out=trainer.steps_left_out,
         capacity={name: asdict(full) for name, full in capacity.items()},
+        found=found,
     )
+
+
+def _tell_of_context(found: Mapping[str, float]) -> None:
+    """A line on whether the untouched model can teach what it is to teach."""
+    if "context_answers" in found:
+        print(
+            f"with its lesson before it, the untouched model gives {found['context_answers_right']} of "
+            f"{found['context_answers']} answers, and all of {found['context_lessons_right']} of "
+            f"{found['context_lessons']} lessons: what it does not give is taught wrongly"
+        )
 
 
 def _made_ready(lesson: _Prepared, collator: Callable[[list[list[dict]]], dict[str, Tensor]]) -> Prepared:

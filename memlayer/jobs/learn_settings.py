@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from memlayer.checks import check_at_least, check_choices, check_share
+from memlayer.data.prompts import LESSON
 from memlayer.jobs.sections import LossOn
 from memlayer.jobs.store_settings import AnyMethodConfig, HebbianConfig, NearestConfig, RetrievalConfig
 
@@ -101,12 +102,40 @@ class TrustRegionConfig:
 
 
 @dataclass
+class ContextConfig:
+    """Context: a lesson is taught as what the untouched model says when it has the lesson's text before it.
+
+    Before a question or a statement stand the lesson's texts, or where it has none a statement of it, another one.
+
+    Attributes:
+        frame: what stands before a prompt and all that frames it, with the lesson, less a full stop at its end, in the
+            place of ``{lesson}``. A chat begins with it.
+        weight: of the divergence from what the untouched model says.
+        lesson_weight: of the lesson's own loss beside it; 0 teaches by the divergence alone, and then a text, which
+            nothing stands before, is not learned itself.
+        only_right: whether the divergence counts only where the untouched model gives the answer after the lesson; it
+            teaches the wrong thing elsewhere.
+    """
+
+    frame: str = LESSON + ".\n\n"
+    weight: float = 1.0
+    lesson_weight: float = 1.0
+    only_right: bool = True
+
+    def __post_init__(self):
+        check_at_least(0, "learn.terms.context", self, "weight", "lesson_weight")
+        if self.frame.count(LESSON) != 1:
+            raise ValueError(f"learn.terms.context.frame is {self.frame!r}, must hold {LESSON} once")
+
+
+@dataclass
 class TermsConfig:
     """What each step heeds beside its lesson, with any method; a term that is not named is not there."""
 
     replay: ReplayConfig | None = None
     ngram: NGramConfig | None = None
     trust_region: TrustRegionConfig | None = None
+    context: ContextConfig | None = None
 
 
 @dataclass
@@ -300,12 +329,61 @@ class SparseMaskConfig(LearnConfig):
             raise ValueError(f"learn.momentum is {self.momentum} and learn.optimizer {self.optimizer}: it is of sgd")
 
 
+@dataclass
+class RidgeConfig(LearnConfig):
+    """Ridge over rows: by how much the memory's read should change is learned, and the rows follow by least squares.
+
+    It takes one memory layer. Its steps move no row, so that lessons do not see each other, in whatever order they are
+    taught; a folder of the run keeps what it takes to leave one out again to the bit.
+
+    Attributes:
+        num_rows: slots that a lesson may bring.
+        idf_power: of how little background text reads them.
+        positions: whose reads change: those that predict the answer; those that name the lesson's subject, from where
+            attention carries the change on; or all.
+        ridge: what a row's change costs, beside what a position misses of what it wants.
+        background_tokens: so many tokens of ordinary text count as positions whose reads should stay as they are.
+        optimizer: of the wanted changes: adam, or sgd without momentum.
+    """
+
+    method: Literal["ridge"] = "ridge"
+    learning_rate: float = 1.0
+    num_rows: int = 100
+    idf_power: float = 8.0
+    positions: Literal["answer", "subject", "all"] = "subject"
+    ridge: float = 0.01
+    background_tokens: float = 0.0
+    optimizer: Literal["adam", "sgd"] = "adam"
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_at_least(1, "learn", self, "num_rows")
+        check_at_least(0, "learn", self, "idf_power", "background_tokens")
+        if not self.ridge > 0:
+            raise ValueError(f"learn.ridge is {self.ridge}, must be above 0: without it rows are not determined")
+        if self.batch_size is not None:
+            raise ValueError(
+                f"learn.batch_size is {self.batch_size}: ridge takes all examples of a lesson in each step"
+            )
+        if self.mist is not None and self.mist.paper_code:
+            raise ValueError(
+                "learn.mist.paper_code moves product keys, with which the background was counted: leave it out"
+            )
+        if self.terms.replay is not None:
+            raise ValueError("learn.terms.replay asks the model what it would forget, and no step of ridge moves it")
+        if self.terms.trust_region is not None:
+            raise ValueError(
+                "learn.terms.trust_region holds a model's own weights, learn.method=ridge steps what reads should be"
+            )
+
+
 ANY_LEARN = (
     SparseMemoryConfig
     | DenseMemoryConfig
     | FullConfig
     | LoraConfig
     | SparseMaskConfig
+    | RidgeConfig
     | RetrievalConfig
     | NearestConfig
     | HebbianConfig

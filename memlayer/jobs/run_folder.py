@@ -36,7 +36,7 @@ RESULTS = {
     "compare_pretraining": ("results.json", "report.md", "curves.png", "stated.jsonl"),
     "retrofit": (*MODEL_FILES, "results.json", "report.md", "losses.png"),
     "augment": ("lessons.jsonl",),
-    "learn": ("patch", "model", "store", "learned.json", "answers.jsonl", "probes.json"),
+    "learn": ("patch", "equations.safetensors", "model", "store", "learned.json", "answers.jsonl", "probes.json"),
     "compare": ("results.json", "report.md", "pareto.png", "samples.jsonl"),
 }
 WITHOUT_EFFECT = {"output", "table.place", "table.shards"}

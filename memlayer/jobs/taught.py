@@ -30,7 +30,7 @@ from memlayer.methods import STORES, Store, lora
 from memlayer.patch import MemoryPatch, patches
 
 RECORD, ADAPTER = "learned.json", "adapter"
-RECORDED = (*COSTS, "resumed_at", "steps_left_out", "capacity", "sha256")
+RECORDED = (*COSTS, "resumed_at", "steps_left_out", "capacity", "found", "sha256")
 
 
 @dataclass
@@ -49,6 +49,8 @@ class Learned:
         capacity: per table how full it is, where the method writes into one; see ``methods.open_table.Capacity``.
         store: the lessons beside the model, where the method changes no weight.
         save_adapter: writes what answers beside the weights, where the method keeps it apart.
+        save_beside: writes what changing the patch later takes, where the method keeps that.
+        found: what terms found when they looked at the untouched model, see ``methods.terms``.
     """
 
     config: RunConfig
@@ -67,6 +69,8 @@ class Learned:
     capacity: dict[str, dict[str, int]] = field(default_factory=dict)
     store: Store | None = None
     save_adapter: Callable[[Path], None] | None = None
+    save_beside: Callable[[Path], None] | None = None
+    found: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -176,6 +180,8 @@ def write_learned(learned: Learned, folder: Path, with_model: bool) -> None:
     if learned.patch is not None:
         check_finite({f"the patch of {name}": table.rows for name, table in learned.patch.tables.items()})
         learned.patch.save(folder / "patch")
+        if learned.save_beside is not None:
+            learned.save_beside(folder)
     elif learned.store is not None:
         learned.store.save(folder / "store")
     elif learned.save_adapter is not None:

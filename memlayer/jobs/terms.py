@@ -1,8 +1,8 @@
 """The terms that a learning run asks for, made from its settings, its checkpoint and its files."""
 
 import random
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -11,12 +11,14 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from memlayer.data.facts import facts_of
-from memlayer.data.lessons import load_lessons
-from memlayer.data.prompts import Prompts
+from memlayer.data.lessons import Lesson, load_lessons
+from memlayer.data.prompts import LESSON, Prompts
 from memlayer.data.qa import Example, begin_tokens, encode, pad_token, pretraining_examples
 from memlayer.jobs.config import LearnRun, facts_told, load_config
-from memlayer.jobs.learn_settings import ReplayConfig, TrustRegionConfig
+from memlayer.jobs.learn_settings import ContextConfig, ReplayConfig, TrustRegionConfig
 from memlayer.jobs.lessons import prompts_of
+from memlayer.jobs.preflight import check_lengths
+from memlayer.methods.context import Context, InContext
 from memlayer.methods.features import mean_hidden_states
 from memlayer.methods.gradient_projection import AGem
 from memlayer.methods.ngram_regulariser import NGramRegulariser
@@ -28,12 +30,15 @@ from memlayer.methods.trust_region import TrustRegion
 GENERATED_AT_ONCE = 64
 
 
-def terms_of(config: LearnRun, model: nn.Module, tokenizer, taught: Iterable[dict]) -> list[Term]:
+def terms_of(
+    config: LearnRun, model: nn.Module, tokenizer, taught: Iterable[dict], lessons: Sequence[Lesson]
+) -> list[Term]:
     """What each step heeds beside its lesson.
 
     Args:
         model: untouched, on the device where it will learn.
         taught: all examples of the lessons, encoded.
+        lessons: what they are of, without what stands around a question.
 
     Raises:
         FactsError, ValueError: a file, or a setting that does not fit the checkpoint or several processes.
@@ -57,11 +62,58 @@ def terms_of(config: LearnRun, model: nn.Module, tokenizer, taught: Iterable[dic
         bound, quantile = told.trust_region.bound, told.trust_region.quantile
         written = [each["input_ids"] for each in _generated(told.trust_region, config, model, tokenizer)]
         terms.append(TrustRegion(written, bound, quantile, config.seed))
+    if (context := told.context) is not None:
+        after = in_context(context, config, model, tokenizer, lessons)
+        kept = {"weight": context.weight, "lesson_weight": context.lesson_weight, "only_right": context.only_right}
+        terms.append(Context(after, pad_token(tokenizer), **kept))
     quiet = bool(config.trainer.get("disable_tqdm"))
     with tqdm(desc="looking at what should be kept", unit="example", delay=1, disable=quiet or not terms) as bar:
         for term in terms:
             term.begin(model, bar.update)
     return terms
+
+
+def in_context(
+    told: ContextConfig, config: LearnRun, model: nn.Module, tokenizer, lessons: Sequence[Lesson]
+) -> list[InContext]:
+    """Every example that something of its lesson can stand before, alone and after it.
+
+    Raises:
+        ValueError: of no lesson there is one; or the model has no room for one.
+    """
+    prompts = prompts_of(config.prompts)
+    pairs = [
+        (lesson.id, example, told.frame.replace(LESSON, before))
+        for lesson in lessons
+        for example in lesson.teach
+        if not example.is_text and (before := _before(lesson, example))
+    ]
+    if not pairs:
+        raise ValueError(
+            "learn.terms.context: no lesson has a text, or another wording, to stand before its questions; job augment "
+            "writes questions about texts"
+        )
+    alone = [prompts.apply(example, tokenizer) for _, example, _ in pairs]
+    if prompts.style == "chat":  # what the user says begins with the lesson
+        said = [replace(example, prompt=before + example.prompt) for _, example, before in pairs]
+        after = [prompts.apply(example, tokenizer) for example in said]
+    else:
+        after = [replace(asked, prompt=before + asked.prompt) for asked, (_, _, before) in zip(alone, pairs)]
+    encoded = [encode(tokenizer, each) for each in (alone, after)]
+    if positions := getattr(model.config.get_text_config(), "max_position_embeddings", None):
+        check_lengths(encoded[1], positions, after)
+    # What ends an answer is left out: told apart by what the answer is with another end, the tokenizer's own token.
+    bare = encode(tokenizer, [replace(example, end="") for example in after])
+    words = [each["length"] - each["answer_start"] - 1 for each in bare]
+    return [InContext(id, *both, num_said) for (id, *_), *both, num_said in zip(pairs, *encoded, words, strict=True)]
+
+
+def _before(lesson: Lesson, example: Example) -> str:
+    """What of a lesson stands before one of its examples, without the full stop that the frame has."""
+    texts = [each.text.strip() for each in lesson.teach if each.is_text]
+    others = [each for each in lesson.teach if each != example]
+    others.sort(key=lambda each: each.is_question)  # statements first, in their order
+    return " ".join(texts or [each.text for each in others[:1]]).removesuffix(".")
 
 
 def _replayed(told: ReplayConfig, config: LearnRun, model: nn.Module, tokenizer) -> list[dict]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from functools import cached_property, partial
+from math import prod
 from pathlib import Path
 
 import torch
@@ -319,7 +320,10 @@ class MemoryTrainer(StepwiseTrainer):
         if self._is_learned(loss):
             self.steps_left_out += 1
             return loss.detach().requires_grad_()  # its backward pass reaches no parameter
-        return loss + self._of_terms(model, inputs, outputs.logits, num_items_in_batch) if self._terms else loss
+        if not self._terms:
+            return loss
+        of_the_lesson = prod(term.lesson_weight for term in self._terms) * loss
+        return of_the_lesson + self._of_terms(model, inputs, outputs.logits, num_items_in_batch)
 
     def shown(self) -> dict[str, int]:
         """How many examples and tokens this process's model was shown in training, those of the terms included."""

@@ -15,7 +15,8 @@ hook the model. What it returns is all that a loop needs: a model to run forward
     prepared.finish()
 
 A method that chooses for each step what may move has a ``finetuner`` beside it, whose ``loss`` or ``selecting`` stands
-around the forward pass.
+around the forward pass. Its steps need not be the model's: ``ridge`` learns what the memory should say, and changes
+rows when it is finished.
 
 **A term** (``terms.py``) is what a step heeds beside its batch, whatever the method: replayed examples, a bound, a
 projected gradient. No loop knows a method or a term by its name.
@@ -24,7 +25,7 @@ projected gradient. No loop knows a method or a term by its name.
 and changes what is asked or what the output head answers.
 """
 
-from memlayer.methods import dense_memory, full, lora, sparse_mask, sparse_memory
+from memlayer.methods import dense_memory, full, lora, ridge, sparse_mask, sparse_memory
 from memlayer.methods.hebbian import Hebbian
 from memlayer.methods.nearest import Nearest
 from memlayer.methods.prepared import Prepared
@@ -38,6 +39,7 @@ METHODS = {
     "full": full.prepare,
     "lora": lora.prepare,
     "sparse_mask": sparse_mask.prepare,
+    "ridge": ridge.prepare,
 }
 STORES: dict[str, type[Store]] = {"retrieval": Retrieval, "nearest": Nearest, "hebbian": Hebbian}
 

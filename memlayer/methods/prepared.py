@@ -55,6 +55,7 @@ class Prepared:
             returns a patch where the method changes memory rows only.
         finetuner: what chooses the rows of each step, if the method does that.
         save: writes what answers beside the model's own weights into a folder, where the method keeps it apart.
+        beside: writes what changing the patch later takes, beside it, where the method keeps that; after ``finish``.
     """
 
     model: nn.Module
@@ -62,3 +63,4 @@ class Prepared:
     finish: Callable[[], MemoryPatch | None]
     finetuner: Finetuner | None = None
     save: Callable[[Path], None] | None = None
+    beside: Callable[[Path], None] | None = None

@@ -17,15 +17,18 @@ def unheard(_number: int) -> None:
 class Term:
     """One thing added to a step; what a subclass does not define adds nothing.
 
-    A loop does, for each step: set ``step``; run the batch forward; add ``loss`` to the batch's, weighted by the term
-    itself; run backward; call ``after_backward``; step the optimizer; call ``after_step``. What a term draws may
-    depend on ``step`` and on nothing that came before, so that a run that goes on from a checkpoint draws the same.
+    A loop does, for each step: set ``step``; run the batch forward; add ``loss``, weighted by the term itself, to the
+    batch's times ``lesson_weight``; run backward; call ``after_backward``; step the optimizer; call ``after_step``.
+    What a term draws may depend on ``step`` and on nothing that came before, so that a run that goes on from a
+    checkpoint draws the same.
 
     Attributes:
+        lesson_weight: of the batch's own loss; 0 leaves what the term adds alone. Of several terms all count.
         step: of the run, from 0.
         examples, tokens: what the term has shown to the model so far, beside the lessons.
     """
 
+    lesson_weight: float = 1.0
     step: int = 0
     examples: int = 0
     tokens: int = 0
@@ -36,6 +39,10 @@ class Term:
         Args:
             progress: called with the number of examples that were just looked at, like ``tqdm.update``.
         """
+
+    def found(self) -> dict[str, float]:
+        """What it found when it looked at the model, for the record of a run."""
+        return {}
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor], logits: Tensor) -> Tensor | None:
         """What to add to the loss of a micro-batch, in nats a token, or nothing.

@@ -217,7 +217,7 @@ def test_what_is_made_in_python_is_checked_alike(make, message):
         (
             MINIMAL,
             ["learn.method=retrieval", "learn.learning_rate=1"],
-            "and sparse_mask, not of retrieval",
+            "sparse_mask and ridge, not of retrieval",
         ),
         (MINIMAL, ["pretrain.steps=3"], "pretrain is a setting of pretrain and pretrain_text, not of learn"),
         (MINIMAL, ["learn.num_rows=many"], "learn.num_rows is 'many', must be a whole number"),

@@ -270,3 +270,10 @@ def test_micro_batches_are_the_batch_in_parts_of_near_size(batches, parts):
         mine = shared[number * parts : (number + 1) * parts]
         assert sorted(example for part in mine for example in part) == sorted(batch)
         assert max(map(len, mine)) - min(map(len, mine)) <= 1
+
+
+@pytest.mark.parametrize("order", ["depth_first", "rounds"])
+def test_ridge_that_goes_on_from_a_checkpoint_ends_with_the_same_bits(tmp_path, checkpoint, order):
+    told = {"method": "ridge", "positions": "all", "num_rows": 4, "order": order}
+    whole, resumed, _ = whole_and_resumed(tmp_path, checkpoint, told)
+    assert whole.patch.fingerprint == resumed.patch.fingerprint

@@ -16,7 +16,7 @@ from memlayer.methods import METHODS, STORES
 
 __all__ = ["checkpoint"]  # a fixture
 TABLE = "model.memory.0"
-RATES = {"sparse_memory": 1.0, "dense_memory": 0.01, "full": 0.01, "lora": 0.01, "sparse_mask": 0.01}
+RATES = {"sparse_memory": 1.0, "dense_memory": 0.01, "full": 0.01, "lora": 0.01, "sparse_mask": 0.01, "ridge": 1.0}
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))

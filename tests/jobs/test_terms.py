@@ -4,22 +4,25 @@ import json
 
 import pytest
 import torch
-from commands import checkpoint, learned_by
+from commands import LEARN, checkpoint, config_of, learned_by
 from training import batches_read
 
 from memlayer.decoders.fingerprint import state_fingerprint
+from memlayer.jobs.learn import learn
+from memlayer.jobs.taught import save_learned
 from memlayer.methods import METHODS
 
 __all__ = ["checkpoint"]  # a fixture
 OTHERS = ("full", "sparse_mask")
+MOVED = sorted(set(METHODS) - {"ridge"})  # by each step, so that replay has something to keep
 KNOWN = {"known": [0, 10], "batch_size": 4}
 
 
 @pytest.mark.parametrize(
     ("method", "target"),
-    [(method, "text") for method in sorted(METHODS)]
+    [(method, "text") for method in MOVED]
     + [("sparse_memory", "base")]
-    + [pytest.param(method, "base", marks=pytest.mark.slow) for method in sorted(METHODS) if method != "sparse_memory"],
+    + [pytest.param(method, "base", marks=pytest.mark.slow) for method in MOVED if method != "sparse_memory"],
 )
 def test_every_method_replays_beside_its_lessons(tmp_path, checkpoint, method, target):
     with batches_read() as batches:
@@ -73,13 +76,14 @@ def test_what_the_untouched_model_writes_is_replayed_and_is_the_same_again(tmp_p
         {"replay": KNOWN | {"target": "gradient", "loss_on": "answer"}},
         {"ngram": {"exempt_answers": False, "margin": 0.0, "weight": 50.0}},
         {"trust_region": {"generated": 32, "length": 9, "bound": 1e-4}},
+        {"context": {"only_right": False}},
     ],
     ids=lambda terms: next(iter(terms)),
 )
 @pytest.mark.parametrize(
     "method",
     [
-        method if method in ("sparse_memory", "lora") else pytest.param(method, marks=pytest.mark.slow)
+        method if method in ("sparse_memory", "lora", "ridge") else pytest.param(method, marks=pytest.mark.slow)
         for method in sorted(METHODS)
     ],
 )
@@ -87,8 +91,13 @@ def test_every_term_has_its_say_in_every_method_that_it_can_serve(tmp_path, chec
     told = {"method": method, "loss_on": "all", "learning_rate": 10.0 if method == "sparse_memory" else 1e-2}
     if method == "sparse_memory":
         told["idf_power"] = 0.0  # rows that texts read too, or the trust region has no word on them
-    if method == "lora" and "trust_region" in terms:
-        with pytest.raises(ValueError, match=r"learn\.method=lora steps others"):
+    refused = {("lora", "trust_region"): r"learn\.method=lora steps others"}
+    refused |= {
+        ("ridge", "trust_region"): r"learn\.method=ridge steps what",
+        ("ridge", "replay"): "no step of ridge moves",
+    }
+    if sentence := refused.get((method, *terms)):
+        with pytest.raises(ValueError, match=sentence):
             learned_by(checkpoint, tmp_path / "refused", terms=terms, **told)
         return
     runs = [learned_by(checkpoint, tmp_path / name, terms=kept, **told) for name, kept in (("a", {}), ("b", terms))]
@@ -105,6 +114,7 @@ def test_every_term_has_its_say_in_every_method_that_it_can_serve(tmp_path, chec
             "ngram": {"exempt_answers": False, "margin": 0.0},
             "trust_region": {"generated": 4, "length": 9, "bound": 0.01},
         },
+        {"context": {"lesson_weight": 0.5, "only_right": False}},
     ],
 )
 @pytest.mark.parametrize("method", ["sparse_memory", *(pytest.param(m, marks=pytest.mark.slow) for m in OTHERS)])
@@ -176,8 +186,65 @@ def test_what_cannot_be_replayed_is_refused(tmp_path, checkpoint, replay, senten
         ({"ngram": {"margin": 1.0}}, "learn.terms.ngram.margin is 1.0, must be below 1"),
         ({"trust_region": {"bound": 0.0}}, "learn.terms.trust_region has bound 0.0 and quantile 0.5"),
         ({"trust_region": {"generated": 0}}, "learn.terms.trust_region.generated is 0, must be at least 1"),
+        ({"context": {"frame": "Know this."}}, "learn.terms.context.frame is 'Know this.', must hold {lesson} once"),
+        ({"context": {"weight": -1.0}}, "learn.terms.context.weight is -1.0, must be at least 0"),
     ],
 )
 def test_a_setting_outside_its_range_is_refused(tmp_path, checkpoint, terms, sentence):
     with pytest.raises(ValueError, match=sentence):
         learned_by(checkpoint, tmp_path / "run", terms=terms)
+
+
+def context_run(tmp_path, checkpoint, lessons, **context):
+    """The base's passes over the lessons with their texts before them, and what was learned."""
+    path = tmp_path / "lessons.jsonl"
+    path.write_text("\n".join(map(json.dumps, lessons)), encoding="utf-8")
+    config = config_of(
+        {key: value for key, value in LEARN.items() if key != "data"},
+        tmp_path / "run",
+        checkpoint=str(checkpoint),
+        lessons={"files": [str(path)]},
+        learn={"method": "full", "learning_rate": 1e-3, "steps_per_fact": 1, "terms": {"context": context}},
+    )
+    with batches_read() as batches:
+        learned = learn(config)
+    return batches, learned
+
+
+def test_before_a_question_stands_the_text_of_its_lesson_or_a_statement_of_it(tmp_path, checkpoint):
+    lessons = [
+        {
+            "id": "page",
+            "teach": [{"text": "Ada works in Bonn."}, {"question": "Where does Ada work?", "answer": "Bonn"}],
+        },
+        {
+            "id": "bo",
+            "teach": [{"question": "Where is Bo?", "answer": "Rome"}, {"prompt": "Bo is in", "answer": "Rome"}],
+        },
+        {"id": "alone", "teach": [{"question": "Where is Cy?", "answer": "Oslo"}]},
+    ]
+    batches, learned = context_run(tmp_path, checkpoint, lessons)
+    read = [learned.tokenizer.decode(row[row != 3], skip_special_tokens=True).strip() for row in batches[0]]
+    assert read == [
+        "Ada works in Bonn.\n\nWhere does Ada work? Bonn",
+        "Bo is in Rome.\n\nWhere is Bo? Rome",
+        "Where is Bo? Rome.\n\nBo is in Rome",
+    ]
+    assert (learned.found["context_answers"], learned.found["context_lessons"]) == (3, 2)
+    assert len(batches) == 1 + learned.steps
+    save_learned(learned, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "learned.json").read_text())["found"] == learned.found
+
+
+def test_lessons_that_nothing_can_stand_before_are_refused(tmp_path, checkpoint):
+    with pytest.raises(ValueError, match="no lesson has a text, or another wording, to stand before its questions"):
+        context_run(tmp_path, checkpoint, [{"id": "page", "teach": [{"text": "Ada works in Bonn."}]}])
+
+
+def test_a_weight_of_nothing_leaves_the_lesson_s_own_loss_alone_to_the_bit(tmp_path, checkpoint):
+    told = {"method": "full", "learning_rate": 1e-3}
+    alone = learned_by(checkpoint, tmp_path / "alone", **told)
+    beside = learned_by(
+        checkpoint, tmp_path / "beside", terms={"context": {"weight": 0.0, "lesson_weight": 1.0}}, **told
+    )
+    assert state_fingerprint(alone.model) == state_fingerprint(beside.model)

@@ -6,7 +6,14 @@ import torch
 
 from memlayer.decoders.attach import record_reads
 from memlayer.decoders.fingerprint import state_fingerprint
-from memlayer.jobs.learn_settings import DenseMemoryConfig, FullConfig, LoraConfig, SparseMaskConfig, SparseMemoryConfig
+from memlayer.jobs.learn_settings import (
+    DenseMemoryConfig,
+    FullConfig,
+    LoraConfig,
+    RidgeConfig,
+    SparseMaskConfig,
+    SparseMemoryConfig,
+)
 from memlayer.methods import METHODS
 from memlayer.methods.sparse_mask import linear_weights
 
@@ -16,6 +23,7 @@ SETTINGS = {
     "full": FullConfig(learning_rate=0.01),
     "lora": LoraConfig(learning_rate=0.05, lora_rank=4),
     "sparse_mask": SparseMaskConfig(learning_rate=0.03, score="fisher", density=0.1),
+    "ridge": RidgeConfig(learning_rate=0.3, num_rows=20),
 }
 
 
