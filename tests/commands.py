@@ -25,7 +25,8 @@ from memlayer.methods import STORES
 
 REPO = Path(__file__).parents[1]
 SERVER = get_context("forkserver")
-SERVER.set_forkserver_preload(["memlayer.commands.main"])
+# Not commands.main, whose import of memlayer.patch.__main__ makes ``-m memlayer.patch`` warn of a second one.
+SERVER.set_forkserver_preload(["memlayer.commands.training", "memlayer.commands.evaluating"])
 
 # As small as a decoder with memory gets: 64 slots, of which a token reads 4.
 TINY = {

@@ -374,7 +374,7 @@ def test_pretraining_refuses_in_one_sentence_and_trains_nothing(tmp_path, overri
 
 LEARN_REFUSALS = [
     ("learn.method=magic", "learn.method is 'magic', must be 'sparse_memory' or 'dense_memory' or 'full' or 'lora'"),
-    ("learn.method=full", "learn.num_rows is a setting of sparse_memory, not of full"),
+    ("learn.method=full", "learn.num_rows is a setting of sparse_memory and ridge, not of full"),
     ("learn.lora_rank=3", "learn.lora_rank is a setting of lora, not of sparse_memory"),
     ("checkpoint=null", "checkpoint is null, must be text"),
     ("checkpoint=absent", "no checkpoint in absent: config.json is missing"),

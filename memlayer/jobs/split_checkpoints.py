@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from memlayer.decoders.attach import memory_tables
 from memlayer.decoders.classes import is_first_of_all
 from memlayer.layers.columns import Columns
+from memlayer.layers.memory import MemoryTable
 
 
 def whole_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict | None:
@@ -42,6 +42,7 @@ def state_here(state: Mapping, optimizer: torch.optim.Optimizer, model: nn.Modul
 
 def _columns(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[int, Columns]:
     """Of each split table that the optimizer steps: its number among the parameters, as state dicts count them."""
-    split = {id(table.weight): table.columns for table in memory_tables(model).values() if table.columns is not None}
+    tables = (module for module in model.modules() if isinstance(module, MemoryTable))
+    split = {id(table.weight): table.columns for table in tables if table.columns is not None}
     parameters = [id(p) for group in optimizer.param_groups for p in group["params"]]
     return {number: split[identity] for number, identity in enumerate(parameters) if identity in split}

@@ -23,7 +23,6 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from memlayer.data.qa import IGNORED, MASKS
-from memlayer.decoders.attach import memory_tables
 from memlayer.decoders.classes import whole_state_dict
 from memlayer.decoders.split import average_table_gradients, copy_tables_from_first, leave_to_us
 from memlayer.files import reading, writing
@@ -208,17 +207,21 @@ class MemoryTrainer(StepwiseTrainer):
         """Whether the tables that an optimizer made here steps get sparse gradients."""
         groups = getattr(self.optimizer, "param_groups", ()) if self._makes_optimizer else ()
         stepped = {id(p) for group in groups if group.get("name") == "table" for p in group["params"]}
-        for table in memory_tables(self.model).values() if stepped else ():
+        for table in self._tables() if stepped else ():
             if id(table.weight) in stepped:
                 table.sparse = sparse
 
+    def _tables(self) -> list[MemoryTable]:
+        """All tables; a control of dense blocks has none."""
+        return [module for module in self.model.modules() if isinstance(module, MemoryTable)]
+
     def _split(self) -> list[MemoryTable]:
         """The tables that this process has some columns of."""
-        return [table for table in memory_tables(self.model).values() if table.columns is not None]
+        return [table for table in self._tables() if table.columns is not None]
 
     def _take_tables_from_reducer(self) -> None:
         """Reduce the gradients of tables ourselves where they hold only the rows read: NCCL cannot."""
-        by_rows = [t for t in memory_tables(self.model).values() if t.sparse and t.weight.requires_grad]
+        by_rows = [t for t in self._tables() if t.sparse and t.weight.requires_grad]
         self._ranks = Ranks() if by_rows else None
         whole = [table for table in by_rows if table.columns is None]
         copy_tables_from_first(whole, self._ranks)
