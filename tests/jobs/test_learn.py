@@ -182,7 +182,7 @@ def test_in_rounds_a_lesson_keeps_its_own_rows_and_away_from_those_of_others(tmp
 
 
 def test_what_each_lesson_wrote_is_told_apart_and_how_full_the_table_is(tmp_path, checkpoint):
-    learned = learn(lessons_config(tmp_path, checkpoint, learn={"protect": 0, "loss_on": "all", "idf_power": 0.0}))  # rows that move and that the background may read
+    learned = learn(lessons_config(tmp_path, checkpoint, learn={"protect": 0, "loss_on": "all", "idf_power": 0.0}))
     table, full = learned.patch.tables[TABLE], learned.capacity[TABLE]
     assert len(table.lessons) == full["lessons"] == 3
     assert torch.equal(torch.cat(list(table.lessons.values())).unique(), table.slots)
