@@ -27,6 +27,7 @@ def ascending64(b_scores):
 
 @triton.constexpr_function
 def log2(size):
+    """Of a power of two."""
     return size.bit_length() - 1
 
 
