@@ -19,7 +19,8 @@ from memlayer.jobs.config import (
     load_config,
 )
 from memlayer.jobs.learn_settings import LoraConfig
-from memlayer.jobs.sections import ControlsConfig, LessonsConfig, MixtureConfig, SourceConfig, TextConfig
+from memlayer.jobs.pretrain_settings import ControlsConfig, MixtureConfig, SourceConfig
+from memlayer.jobs.sections import LessonsConfig, TextConfig
 from memlayer.jobs.typed import members, name_of
 
 CONFIGS = sorted((REPO / "configs").glob("*.yaml"))

@@ -1,4 +1,4 @@
-"""What a run is told: one dataclass per job, whose sections are in ``sections.py``.
+"""What a run is told: one dataclass per job, whose sections are in sections.py and in the files of settings beside it.
 
 Which settings there are follows from the job and the method, so one that would do nothing is refused. The resolved
 configuration is saved with every run.
@@ -11,28 +11,29 @@ from typing import Any, Literal
 from memlayer.checks import check_at_least, check_choices
 from memlayer.evaluation.rows import CONTROL
 from memlayer.jobs import recipes, typed, written
+from memlayer.jobs.compare_settings import CompareConfig, MethodConfig
 from memlayer.jobs.learn_settings import ANY_LEARN, SparseMemoryConfig
-from memlayer.jobs.sections import (
+from memlayer.jobs.pretrain_settings import (
     ArchitectureConfig,
-    AugmentConfig,
-    CompareConfig,
     ControlsConfig,
     CountConfig,
-    DataConfig,
-    LearnTableConfig,
-    LessonsConfig,
-    MethodConfig,
     MixtureConfig,
     ModelConfig,
     PretrainConfig,
     PretrainTextConfig,
+    StatedConfig,
+    TokenizerConfig,
+)
+from memlayer.jobs.sections import (
+    AugmentConfig,
+    DataConfig,
+    LearnTableConfig,
+    LessonsConfig,
     ProbesConfig,
     PromptsConfig,
     RetrofitConfig,
-    StatedConfig,
     TableConfig,
     TextConfig,
-    TokenizerConfig,
 )
 from memlayer.jobs.trainer_settings import TYPES, check_trainer
 from memlayer.layers.config import MemoryConfig

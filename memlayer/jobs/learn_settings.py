@@ -5,7 +5,7 @@ from typing import Literal
 
 from memlayer.checks import check_at_least, check_choices, check_share
 from memlayer.data.prompts import LESSON
-from memlayer.jobs.sections import LossOn
+from memlayer.jobs.pretrain_settings import LossOn
 from memlayer.jobs.store_settings import AnyMethodConfig, HebbianConfig, NearestConfig, RetrievalConfig
 
 
