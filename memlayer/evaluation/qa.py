@@ -10,7 +10,6 @@ Left out: sampling, beams and letting a model answer at length.
 Shapes: B questions of a batch, L longest sequence, A longest answer, C vocabulary.
 """
 
-import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memlayer.data.qa import Example, Question, encode_answers, encode_prompts, pad_token
+from memlayer.decoders.kept_logits import can_keep_logits, kept_logits
 from memlayer.evaluation import answers, squad
 from memlayer.evaluation.prefix import Prefix, read_prefix
 
@@ -249,8 +249,8 @@ def _logits_from(model, ids_BL: Tensor, mask_BL: Tensor, first: int, prefix: Pre
     inputs = {"input_ids": ids_BL, "attention_mask": mask_BL, "use_cache": prefix is not None}
     if prefix:
         inputs["past_key_values"] = prefix.copies([0] * len(ids_BL))
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        return model(**inputs, logits_to_keep=ids_BL.shape[1] - first).logits
+    if can_keep_logits(model.forward):
+        return model(**inputs, **kept_logits(model.forward, first, ids_BL.shape[1], ids_BL.device)).logits
     return model(**inputs).logits[:, first:]
 
 

@@ -5,7 +5,6 @@ Everything else (accumulation, clipping, schedules, checkpoints, resume, logging
 Trainer's own.
 """
 
-import inspect
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -24,6 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from memlayer.data.qa import IGNORED, MASKS
 from memlayer.decoders.classes import whole_state_dict
+from memlayer.decoders.kept_logits import can_keep_logits, kept_logits
 from memlayer.decoders.split import average_table_gradients, copy_tables_from_first, leave_to_us
 from memlayer.files import reading, writing
 from memlayer.jobs.checkpoints import damage_of, newest_checkpoint
@@ -182,7 +182,7 @@ class MemoryTrainer(StepwiseTrainer):
         self._makes_optimizer = self.optimizer is None
         self.table_learning_rate, self.finetuner = table_learning_rate, finetuner
         decoder = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        self._can_keep_logits = "logits_to_keep" in inspect.signature(decoder.forward).parameters
+        self._forward = decoder.forward
         self._ranks: Ranks | None = None  # of several processes: those whose gradients of rows are gathered
         if finetuner is not None and self.args.load_best_model_at_end:
             raise ValueError(
@@ -348,14 +348,15 @@ class MemoryTrainer(StepwiseTrainer):
 
     def _leave_out_prompts(self, inputs: dict) -> None:
         """Have no logits computed for the positions before the first that a label of the batch asks for."""
-        if not self._can_keep_logits or inputs.get("labels") is None:
+        if inputs.get("labels") is None or not can_keep_logits(self._forward):
             return
         asked = (inputs["labels"] != IGNORED).any(0).nonzero()
         # A label is predicted by the position before it.
         first = max(0, int(asked[0]) - 1) if len(asked) else 0
         if first:
-            inputs["logits_to_keep"] = inputs["labels"].shape[1] - first
-            inputs["labels"] = inputs["labels"][:, first:]
+            labels_BL = inputs["labels"]
+            inputs |= kept_logits(self._forward, first, labels_BL.shape[1], labels_BL.device)
+            inputs["labels"] = labels_BL[:, first:]
 
     def log(self, logs, *args, **kwargs):
         """The Trainer's; with a finetuner, also what the latest choice was made among and how full the tables are."""
