@@ -35,9 +35,10 @@ from memlayer.jobs.learn_settings import LearnConfig, SparseMemoryConfig
 from memlayer.jobs.lessons import lessons_of, prompts_of
 from memlayer.jobs.preflight import check_checkpoint, check_lengths, check_output, training_arguments
 from memlayer.jobs.run_folder import claimed, is_done
+from memlayer.jobs.stepwise_trainer import train_to_end
 from memlayer.jobs.taught import Learned, files_of, provenance, save_learned
 from memlayer.jobs.terms import terms_of
-from memlayer.jobs.trainer import MemoryTrainer, train_to_end
+from memlayer.jobs.trainer import MemoryTrainer
 from memlayer.methods import METHODS, STORES, Prepared
 from memlayer.methods.mist import adapt_to_lessons
 from memlayer.patch import MemoryPatch

@@ -22,8 +22,9 @@ from memlayer.jobs.config import RunConfig
 from memlayer.jobs.count import count
 from memlayer.jobs.preflight import check_lengths, check_output, training_arguments
 from memlayer.jobs.run_folder import check_finite, claimed, trained_model, write_result, write_trained
+from memlayer.jobs.stepwise_trainer import train_to_end
 from memlayer.jobs.taught import files_of
-from memlayer.jobs.trainer import MemoryTrainer, restore, train_to_end
+from memlayer.jobs.trainer import MemoryTrainer, restore
 from memlayer.slots.counts import COUNTS_FILE, SlotCounts, save_counts
 
 

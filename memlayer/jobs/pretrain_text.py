@@ -36,9 +36,10 @@ from memlayer.jobs.config import PretrainTextRun
 from memlayer.jobs.count import count
 from memlayer.jobs.preflight import check_output, count_windows_once, training_arguments
 from memlayer.jobs.run_folder import SOURCE, check_finite, claimed, trained_model, write_result, write_trained
+from memlayer.jobs.stepwise_trainer import train_to_end
 from memlayer.jobs.taught import files_of
 from memlayer.jobs.text_trainer import TextTrainer
-from memlayer.jobs.trainer import restore, train_to_end
+from memlayer.jobs.trainer import restore
 from memlayer.slots.counts import COUNTS_FILE, SlotCounts, save_counts
 
 EVALUATIONS, LOGS = 10, 50  # over a training

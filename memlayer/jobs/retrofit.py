@@ -43,7 +43,8 @@ from memlayer.jobs.count import count
 from memlayer.jobs.lessons import prompts_of
 from memlayer.jobs.preflight import check_output, count_windows_once, training_arguments
 from memlayer.jobs.run_folder import check_finite, claimed, trained_model, write_result, write_trained
-from memlayer.jobs.trainer import MemoryTrainer, StepwiseTrainer, restore, train_to_end
+from memlayer.jobs.stepwise_trainer import StepwiseTrainer, train_to_end
+from memlayer.jobs.trainer import MemoryTrainer, restore
 from memlayer.layers.costs import touched_per_token
 from memlayer.slots.counts import COUNTS_FILE, SlotCounts, save_counts
 
