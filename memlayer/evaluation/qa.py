@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memlayer.data.qa import Example, Question, encode_answers, encode_prompts, pad_token
-from memlayer.decoders.kept_logits import can_keep_logits, kept_logits
 from memlayer.evaluation import answers, squad
+from memlayer.evaluation.kept_logits import can_keep_logits, kept_logits
 from memlayer.evaluation.prefix import Prefix, read_prefix
 
 IGNORED = -100  # the target that cross_entropy leaves out

@@ -21,8 +21,8 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from memlayer.data.qa import IGNORED, MASKS
 from memlayer.decoders.classes import whole_state_dict
-from memlayer.decoders.kept_logits import can_keep_logits, kept_logits
 from memlayer.decoders.split import average_table_gradients, copy_tables_from_first, leave_to_us
+from memlayer.evaluation.kept_logits import can_keep_logits, kept_logits
 from memlayer.files import reading
 from memlayer.jobs.split_checkpoints import state_here, whole_state
 from memlayer.jobs.stepwise_trainer import StepwiseTrainer

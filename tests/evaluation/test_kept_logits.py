@@ -3,7 +3,7 @@
 import tiny
 import torch
 
-from memlayer.decoders.kept_logits import can_keep_logits, kept_logits
+from memlayer.evaluation.kept_logits import can_keep_logits, kept_logits
 
 
 def test_the_head_multiplies_the_kept_positions_at_once_and_says_what_it_says_of_all():
