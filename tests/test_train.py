@@ -388,6 +388,7 @@ LEARN_REFUSALS = [
     ("learn.questions=5", "5 questions per batch asked for, relation P740 has 4 to teach with"),
     ("learn.idf_power=-1", "learn.idf_power is -1.0, must be at least 0"),
     ("learn.positions=some", "learn.positions is 'some', must be 'all' or 'subject' or 'answer'"),
+    ("learn.subject_tokens=2", "learn.subject_tokens is 2, but learn.positions is all, which counts more than names"),
     ("learn.loss_on=some", "learn.loss_on is 'some', must be 'all' or 'answer'"),
     ("learn.protect=-1", "learn.protect is -1, must be at least 0"),
     ("learn.optimizer=adamw", "learn.optimizer is 'adamw', must be 'sgd' or 'adam'"),

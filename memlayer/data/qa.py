@@ -275,8 +275,16 @@ def _in_common(one: Sequence[int], other: Sequence[int]) -> int:
     return next((at for at, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
 
 
-def collate(batch: Sequence[dict], pad_token_id: int, loss_on: Literal["all", "answer"] = "all") -> dict[str, Tensor]:
+def collate(
+    batch: Sequence[dict],
+    pad_token_id: int,
+    loss_on: Literal["all", "answer"] = "all",
+    subject_tokens: int | None = None,
+) -> dict[str, Tensor]:
     """Pad on the right.
+
+    Args:
+        subject_tokens: of the tokens that name a subject, so many at its end are marked; None marks all.
 
     Returns:
         int64 tensors of shape (batch, longest): ``input_ids``; ``attention_mask``; ``labels``, ignored at
@@ -292,6 +300,8 @@ def collate(batch: Sequence[dict], pad_token_id: int, loss_on: Literal["all", "a
     answer_BL = there_BL & (position_L >= answer_start_B[:, None])
     predicts_BL = (position_L >= answer_start_B[:, None] - 1) & (position_L < length_B[:, None] - 1)
     subject_B2 = torch.tensor([example.get("subject", (0, 0)) for example in batch])
+    if subject_tokens is not None:
+        subject_B2[:, 0] = subject_B2[:, 0].maximum(subject_B2[:, 1] - subject_tokens)
     subject_BL = (position_L >= subject_B2[:, :1]) & (position_L < subject_B2[:, 1:])
     learned_BL = answer_BL if loss_on == "answer" else there_BL
     return {

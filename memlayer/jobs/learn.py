@@ -178,7 +178,9 @@ def _teach(lesson: _Prepared) -> Learned:
         found = {key: number for term in terms for key, number in term.found().items()}
         if not arguments.disable_tqdm and PartialState().is_main_process:
             _tell_of_context(found)
-        collator = partial(_collate, pad_token_id=pad_token(tokenizer), loss_on=settings.loss_on)
+        subject_tokens = settings.subject_tokens if isinstance(settings, SparseMemoryConfig) else None
+        told_of = {"loss_on": settings.loss_on, "subject_tokens": subject_tokens}
+        collator = partial(_collate, pad_token_id=pad_token(tokenizer), **told_of)
         start = time.perf_counter()  # what looks at the lessons before the first step is learning, too
         prepared = _made_ready(lesson, collator)
         may_change = sum(p.numel() for group in prepared.optimizer.param_groups for p in group["params"])

@@ -213,6 +213,8 @@ class SparseMemoryConfig(LearnConfig):
         positions: whose reads count: all positions, as in the paper; those that name the lesson's subject, which its
             wordings have in common, so that a wording it was not taught in reads the rows too; or those that predict
             the answer. A lesson whose subject is not known counts all.
+        subject_tokens: with positions=subject, so many tokens at the end of the name count, where it has been read as a
+            whole; None is all of them.
         protect: how many background documents a row counts as read by, for each lesson that wrote it, when another
             one chooses. 0 is the paper's rule; as many as there are documents, or more, keeps the rows of lessons
             apart, so that one can be deleted entirely.
@@ -230,6 +232,7 @@ class SparseMemoryConfig(LearnConfig):
     num_rows: int = 400
     idf_power: float = 8.0
     positions: Literal["all", "subject", "answer"] = "all"
+    subject_tokens: int | None = None
     protect: int = 10
     max_norm: float | None = None
     reads: Literal["sum", "wordings", "minimum"] = "sum"
@@ -242,8 +245,13 @@ class SparseMemoryConfig(LearnConfig):
             raise ValueError(
                 "learn.mist.paper_code moves product keys, with which the background was counted: leave it out"
             )
-        check_at_least(1, "learn", self, "num_rows")
+        check_at_least(1, "learn", self, "num_rows", "subject_tokens")
         check_at_least(0, "learn", self, "idf_power", "protect", "max_norm")
+        if self.subject_tokens is not None and self.positions != "subject":
+            raise ValueError(
+                f"learn.subject_tokens is {self.subject_tokens}, but learn.positions is {self.positions}, which counts "
+                "more than names"
+            )
 
 
 @dataclass

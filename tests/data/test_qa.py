@@ -160,6 +160,16 @@ def test_collate_marks_positions_as_worked_out_by_hand():
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 
 
+@pytest.mark.parametrize(
+    ("subject_tokens", "marked"), [(1, [0, 0, 0, 1, 0, 0]), (2, [0, 0, 1, 1, 0, 0]), (9, [0, 1, 1, 1, 0, 0])]
+)
+def test_only_the_end_of_a_subject_is_marked_where_that_is_asked(subject_tokens, marked):
+    examples = encode(Letters(), [Example("abc", "x", subject="abc"), Example("a", "z")])
+    known, unknown = collate(examples, pad_token_id=3, subject_tokens=subject_tokens)["subject_mask"].tolist()
+    assert known == marked
+    assert unknown == [1, 1, 1, 1, 0, 0]  # nobody said what it is about
+
+
 def test_loss_on_the_answer_ignores_the_prompt():
     batch = collate(encode(Letters(), [Example("abc", "xy"), Example("a", "z")]), 3, loss_on="answer")
     assert batch["labels"].tolist() == [

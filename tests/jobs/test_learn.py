@@ -95,6 +95,13 @@ def test_micro_batches_of_a_step_write_the_rows_of_the_whole_batch(tmp_path, che
     torch.testing.assert_close(ours.rows, theirs.rows, rtol=1e-4, atol=1e-6)  # float32
 
 
+def test_the_end_of_a_name_has_fewer_rows_than_the_name(tmp_path, checkpoint):
+    settings = {"positions": "subject", "idf_power": 0, "num_rows": NUM_SLOTS}
+    runs = (learned_by(checkpoint, tmp_path / str(n), **settings, subject_tokens=n) for n in (None, 1))
+    whole, end = (set(run.patch.tables[TABLE].slots.tolist()) for run in runs)
+    assert end < whole
+
+
 def test_a_run_is_repeated_by_its_seed_and_changed_by_another(tmp_path, checkpoint):
     """LoRA draws its first matrices; a run that forgot to seed would differ from its repetition."""
     config = config_of(LEARN, tmp_path / "run", checkpoint=str(checkpoint), learn={"method": "lora"})
