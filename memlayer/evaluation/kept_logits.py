@@ -3,7 +3,7 @@ decoder's arithmetic.
 
 The positions are named by a tensor, not by their number. transformers cuts by number into a view with gaps between
 sequences, and torch multiplies such a view by frozen weights one sequence after the other, reading the whole head for
-each of them: on a CPU that made a step of learning a third slower.
+each of them: on a CPU a run of learning took a quarter longer.
 """
 
 import inspect
