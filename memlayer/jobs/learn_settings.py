@@ -224,6 +224,9 @@ class SparseMemoryConfig(LearnConfig):
         select: how slots are ranked: tf_idf is the paper's rule; kl and kl_documents compare with the background's
             reads or document frequencies, and know no idf_power; gradient puts the length of a slot's gradient in the
             place of its reads, and takes twice the time; random is a control.
+        damping: how much shorter a row's step becomes by how often background text reads it: with 1 a slot that it
+            reads as often as the mean slot takes half a step, one that it never reads a whole one. 0 is the paper's
+            rule. Rows that lessons wrote count, for another one, as read by protect more documents.
         optimizer: sgd is the paper's, without momentum.
     """
 
@@ -237,6 +240,7 @@ class SparseMemoryConfig(LearnConfig):
     max_norm: float | None = None
     reads: Literal["sum", "wordings", "minimum"] = "sum"
     select: Literal["tf_idf", "kl", "kl_documents", "gradient", "random"] = "tf_idf"
+    damping: float = 0.0
     optimizer: Literal["sgd", "adam"] = "sgd"
 
     def __post_init__(self):
@@ -246,7 +250,7 @@ class SparseMemoryConfig(LearnConfig):
                 "learn.mist.paper_code moves product keys, with which the background was counted: leave it out"
             )
         check_at_least(1, "learn", self, "num_rows", "subject_tokens")
-        check_at_least(0, "learn", self, "idf_power", "protect", "max_norm")
+        check_at_least(0, "learn", self, "idf_power", "protect", "max_norm", "damping")
         if self.subject_tokens is not None and self.positions != "subject":
             raise ValueError(
                 f"learn.subject_tokens is {self.subject_tokens}, but learn.positions is {self.positions}, which counts "

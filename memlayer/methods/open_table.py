@@ -21,7 +21,7 @@ from memlayer.methods.slot_steps import SlotSteps, check_optimizer, group_of
 from memlayer.methods.slot_store import SlotStore
 from memlayer.patch import TablePatch
 from memlayer.slots.counts import SlotCounts
-from memlayer.slots.selection import at_random, kl, tf_idf, top_slots
+from memlayer.slots.selection import at_random, kl, step_shares, tf_idf, top_slots
 
 # Columns of the store; the last two: how many lessons wrote a slot, and whether the one that is taught is among them.
 SLOTS, ORIGINALS, ROWS, WRITERS, MINE = "slots", "originals", "rows", "writers", "mine"
@@ -90,10 +90,12 @@ class OpenTable:
         num_rows: int,
         protect: int,
         max_norm: float | None,
+        damping: float,
     ):
-        self.name, self.table, self._protect, self._max_norm = name, table, protect, max_norm
+        self.name, self.table, self._protect, self._max_norm, self._damping = name, table, protect, max_norm, damping
         weight = table.weight
         self.background = background.to(weight.device)
+        self._mean_reads, self._a_document = float(background.reads_N.sum()) / len(weight), background.reads_a_document
         # DistributedDataParallel expects sparse gradients of every parameter of a sparse embedding, rows included.
         self._was_sparse, table.sparse = table.sparse, False
         dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -200,7 +202,9 @@ class OpenTable:
         self._admit()
         rows_RV = self.rows.detach()[:count]
         if self.rows.grad is not None and count:
+            before_RV = rows_RV.clone() if self._damping else None
             self._steps.step(optimizer, group_of(optimizer, self.rows), rows_RV, self.rows.grad[:count], self._at_R)
+            self._damp(before_RV, rows_RV)
             self._shorten(rows_RV)
         if weight.dtype != self.rows.dtype:
             self._store.put(ROWS, self._at_R, rows_RV)
@@ -223,6 +227,15 @@ class OpenTable:
         self._store.put(MINE, at_F, torch.ones_like(at_F, dtype=torch.bool))
         mine = self._slots_of_lesson.get(self._lesson, slots_F[:0])
         self._slots_of_lesson[self._lesson] = torch.cat([mine, slots_F]).sort().values
+
+    def _damp(self, before_RV: Tensor | None, rows_RV: Tensor) -> None:
+        """Take rows back, along their step, by how much background text and the lessons of others read them."""
+        if before_RV is None:
+            return
+        others_R = self._store.get(WRITERS, self._at_R) - 1  # this lesson is among them since the rows were admitted
+        reads_R = self.background.reads_N[self.slots_R] + self._protect * self._a_document * others_R
+        shares_R = step_shares(reads_R, self._mean_reads, self._damping)
+        torch.lerp(before_RV, rows_RV.clone(), shares_R.to(rows_RV.dtype)[:, None], out=rows_RV)
 
     def _shorten(self, rows_RV: Tensor) -> None:
         """Take rows back, along their change, to within the bound on its norm."""
@@ -283,7 +296,8 @@ class OpenTable:
     def _told_background(self) -> dict:
         """The background that the finetuner was made with, in a few words."""
         frequency = fingerprint({"document_frequency": self.background.document_frequency_N})
-        return {"num_documents": self.background.num_documents, "document_frequency": frequency}
+        reads = fingerprint({"reads": self.background.reads_N})
+        return {"num_documents": self.background.num_documents, "document_frequency": frequency, "reads": reads}
 
     def check_state_dict(self, state: Mapping, product_keys: dict[str, str]) -> None:
         _rows_of(state).check(self.name, self.table, product_keys, "originals")

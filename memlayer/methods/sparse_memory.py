@@ -71,14 +71,16 @@ class SparseMemoryFinetuner:
         select: how slots are ranked. "tf_idf" is the paper's rule; "kl" and "kl_documents" are those of
             ``selection.kl``, which take no power; "gradient" puts the length of each slot's gradient in the place of
             its reads, which costs a second forward and a second backward pass; "random" is a control.
+        damping: how much shorter a slot's step becomes by how often the background reads it, whatever the optimizer,
+            see ``selection.step_shares``; ``protect`` counts there too. 0 is the paper's rule, full steps for all.
 
     Attributes:
         last_selection: per table, how many slots the latest batch read, and how many were selected; for a log.
 
     Raises:
-        ValueError: an unknown position rule, a negative ``idf_power``, background counts that lack a table, do
-            not fit it or are of other product keys, or a table that has a finetuner already; the model is left as
-            it was.
+        ValueError: an unknown position rule, a negative ``idf_power`` or ``damping``, background counts that lack a
+            table, do not fit it, are of other product keys or hold nothing to damp by, or a table that has a finetuner
+            already; the model is left as it was.
     """
 
     def __init__(
@@ -92,9 +94,12 @@ class SparseMemoryFinetuner:
         max_norm: float | None = None,
         reads: str = "sum",
         select: str = "tf_idf",
+        damping: float = 0.0,
     ):
         if not idf_power >= 0:
             raise ValueError(f"idf_power is {idf_power}, must be at least 0")
+        if not 0 <= damping < float("inf"):
+            raise ValueError(f"damping is {damping}, must be a number of at least 0")
         if protect < 0:
             raise ValueError(f"protect is {protect}, must not be negative")
         if max_norm is not None and not max_norm > 0:
@@ -111,11 +116,17 @@ class SparseMemoryFinetuner:
         for name, table in tables.items():
             _check_table(name, table, background, num_rows)
             background[name].check_keys(name, product_keys[name])
+            if damping and not background[name].reads_N.any():
+                raise ValueError(
+                    f"damping is {damping}, and the background counts of table {name!r} hold no read to damp steps by: "
+                    "count some text, or set damping to 0"
+                )
         self._settings = {"num_rows": num_rows, "idf_power": float(idf_power), "positions": positions}
         self._settings |= {"protect": protect, "max_norm": max_norm, "reads": reads, "select": select}
+        self._settings["damping"] = float(damping)
         self._trainable = [p for p in model.parameters() if p.requires_grad]
         model.requires_grad_(False)
-        rules = num_rows, protect, max_norm
+        rules = num_rows, protect, max_norm, float(damping)
         self._tables = {name: OpenTable(name, table, background[name], *rules) for name, table in tables.items()}
         self._listening = [t.table.register_forward_hook(self._follow) for t in self._tables.values()]
         self.last_selection: dict[str, Selection] = {}
@@ -472,6 +483,7 @@ def prepare(model: nn.Module, background: Mapping[str, SlotCounts], settings, le
         settings.max_norm,
         settings.reads,
         settings.select,
+        settings.damping,
     )
     optimizer = OPTIMIZERS[settings.optimizer](finetuner.parameters(), lr=settings.learning_rate)
     return Prepared(model, finetuner.watch(optimizer), finetuner.detach, finetuner)

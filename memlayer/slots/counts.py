@@ -63,6 +63,11 @@ class SlotCounts:
         """N."""
         return len(self.reads_N)
 
+    @property
+    def reads_a_document(self) -> float:
+        """How often a document reads a slot that it reads at all, on average."""
+        return float(self.reads_N.sum() / self.document_frequency_N.sum().clamp(min=1))
+
     def to(self, device: torch.device) -> "SlotCounts":
         """The same counts on ``device``."""
         return replace(self, reads_N=self.reads_N.to(device), document_frequency_N=self.document_frequency_N.to(device))

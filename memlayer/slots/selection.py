@@ -1,6 +1,6 @@
-"""Rank memory slots by how much a batch reads them relative to background text.
+"""Rank memory slots by how much a batch reads them relative to background text, and say how far each may step.
 
-Scores are pure functions of counts, so a rule can be checked by hand. Choosing which rows may train is all this
+Both are pure functions of counts, so a rule can be checked by hand. Choosing which rows may train is all this
 module does; making only those rows move is methods/sparse_memory.py. Only slots that the batch read are ever
 looked at: no pass over the table.
 
@@ -62,12 +62,28 @@ def kl(
         scores_U: float64, below zero where the background reads the slot more than the batch does.
     """
     counts_N = background.document_frequency_N if documents else background.reads_N
-    a_document = (
-        1.0 if documents else float(background.reads_N.sum() / background.document_frequency_N.sum().clamp(min=1))
-    )
+    a_document = 1.0 if documents else background.reads_a_document
     p_U = reads_U.double() / reads_U.sum().clamp(min=1)
     q_U = (counts_N[slots_U] + protected_U * a_document + 1).double() / (counts_N.sum() + len(counts_N))
     return p_U * torch.log(p_U / q_U)
+
+
+def step_shares(reads_U: Tensor, mean_reads: float, damping: float) -> Tensor:
+    """What share of its step each slot takes: 1 / (1 + damping * its background reads / those of the mean slot).
+
+    Ranking says which slots move; this says how far, so that a slot that ordinary text reads now and then need not be
+    left out. Source: ours, after the diagonal in ``methods.row_equations``, where a row's change costs what ordinary
+    text hears of it.
+
+    Args:
+        reads_U: how often the background reads each slot.
+        mean_reads: the same of the mean slot of the table, above 0.
+        damping: at least 0; with 1 the mean slot takes half a step.
+
+    Returns:
+        shares_U: float64, above 0 and at most 1, which is the share of a slot that no background text reads.
+    """
+    return 1 / (1 + damping * reads_U.double() / mean_reads)
 
 
 def at_random(slots_U: Tensor) -> Tensor:

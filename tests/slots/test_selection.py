@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memlayer.slots.counts import SlotCounts
-from memlayer.slots.selection import kl, read_by_all, read_by_each, tf_idf, top_slots
+from memlayer.slots.selection import kl, read_by_all, read_by_each, step_shares, tf_idf, top_slots
 
 
 def counts(document_frequency, num_documents):
@@ -108,6 +108,11 @@ def test_by_kl_a_protected_slot_counts_as_read_more_often():
     slots, reads, protected = torch.tensor([0]), torch.tensor([5]), torch.tensor([2])
     assert kl(slots, reads, background, protected).tolist() == pytest.approx([math.log(1 / (7 / 14))])
     assert kl(slots, reads, background, protected, documents=True).tolist() == pytest.approx([math.log(1 / (3 / 6))])
+
+
+def test_the_mean_slot_takes_half_a_step_and_an_unread_one_a_whole_one():
+    assert step_shares(torch.tensor([0, 3, 9, 21]), 3.0, 1.0).tolist() == [1.0, 0.5, 0.25, 0.125]
+    assert step_shares(torch.tensor([0, 3]), 3.0, 0.0).tolist() == [1.0, 1.0]
 
 
 @given(st.lists(st.lists(st.integers(0, 6), max_size=5), max_size=4))
