@@ -7,6 +7,7 @@
     memlayer learn my.yaml                                          a file of yours
     memlayer eval runs/attach_smollm2 runs/mine
     memlayer patch show runs/mine/patch
+    memlayer solve runs/attach_smollm2 runs/monday runs/tuesday runs/both
     accelerate launch -m memlayer pretrain                          several processes
 
 commands, each with a --help of its own:
@@ -19,6 +20,7 @@ commands, each with a --help of its own:
   compare               teach the same by several methods
   eval                  ask a checkpoint and what learning runs made of it
   patch                 show, apply, revert, merge, squash, delete or forget what was learned
+  solve                 one set of rows for the lessons of several ridge runs, or without some of them
   recipes               list what the jobs, the first seven, can run by name
   recipe                print one of them
 
@@ -31,7 +33,7 @@ import difflib
 import sys
 
 from memlayer import __version__
-from memlayer.commands import evaluating, training
+from memlayer.commands import evaluating, solving, training
 from memlayer.jobs import recipes
 from memlayer.patch import __main__ as patching
 from memlayer.refusals import refusals
@@ -58,6 +60,7 @@ def print_recipe(words: list[str]) -> None:
 OTHERS = {
     "eval": lambda words: evaluating.main(f"{PROGRAM} eval", words),
     "patch": lambda words: patching.main(f"{PROGRAM} patch", words),
+    "solve": lambda words: solving.main(f"{PROGRAM} solve", words),
     "recipes": list_recipes,
     "recipe": print_recipe,
 }

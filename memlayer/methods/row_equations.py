@@ -27,6 +27,7 @@ Shapes: P positions of a lesson, T of all lessons, K slots read at a position, V
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -126,6 +127,10 @@ class RowEquations:
         Raises:
             ValueError: there is no lesson.
         """
+        return self._solution
+
+    @cached_property
+    def _solution(self) -> tuple[Tensor, Tensor]:
         if not self.lessons:
             raise ValueError("there is no lesson in the equations")
         parts = [self.lessons[name] for name in sorted(self.lessons)]
