@@ -72,8 +72,8 @@ def step_shares(reads_U: Tensor, mean_reads: float, damping: float) -> Tensor:
     """What share of its step each slot takes: 1 / (1 + damping * its background reads / those of the mean slot).
 
     Ranking says which slots move; this says how far, so that a slot that ordinary text reads now and then need not be
-    left out. Source: ours, after the diagonal in ``methods.row_equations``, where a row's change costs what ordinary
-    text hears of it.
+    left out. Source: after MEMIT (arXiv:2210.07229, section 4.2), whose covariance of background keys weighs a change
+    by what ordinary text hears of it; here the diagonal of that over slots, from counts, on each step.
 
     Args:
         reads_U: how often the background reads each slot.
