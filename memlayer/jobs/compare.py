@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -241,7 +242,8 @@ def run_trials(trials: Sequence[Trial], workers: int, progress: Callable[[Trial]
         progress: called with each trial when its result is there.
 
     Raises:
-        ValueError: a trial is to save checkpoints, or its folder holds something else; none is run then.
+        ValueError: a trial is to save checkpoints, or its folder holds something else; none is run then. Or some could
+            not be finished, as at too high a rate: all others are run before.
     """
     for trial in trials:
         if trial.config.trainer.get("save_strategy", "no") not in ("no", False):
@@ -253,22 +255,31 @@ def run_trials(trials: Sequence[Trial], workers: int, progress: Callable[[Trial]
     for trial in trials:
         if trial not in missing:
             progress(trial)
-    if not missing:
-        return
+    failed: list[str] = []
+
+    def finish(trial: Trial, ended: Callable[[], None]) -> None:
+        try:
+            ended()
+        except ValueError as error:
+            failed.append(f"{trial.method} {trial.strength}: {error}")
+        else:
+            progress(trial)
+
     try:
         if workers == 1:
             for trial in missing:
-                run_trial(trial)
-                progress(trial)
-            return
-        with worker_processes(workers, threads=1) as pool:
-            running = {pool.submit(run_trial, trial): trial for trial in missing}
-            for future in as_completed(running):
-                future.result()
-                progress(running[future])
+                finish(trial, partial(run_trial, trial))
+        elif missing:
+            with worker_processes(workers, threads=1) as pool:
+                running = {pool.submit(run_trial, trial): trial for trial in missing}
+                for future in as_completed(running):
+                    finish(running[future], future.result)
     except KeyboardInterrupt as stop:
         stop.add_note("stopped; the trials that are done stay, and the same command runs the others")
         raise
+    if failed:
+        others = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+        raise ValueError(f"{failed[0]}{others}; the other trials of the {len(trials)} are done and stay")
 
 
 def trial_is_done(trial: Trial) -> bool:

@@ -120,6 +120,19 @@ def test_a_trial_that_fails_leaves_nothing_behind(tmp_path, checkpoint):
     assert not list(failing.folder.iterdir())
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_trial_that_fails_is_named_when_all_others_are_done(tmp_path, checkpoint, workers):
+    trials = [trial(checkpoint, tmp_path / str(rate), rate=rate) for rate in (1.0, 5.0, 20.0)]
+    config = trials[1].config
+    trials[1] = replace(trials[1], config=replace(config, learn=replace(config.learn, num_rows=65)))
+    reported = []
+    sentence = r"^sparse memory lr 5\.0: num_rows is 65, .*; the other trials of the 3 are done and stay$"
+    with pytest.raises(ValueError, match=sentence):
+        run_trials(trials, workers=workers, progress=reported.append)
+    assert [trial_is_done(each) for each in trials] == [True, False, True]
+    assert sorted(map(repr, reported)) == sorted(map(repr, trials[::2]))
+
+
 def test_what_was_measured_is_read_back_as_it_was_written(tmp_path, one_by_one):
     measured = read_measured(one_by_one[2].folder)
     write_measured(measured, tmp_path)
