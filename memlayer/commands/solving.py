@@ -1,7 +1,7 @@
 """Solve anew for the rows of what ridge runs learned: of several runs together, or without some of their lessons.
 
     memlayer solve runs/pretrain runs/monday runs/tuesday runs/both
-    memlayer solve runs/pretrain runs/both runs/without_ada --without "Ada Lovelace works_in"
+    memlayer solve runs/pretrain runs/both runs/without_him --without "P740|Bury Your Dead"
 
 MODEL is what the runs were taught to, as it was before. Runs with learn.method=ridge keep the equations of their
 lessons beside their patch. Lessons of several runs end as if one run had taught them all, in whatever order; a lesson

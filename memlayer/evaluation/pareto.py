@@ -15,24 +15,60 @@ COLOURS = tuple(f"tab:{name}" for name in NAMES)
 def pareto_figure(title: str, rows: Sequence[Mapping], control: str) -> Figure:
     """One point a row (see rows.py for the keys), one colour a method, a ring around chosen strengths.
 
+    With more methods than colours, the best ones have the colours (see ``by_fronts``); the others are grey, without
+    names, and damage below one percent has more room.
+
     The figure has its own Agg canvas, so that it needs no display and leaves pyplot alone.
     """
-    figure = Figure(figsize=(7, 5), layout="constrained")
+    methods = list(dict.fromkeys(row["method"] for row in rows if row["method"] != control))
+    crowded = len(methods) > len(COLOURS)
+    named = by_fronts(rows, control)[: len(COLOURS)] if crowded else methods
+    figure = Figure(figsize=(10, 6) if crowded else (7, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    methods = dict.fromkeys(row["method"] for row in rows if row["method"] != control)
-    for index, method in enumerate(methods):
+    for method in methods:
         runs = [row for row in rows if row["method"] == method]
-        _draw_method(axes, method, runs, COLOURS[index % len(COLOURS)])
+        if method in named:
+            _draw_method(axes, method, runs, COLOURS[named.index(method)])
+        else:
+            axes.plot(*zip(*sorted(map(_point, runs))), "o-", color="lightgrey", markersize=4, zorder=1)
     for row in rows:
         if row["method"] == control:
             axes.plot(*_point(row), "kx", markersize=10, label=control)
+    if crowded:
+        axes.plot([], [], "o-", color="lightgrey", label=f"{len(methods) - len(named)} others")
+        axes.set_xscale("symlog", linthresh=1)
+        axes.set_xticks([0, 1, 10, 100], ["0", "1", "10", "100"])
     axes.set(title=title, xlabel="forgetting: known facts lost, trained wording (%)")
     axes.set_ylabel("learning: new facts right, unseen wording")
     axes.set_ylim(-0.02, 1.02)
     axes.grid(alpha=0.3)
-    axes.legend()
+    if crowded:
+        figure.legend(loc="outside right upper")
+    else:
+        axes.legend()
     return figure
+
+
+def by_fronts(rows: Sequence[Mapping], control: str) -> list[str]:
+    """The methods in the order of their fronts: first those that no other method beats, then those that only these do.
+
+    A method is beaten where for each of its strengths another one learns as much and forgets as little, and differs.
+    """
+    points = [(row["method"], *_point(row)) for row in rows if row["method"] != control]
+    ordered: list[str] = []
+    while points:
+        front = [
+            method
+            for method, lost, learned in points
+            if not any(
+                other != method and less <= lost and more >= learned and (less, more) != (lost, learned)
+                for other, less, more in points
+            )
+        ]
+        ordered += dict.fromkeys(front)
+        points = [point for point in points if point[0] not in ordered]
+    return ordered
 
 
 def _draw_method(axes, method: str, rows: Sequence[Mapping], colour: str) -> None:

@@ -39,6 +39,7 @@ from memlayer.jobs.workers import worker_processes
 
 ANSWERS, PROBES, TRIALS = "answers.jsonl", "probes.json", "trials"
 SEED = "{seed}"  # in the name of a checkpoint
+NAMED = 5  # methods in a title
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ def compare(config: CompareRun) -> None:
         if done:
             return
         found = run(config)
-        title = f"{', '.join(config.methods)} on {config.checkpoint}"
+        named = ", ".join(config.methods) if len(config.methods) <= NAMED else f"{len(config.methods)} methods"
+        title = f"{named} on {config.checkpoint}"
         came_from = provenance(_seeds(config), asdict(config))
         equal = forgetting_at_equal_learning(found.rows)
 
@@ -243,7 +245,7 @@ def run_trials(trials: Sequence[Trial], workers: int, progress: Callable[[Trial]
 
     Raises:
         ValueError: a trial is to save checkpoints, or its folder holds something else; none is run then. Or some could
-            not be finished, as at too high a rate: all others are run before.
+            not be finished, as at too high a rate: all others of these are run before.
     """
     for trial in trials:
         if trial.config.trainer.get("save_strategy", "no") not in ("no", False):

@@ -202,9 +202,10 @@ class OpenTable:
         self._admit()
         rows_RV = self.rows.detach()[:count]
         if self.rows.grad is not None and count:
-            before_RV = rows_RV.clone() if self._damping else None
+            before_RV = rows_RV.clone() if self._damping else rows_RV
             self._steps.step(optimizer, group_of(optimizer, self.rows), rows_RV, self.rows.grad[:count], self._at_R)
-            self._damp(before_RV, rows_RV)
+            if self._damping:
+                self._damp(before_RV, rows_RV)
             self._shorten(rows_RV)
         if weight.dtype != self.rows.dtype:
             self._store.put(ROWS, self._at_R, rows_RV)
@@ -228,14 +229,12 @@ class OpenTable:
         mine = self._slots_of_lesson.get(self._lesson, slots_F[:0])
         self._slots_of_lesson[self._lesson] = torch.cat([mine, slots_F]).sort().values
 
-    def _damp(self, before_RV: Tensor | None, rows_RV: Tensor) -> None:
+    def _damp(self, before_RV: Tensor, rows_RV: Tensor) -> None:
         """Take rows back, along their step, by how much background text and the lessons of others read them."""
-        if before_RV is None:
-            return
         others_R = self._store.get(WRITERS, self._at_R) - 1  # this lesson is among them since the rows were admitted
         reads_R = self.background.reads_N[self.slots_R] + self._protect * self._a_document * others_R
         shares_R = step_shares(reads_R, self._mean_reads, self._damping)
-        torch.lerp(before_RV, rows_RV.clone(), shares_R.to(rows_RV.dtype)[:, None], out=rows_RV)
+        rows_RV.copy_(before_RV.lerp(rows_RV, shares_R.to(rows_RV.dtype)[:, None]))
 
     def _shorten(self, rows_RV: Tensor) -> None:
         """Take rows back, along their change, to within the bound on its norm."""

@@ -11,7 +11,7 @@ from numpy.testing import assert_allclose
 from memlayer.data.qa import Question
 from memlayer.evaluation import rows as report_rows
 from memlayer.evaluation import tables
-from memlayer.evaluation.pareto import pareto_figure
+from memlayer.evaluation.pareto import by_fronts, pareto_figure
 from memlayer.evaluation.qa import Answered
 from memlayer.evaluation.report import write_report
 from memlayer.evaluation.rows import CONTROL, COSTS, mean_rows, result_row, sample
@@ -181,6 +181,30 @@ def test_the_drawing_shows_every_method_and_marks_chosen_and_control():
     assert lines["sparse"].get_color() != lines["full"].get_color()
     rings = [line.get_xydata()[0] for line in axes.lines if line.get_markeredgecolor() == "black"]
     assert_allclose(rings, [[10, 0.3], [60, 0.3]])
+
+
+def test_methods_are_ordered_by_what_beats_them():
+    rows = [
+        row(CONTROL, "-", known=1.0, new=0.0),
+        row("third", "1", known=0.7, new=0.4),
+        row("gentle", "1", known=1.0, new=0.2),
+        row("second", "1", known=0.8, new=0.5),
+        row("bold", "1", known=0.8, new=0.8),
+        row("bold", "2", known=0.1, new=0.1),
+    ]
+    assert by_fronts(rows, CONTROL) == ["gentle", "bold", "second", "third"]
+    assert by_fronts(rows[:1], CONTROL) == []
+    same = [row(name, "1", known=0.8, new=0.5) for name in ("one", "other")]
+    assert by_fronts(same, CONTROL) == ["one", "other"]
+
+
+def test_a_crowded_drawing_names_the_best_methods_and_counts_the_others():
+    rows = [row(CONTROL, "-", known=1.0, new=0.0)]
+    rows += [row(f"method {place}", "lr 1", known=0.9, new=place / 20) for place in range(14)]
+    (axes,) = pareto_figure("Title", rows, CONTROL).axes
+    named = {line.get_label() for line in axes.lines if not line.get_label().startswith("_")}
+    assert named == {CONTROL, "5 others", *(f"method {place}" for place in range(5, 14))}
+    assert len(axes.texts) == 9
 
 
 def test_the_picture_is_a_png(tmp_path):
