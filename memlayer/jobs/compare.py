@@ -42,6 +42,10 @@ SEED = "{seed}"  # in the name of a checkpoint
 NAMED = 5  # methods in a title
 
 
+class TrialsFailed(ValueError):
+    """Some trials could not be finished, as at too high a rate; all others that were asked for are done."""
+
+
 @dataclass(frozen=True)
 class Trial:
     """One setting to try.
@@ -117,16 +121,25 @@ def run(config: CompareRun) -> Compared:
 
     Raises:
         FileNotFoundError, ValueError: as of ``compare``; what cannot be measured is refused before any trial is run.
+        TrialsFailed: some trials of a seed; those of later seeds are run before.
     """
     found = Compared([], [])
+    failed: list[TrialsFailed] = []
     for seed in _seeds(config):
         _check(config, seed)
     if config.note:
         print(config.note, flush=True)
     for seed in _seeds(config):
-        rows, samples = _try_methods(config, seed)
-        found.rows += rows
-        found.samples += [each | {"seed": seed} for each in samples]
+        try:
+            rows, samples = _try_methods(config, seed)
+        except TrialsFailed as error:
+            error.add_note(f"seed {seed}")
+            failed.append(error)
+        else:
+            found.rows += rows
+            found.samples += [each | {"seed": seed} for each in samples]
+    if failed:
+        raise TrialsFailed("; ".join(f"{error.__notes__[0]}: {error}" for error in failed))
     return found
 
 
@@ -244,8 +257,8 @@ def run_trials(trials: Sequence[Trial], workers: int, progress: Callable[[Trial]
         progress: called with each trial when its result is there.
 
     Raises:
-        ValueError: a trial is to save checkpoints, or its folder holds something else; none is run then. Or some could
-            not be finished, as at too high a rate: all others of these are run before.
+        ValueError: a trial is to save checkpoints, or its folder holds something else; none is run then.
+        TrialsFailed: some could not be finished; all others of these are run before.
     """
     for trial in trials:
         if trial.config.trainer.get("save_strategy", "no") not in ("no", False):
@@ -281,7 +294,7 @@ def run_trials(trials: Sequence[Trial], workers: int, progress: Callable[[Trial]
         raise
     if failed:
         others = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
-        raise ValueError(f"{failed[0]}{others}; the other trials of the {len(trials)} are done and stay")
+        raise TrialsFailed(f"{failed[0]}{others}; the other trials of the {len(trials)} are done and stay")
 
 
 def trial_is_done(trial: Trial) -> bool:

@@ -133,6 +133,22 @@ def test_a_trial_that_fails_is_named_when_all_others_are_done(tmp_path, checkpoi
     assert sorted(map(repr, reported)) == sorted(map(repr, trials[::2]))
 
 
+def test_a_trial_that_fails_does_not_stop_later_seeds(tmp_path, comparison):
+    path = comparison(compare={"num_validation": 0})
+    told = yaml.safe_load(path.read_text())
+    told["methods"]["full"] = told["methods"]["sparse memory"] | {
+        "learning_rates": [1],
+        "settings": ["learn.num_rows=65"],
+    }
+    path.write_text(yaml.safe_dump(told))
+    sentence = r"^seed 0: full lr 1: num_rows is 65, .* 4 are done and stay; seed 1: full lr 1: num_rows is 65, .*"
+    with pytest.raises(ValueError, match=sentence):
+        compare(load_config(path))
+    done = {file.parent.name for file in (tmp_path / "out" / "trials" / "seed1").rglob(ANSWERS)}
+    assert done == {CONTROL, "sparse memory lr 1", "sparse memory lr 20"}
+    assert not (tmp_path / "out" / "report.md").exists()
+
+
 def test_what_was_measured_is_read_back_as_it_was_written(tmp_path, one_by_one):
     measured = read_measured(one_by_one[2].folder)
     write_measured(measured, tmp_path)
