@@ -1,4 +1,5 @@
 """python benchmarks/class_incremental.py --digits digits.csv.gz --output runs/class_incremental.jsonl
+python benchmarks/class_incremental.py --texts articles.jsonl --encoder runs/stories --output runs/classes.jsonl
 
 Does MIST's choice of numbers help a frozen-feature classifier that learns classes task after task? A factorial of
 
@@ -12,16 +13,14 @@ condition and host has the rate of one grid that comes out best on a stream of a
 that learns new classes so much better there than frozen: what was forgotten is then compared at about equal learning. A
 rate at the grid's edge is marked, and what each does on that stream is printed, for most is a matter of step size.
 
-The encoder, a perceptron of three layers, is pretrained on images upright and turned by 180 degrees (20 classes); the
-stream is 30 classes, the same turned by 90 degrees, inverted and mirrored, and with quadrants swapped, in 6 tasks.
 Images are scikit-learn's digits, read from the file it ships (sklearn/datasets/data/digits.csv.gz), or, without
---digits, drawn shapes. This is a test tube: it says nothing of a vision transformer.
+--digits, drawn shapes; their encoder is a perceptron, which says nothing of a vision transformer. Texts are articles
+with their subjects, and their encoder is any decoder. See class_streams.py.
 
 Every finished run is a line of --output, so the same command goes on after a kill.
 """
 
 import argparse
-import hashlib
 import json
 import math
 import statistics
@@ -29,8 +28,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy
 import torch
+from class_streams import Images, Texts, drawn_shapes, read_digits
 from report import finish
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -45,23 +44,22 @@ SELECTORS, OBJECTIVES, DROPS = ("infonce", "fisher", "magnitude", "random", "den
 FROZEN = ("frozen", "-", 0.0, "never")
 CONDITIONS = [FROZEN, *((s, o, d, "every") for s in SELECTORS for o in OBJECTIVES for d in DROPS)]
 CONDITIONS += [("infonce", "infonce", 0.9, "first"), ("dense", "infonce", 0.0, "first")]
-DENSITY, BATCH, WIDTH, TASKS, PER_TASK = 0.05, 64, 64, 6, 5
-TRAIN, TEST, RANDOM_FEATURES = 40, 30, 200  # images of a class, and RanPAC's M
+DENSITY, BATCH, RANDOM_FEATURES = 0.05, 64, 200  # of each matrix, examples a step, and RanPAC's M
 VALIDATION = 1000  # seed of the stream on which rates are chosen
 T_QUANTILE = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # 95 %, by seeds
 
 
 def main() -> None:
     options = parse_options()
-    images, labels = read_digits(options.digits) if options.digits else drawn_shapes()
-    encoder, upright = pretrained(images, labels)
-    told = {"epochs": options.epochs, "data": hashlib.sha256(images.numpy().tobytes()).hexdigest()}
+    data = data_of(options)
+    told = {"epochs": options.epochs, "data": data.digest}
     done = Done(options.output, told)
 
     def found(condition: tuple, rate: float, seed: int) -> dict:
-        return done.get(condition, rate, seed, images, labels, encoder, options.epochs)
+        return done.get(condition, rate, seed, data, options.epochs)
 
-    figures = {"images": "digits" if options.digits else "drawn shapes", "pretrained_accuracy": upright, "rows": []}
+    of = options.texts or options.digits
+    figures = {"data": of.name if of else "drawn shapes", **data.told, "rows": []}
     tried = {condition: [0.0] if condition == FROZEN else sorted(options.rates) for condition in CONDITIONS}
     validation = {key: [found(key, rate, VALIDATION) for rate in rates] for key, rates in tried.items()}
     for host in HOSTS:
@@ -71,6 +69,15 @@ def main() -> None:
         show(host, rows, rates, validation, tried)
         figures["rows"] += summary(host, rows, rates)
     finish("class_incremental", {**figures, "seeds": options.seeds, "gain": options.gain})
+
+
+def data_of(options: argparse.Namespace) -> Images | Texts:
+    if options.texts is None:
+        return Images(*(read_digits(options.digits) if options.digits else drawn_shapes()))
+    try:
+        return Texts(options.texts, options.encoder, options.length)
+    except (OSError, ValueError) as error:
+        sys.exit(f"class_incremental.py: {error}")
 
 
 def chosen(host: str, runs: list[dict], enough: float) -> int:
@@ -83,6 +90,9 @@ def chosen(host: str, runs: list[dict], enough: float) -> int:
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--digits", type=Path, help="scikit-learn's digits.csv.gz (default: drawn shapes)")
+    parser.add_argument("--texts", type=Path, help="JSON Lines of articles, each with a text and its subjects")
+    parser.add_argument("--encoder", type=Path, help="folder of the decoder that reads them, and its tokenizer")
+    parser.add_argument("--length", type=int, default=64, help="tokens of a view of a text (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="where finished runs are kept, a line each (default: nowhere)")
     parser.add_argument("--seeds", type=int, default=5, help="streams to report on (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=4, help="passes of tuning a task (default: %(default)s)")
@@ -95,59 +105,19 @@ def parse_options() -> argparse.Namespace:
         parser.error(f"--seeds is {options.seeds}, must be between 2 and 10")
     if options.epochs < 1:
         parser.error(f"--epochs is {options.epochs}, must be at least 1")
-    if options.digits and not options.digits.is_file():
-        parser.error(f"--digits is {options.digits}: there is no such file")
+    if options.length < 1:
+        parser.error(f"--length is {options.length}, must be at least 1")
+    if options.digits and options.texts:
+        parser.error("--digits and --texts: name one")
+    if bool(options.texts) != bool(options.encoder):
+        parser.error("--texts and --encoder go together")
+    for name in ("digits", "texts"):
+        path = getattr(options, name)
+        if path and not path.is_file():
+            parser.error(f"--{name} is {path}: there is no such file")
+    if options.encoder and not options.encoder.is_dir():
+        parser.error(f"--encoder is {options.encoder}: there is no such folder")
     return options
-
-
-def read_digits(path: Path) -> tuple[Tensor, Tensor]:
-    """1,797 images of 8 by 8, from 0 to 1, and their digits."""
-    table = torch.from_numpy(numpy.loadtxt(path, delimiter=","))
-    return (table[:, :64] / 16).float().view(-1, 8, 8), table[:, 64].long()
-
-
-def drawn_shapes(per_class: int = 180) -> tuple[Tensor, Tensor]:
-    """Ten smooth random shapes, each image of one shifted, dimmed and with noise."""
-    draws = torch.Generator().manual_seed(0)
-    coarse = torch.rand(10, 1, 4, 4, generator=draws)
-    shapes = (F.interpolate(coarse, size=8, mode="bilinear")[:, 0] - 0.35).clamp(min=0) * 1.6
-    labels = torch.arange(10).repeat_interleave(per_class)[torch.randperm(10 * per_class, generator=draws)]
-    light = 0.6 + 0.4 * torch.rand(len(labels), 1, 1, generator=draws)
-    noise = 0.25 * torch.randn(len(labels), 8, 8, generator=draws)
-    return (views(shapes[labels], draws) * light + noise).clamp(0, 1), labels
-
-
-def views(images_B88: Tensor, draws: torch.Generator) -> Tensor:
-    """Each image shifted by up to a pixel in both directions, with noise."""
-    padded = F.pad(images_B88, (1, 1, 1, 1))
-    down, right = torch.randint(3, (2, len(padded), 1, 1), generator=draws)
-    rows, columns = down + torch.arange(8)[:, None], right + torch.arange(8)
-    shifted = padded[torch.arange(len(padded))[:, None, None], rows, columns]
-    return shifted + 0.05 * torch.randn(shifted.shape, generator=draws)
-
-
-def new_encoder() -> nn.Sequential:
-    layers = [nn.Flatten(), nn.Linear(64, 128), nn.GELU(), nn.LayerNorm(128), nn.Linear(128, 128), nn.GELU()]
-    return nn.Sequential(*layers, nn.LayerNorm(128), nn.Linear(128, WIDTH))
-
-
-def pretrained(images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], float]:
-    """An encoder of the first half of the images, upright and turned by 180 degrees, and its accuracy on the second."""
-    torch.manual_seed(0)
-    draws, half = torch.Generator().manual_seed(0), len(images) // 2
-    x, y = torch.cat([images, images.rot90(2, (1, 2))]), torch.cat([labels, labels + 10])
-    number = torch.arange(len(images)).repeat(2)
-    encoder, head = new_encoder(), nn.Linear(WIDTH, 20)
-    optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=3e-3)
-    train = (number < half).nonzero()[:, 0]
-    for _ in range(30):
-        for part in train[torch.randperm(len(train), generator=draws)].split(BATCH):
-            optimizer.zero_grad()
-            F.cross_entropy(head(encoder(views(x[part], draws))), y[part]).backward()
-            optimizer.step()
-    with torch.no_grad():
-        right = head(encoder(x[number >= half])).argmax(1) == y[number >= half]
-    return encoder.state_dict(), right.float().mean().item()
 
 
 class Done:
@@ -162,7 +132,7 @@ class Done:
             path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
         for record in map(json.loads, lines):
             if record["told"] != told:
-                sys.exit(f"{path} holds runs of other images or epochs: name another --output")
+                sys.exit(f"{path} holds runs of other data or epochs: name another --output")
             self._found[tuple(record["condition"]), record["rate"], record["seed"]] = record["found"]
 
     def get(self, condition: tuple, rate: float, seed: int, *given) -> dict:
@@ -178,49 +148,48 @@ class Done:
 
 
 class Stream:
-    """Thirty classes that pretraining did not have, in the order of a seed, split into what is learned and asked."""
+    """The classes of some data in the order of a seed, each split into what is learned and what is asked."""
 
-    def __init__(self, images: Tensor, labels: Tensor, seed: int):
-        draws, half = torch.Generator().manual_seed(seed), len(images) // 2
-        kinds = [images.rot90(1, (1, 2)), 1 - images.flip(2), images.roll((4, 4), (1, 2))]
-        x = torch.cat([kind[half:] for kind in kinds])
-        y = torch.cat([labels[half:] + 10 * number for number in range(3)])
-        self.order = torch.randperm(30, generator=draws).tolist()
+    def __init__(self, data: Images | Texts, seed: int):
+        draws = torch.Generator().manual_seed(seed)
+        self.order, self._data = torch.randperm(len(data.of_class), generator=draws).tolist(), data
         self._of_class = {}
         for label in self.order:
-            mine = (y == label).nonzero()[:, 0]
-            self._of_class[label] = x[mine[torch.randperm(len(mine), generator=draws)]]
+            mine = data.of_class[label]
+            self._of_class[label] = mine[torch.randperm(len(mine), generator=draws)]
 
     def examples(self, classes: list[int], train: bool) -> tuple[Tensor, Tensor]:
-        part = slice(TRAIN) if train else slice(TRAIN, TRAIN + TEST)
+        learned = self._data.train
+        part = slice(learned) if train else slice(learned, learned + self._data.test)
         parts = [self._of_class[label][part] for label in classes]
         return torch.cat(parts), torch.cat([torch.full((len(p),), label) for p, label in zip(parts, classes)])
 
 
-def run(condition: tuple, rate: float, seed: int, images: Tensor, labels: Tensor, encoder: dict, epochs: int) -> dict:
+def run(condition: tuple, rate: float, seed: int, data: Images | Texts, epochs: int) -> dict:
     """One stream under one condition."""
     _, _, _, when = condition
-    model = new_encoder()
-    model.load_state_dict(encoder)
+    model = data.new_encoder()
+    model.load_state_dict(data.encoder)
     torch.manual_seed(seed)
-    stream, projection = Stream(images, labels, seed), nn.Linear(WIDTH, 128)
-    hosts = dict(zip(HOSTS, (SimpleCIL(), RanPAC(WIDTH, RANDOM_FEATURES, seed=seed)), strict=True))
+    stream, projection = Stream(data, seed), nn.Linear(data.width, 128)
+    hosts = dict(zip(HOSTS, (SimpleCIL(), RanPAC(data.width, RANDOM_FEATURES, seed=seed)), strict=True))
     seen, found = [], {f"{host}_{kind}": [] for host in hosts for kind in ("all", "new")}
     moved: list[float] = []
-    for task in range(TASKS):
-        classes = stream.order[task * PER_TASK : (task + 1) * PER_TASK]
+    for task in range(data.tasks):
+        classes = stream.order[task * data.per_task : (task + 1) * data.per_task]
         x, y = stream.examples(classes, train=True)
         if when == "every" or (when == "first" and not task):
-            adapt(condition, model, projection, x, y, rate, epochs, seed * TASKS + task, moved)
+            adapt(condition, data, model, projection, x, y, rate, epochs, seed * data.tasks + task, moved)
         seen += classes
         shuffled = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
         with torch.no_grad():
+            features, (x_asked, y_asked) = model(x[shuffled]), stream.examples(seen, train=False)
+            asked, of_new = model(x_asked), torch.isin(y_asked, torch.tensor(classes))
             for name, host in hosts.items():
-                host.learn(model(x[shuffled]), y[shuffled])
-                for kind, asked in (("all", seen), ("new", classes)):
-                    x_asked, y_asked = stream.examples(asked, train=False)
-                    right = host.predict(model(x_asked)) == y_asked
-                    found[f"{name}_{kind}"].append(right.float().mean().item())
+                host.learn(features, y[shuffled])
+                right = (host.predict(asked) == y_asked).float()
+                found[f"{name}_all"].append(right.mean().item())
+                found[f"{name}_new"].append(right[of_new].mean().item())
     with torch.no_grad():
         fresh, (x, y), (x_asked, y_asked) = SimpleCIL(), stream.examples(seen, True), stream.examples(seen, False)
         fresh.learn(model(x), y)
@@ -229,18 +198,18 @@ def run(condition: tuple, rate: float, seed: int, images: Tensor, labels: Tensor
     scores |= {f"{host}_mean": statistics.mean(found[f"{host}_all"]) for host in hosts}
     scores |= {f"{host}_new": statistics.mean(found[f"{host}_new"]) for host in hosts}
     state = model.state_dict()
-    changed = sum(int((state[name] != encoder[name]).sum()) for name in encoder)
-    changed_share = changed / sum(tensor.numel() for tensor in encoder.values())
+    changed = sum(int((state[name] != tensor).sum()) for name, tensor in data.encoder.items())
+    changed_share = changed / sum(tensor.numel() for tensor in data.encoder.values())
     step_share = statistics.mean(moved) if moved else 0.0
     return scores | {"simplecil_recomputed": recomputed, "step_share": step_share, "changed_share": changed_share}
 
 
-def adapt(condition: tuple, model, projection, x, y, rate, epochs, seed, moved: list[float]) -> None:
+def adapt(condition: tuple, data, model, projection, x, y, rate, epochs, seed, moved: list[float]) -> None:
     """Score, choose and tune for one task; the share of parameters that moved in each of the first steps is noted."""
     selector, objective, drop, _ = condition
     local = {label: number for number, label in enumerate(dict.fromkeys(y.tolist()))}
     y = torch.tensor([local[label] for label in y.tolist()])
-    classifier = nn.Linear(WIDTH, PER_TASK)
+    classifier = nn.Linear(data.width, data.per_task)
     last: list[Tensor] = []
 
     def losses(kind: str, watched: bool = False) -> Iterator[Tensor]:
@@ -249,7 +218,7 @@ def adapt(condition: tuple, model, projection, x, y, rate, epochs, seed, moved: 
                 last.append(nn.utils.parameters_to_vector(model.parameters()).detach().clone())
                 if len(last) > 1:
                     moved.append((last[-1] != last[-2]).float().mean().item())
-            both = torch.cat([views(x[part], draws), views(x[part], draws)])
+            both = torch.cat([data.views(x[part], draws), data.views(x[part], draws)])
             features, y_both = model(both), y[part].repeat(2)
             if kind == "infonce":
                 yield supervised_infonce(projection(features), y_both)

@@ -5,7 +5,10 @@ import json
 import class_incremental as benchmark
 import commands
 import pytest
+import tiny
 import torch
+from class_streams import Texts
+from transformers import LlamaConfig, LlamaForCausalLM
 
 SCRIPT = "benchmarks/class_incremental.py"
 pytestmark = pytest.mark.slow  # half a minute together, most of it pretraining
@@ -14,18 +17,17 @@ MIST = ("infonce", "infonce", 0.9, "every")
 
 @pytest.fixture(scope="module")
 def drawn():
-    images, labels = benchmark.drawn_shapes()
-    return images, labels, benchmark.pretrained(images, labels)[0]
+    return benchmark.Images(*benchmark.drawn_shapes())
 
 
 def test_a_run_is_repeated_by_its_seed_and_moves_the_share_that_is_meant(drawn):
-    one, again, other = (benchmark.run(MIST, 0.01, seed, *drawn, 1) for seed in (0, 0, 1))
+    one, again, other = (benchmark.run(MIST, 0.01, seed, drawn, 1) for seed in (0, 0, 1))
     assert one == again != other
     weights = 64 * 128 + 128 * 128 + 128 * 64
-    total = sum(tensor.numel() for tensor in drawn[2].values())
+    total = sum(tensor.numel() for tensor in drawn.encoder.values())
     assert one["step_share"] == pytest.approx(0.05 * 0.1 * weights / total, rel=0.1)
     assert 0.05 < one["changed_share"] <= 6 * 0.05
-    frozen = benchmark.run(benchmark.FROZEN, 0.0, 0, *drawn, 1)
+    frozen = benchmark.run(benchmark.FROZEN, 0.0, 0, drawn, 1)
     assert frozen["changed_share"] == frozen["step_share"] == 0
     assert frozen["simplecil_last"] == frozen["simplecil_recomputed"] > 0.3, "a frozen model's prototypes are not stale"
 
@@ -34,12 +36,10 @@ def test_selectors_of_one_objective_see_the_same_views(drawn, monkeypatch):
     """What is drawn for scoring must not shift what is drawn for tuning."""
     seen = {}
     for selector in ("random", "fisher"):
-        drawn_views, views = [], benchmark.views
-        monkeypatch.setattr(
-            benchmark, "views", lambda x, draws, to=drawn_views, v=views: to.append(v(x, draws)) or to[-1]
-        )
-        benchmark.run((selector, "ce", 0.0, "first"), 0.01, 0, *drawn, 1)
-        monkeypatch.setattr(benchmark, "views", views)
+        drawn_views, views = [], drawn.views
+        monkeypatch.setattr(drawn, "views", lambda x, draws, to=drawn_views, v=views: to.append(v(x, draws)) or to[-1])
+        benchmark.run((selector, "ce", 0.0, "first"), 0.01, 0, drawn, 1)
+        monkeypatch.setattr(drawn, "views", views)
         seen[selector] = drawn_views[-8:]
         assert len(drawn_views) == {"random": 8, "fisher": 16}[selector]
     assert all(torch.equal(*pair) for pair in zip(seen["random"], seen["fisher"], strict=True))
@@ -53,13 +53,13 @@ def test_the_rate_is_the_lowest_that_learns_enough_or_else_the_best_at_the_end()
 def test_finished_runs_are_read_again_and_a_torn_line_is_run_anew(tmp_path, drawn):
     path = tmp_path / "runs.jsonl"
     done = benchmark.Done(path, {"epochs": 1})
-    found = done.get(benchmark.FROZEN, 0.0, 0, *drawn, 1)
+    found = done.get(benchmark.FROZEN, 0.0, 0, drawn, 1)
     with path.open("a", encoding="utf-8") as file:
         file.write('{"told": {"epo')
     again = benchmark.Done(path, {"epochs": 1})
     assert again.get(benchmark.FROZEN, 0.0, 0) == found, "nothing is given that it could be run with"
     assert len(path.read_text(encoding="utf-8").splitlines()) == 1
-    with pytest.raises(SystemExit, match="holds runs of other images or epochs"):
+    with pytest.raises(SystemExit, match="holds runs of other data or epochs"):
         benchmark.Done(path, {"epochs": 2})
 
 
@@ -87,3 +87,56 @@ def test_settings_that_do_not_fit_are_refused(setting, words):
     done = commands.run(SCRIPT, setting)
     assert done.returncode == 2
     assert words in done.stderr
+
+
+@pytest.fixture(scope="module")
+def articles(tmp_path_factory):
+    """Thirty subjects of an article more each, the first with too few, and a decoder's folder."""
+    folder = tmp_path_factory.mktemp("texts")
+    tokenizer = tiny.tokenizer(folder / "decoder")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder / "decoder")
+    lines = [
+        {"subjects": f"subject {label}; other", "text": f"{label} of {number}: " + "so it was. " * 9}
+        for label in range(30)
+        for number in range(58 + label)
+    ]
+    lines.append({"subjects": "subject 1", "text": "short"})
+    (folder / "articles.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    return folder / "articles.jsonl", folder / "decoder"
+
+
+def test_texts_are_the_most_frequent_first_subjects_and_views_are_windows_of_them(articles):
+    texts = Texts(*articles, length=8)
+    assert texts.told["subjects"] == [f"subject {label}" for label in range(29, 4, -1)]
+    assert texts.of_class[0].shape == (58 + 29, 16)
+    windows = texts.views(texts.of_class[0], torch.Generator().manual_seed(0))
+    firsts = {
+        next(first for first in range(9) if torch.equal(whole[first : first + 8], window))
+        for whole, window in zip(texts.of_class[0], windows, strict=True)
+    }
+    assert firsts == set(range(9)), "every place of a window is drawn"
+
+
+def test_a_run_on_texts_is_repeated_by_its_seed_and_tunes_the_decoder(articles):
+    texts = Texts(*articles, length=8)
+    one, again = (benchmark.run(MIST, 0.01, 0, texts, 1) for _ in range(2))
+    assert one == again
+    assert 0 < one["changed_share"] <= 5 * 0.05
+    assert benchmark.run(benchmark.FROZEN, 0.0, 0, texts, 1)["changed_share"] == 0
+
+
+def test_texts_that_do_not_serve_are_refused_by_name(articles, tmp_path):
+    with pytest.raises(ValueError, match="0 subjects have 60 articles of 2000 tokens, 25 are needed"):
+        Texts(*articles, length=1000)
+    (tmp_path / "bad.jsonl").write_text('{"text": "no subject"}\n')
+    with pytest.raises(ValueError, match=r"bad\.jsonl:1: not an object with a text and its subjects"):
+        Texts(tmp_path / "bad.jsonl", articles[1])
+    for arguments, sentence in (
+        (["--texts", articles[0]], "--texts and --encoder go together"),
+        (["--texts", articles[0], "--encoder", "absent"], "--encoder is absent: there is no such folder"),
+    ):
+        done = commands.run(SCRIPT, *arguments)
+        assert done.returncode
+        assert sentence in done.stderr
