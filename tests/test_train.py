@@ -388,6 +388,7 @@ LEARN_REFUSALS = [
     ("learn.questions=5", "5 questions per batch asked for, relation P740 has 4 to teach with"),
     ("learn.idf_power=-1", "learn.idf_power is -1.0, must be at least 0"),
     ("learn.positions=some", "learn.positions is 'some', must be 'all' or 'subject' or 'answer'"),
+    ("learn.rate_unit=lessons learn.optimizer=adam", "learn.rate_unit is lessons and learn.optimizer adam, whose"),
     ("learn.subject_tokens=2", "learn.subject_tokens is 2, but learn.positions is all, which counts more than names"),
     ("learn.loss_on=some", "learn.loss_on is 'some', must be 'all' or 'answer'"),
     ("learn.protect=-1", "learn.protect is -1, must be at least 0"),
@@ -404,7 +405,7 @@ LEARN_REFUSALS = [
 @pytest.mark.parametrize(("override", "message"), LEARN_REFUSALS)
 def test_learning_refuses_in_one_sentence_and_teaches_nothing(tmp_path, checkpoint, override, message):
     path = write_config(tmp_path / "learn.yaml", LEARN, output=str(tmp_path / "out"), checkpoint=str(checkpoint))
-    assert message in refusal("train.py", path, override)
+    assert message in refusal("train.py", path, *override.split())
     assert not list(tmp_path.rglob("learned.json"))
 
 

@@ -183,6 +183,10 @@ def _teach(lesson: _Prepared) -> Learned:
         collator = partial(_collate, pad_token_id=pad_token(tokenizer), **told_of)
         start = time.perf_counter()  # what looks at the lessons before the first step is learning, too
         prepared = _made_ready(lesson, collator)
+        found |= prepared.found
+        if not arguments.disable_tqdm and "rate_of_one" in found:
+            rate = settings.learning_rate * found["rate_of_one"]
+            print(f"by the lessons a learning rate of 1 is {found['rate_of_one']:.4g} here, so it is {rate:.4g}")
         may_change = sum(p.numel() for group in prepared.optimizer.param_groups for p in group["params"])
         trainer = MemoryTrainer(
             prepared.model,

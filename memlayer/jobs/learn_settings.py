@@ -228,6 +228,9 @@ class SparseMemoryConfig(LearnConfig):
             reads as often as the mean slot takes half a step, one that it never reads a whole one. 0 is the paper's
             rule. Rows that lessons wrote count, for another one, as read by protect more documents.
         optimizer: sgd is the paper's, without momentum.
+        rate_unit: optimizer takes learning_rate as it is; lessons, as a part of the rate at which the first step takes
+            the whole loss of the median lesson away, if that falls in a straight line. It carries over between models;
+            the rate that it comes to is told and kept.
     """
 
     method: Literal["sparse_memory"] = "sparse_memory"
@@ -242,9 +245,15 @@ class SparseMemoryConfig(LearnConfig):
     select: Literal["tf_idf", "kl", "kl_documents", "gradient", "random"] = "tf_idf"
     damping: float = 0.0
     optimizer: Literal["sgd", "adam"] = "sgd"
+    rate_unit: Literal["optimizer", "lessons"] = "optimizer"
 
     def __post_init__(self):
         super().__post_init__()
+        if self.rate_unit == "lessons" and self.optimizer != "sgd":
+            raise ValueError(
+                f"learn.rate_unit is lessons and learn.optimizer {self.optimizer}, whose steps are as long as its rate "
+                "says: leave one out"
+            )
         if self.mist is not None and self.mist.paper_code:
             raise ValueError(
                 "learn.mist.paper_code moves product keys, with which the background was counted: leave it out"

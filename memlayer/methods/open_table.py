@@ -168,9 +168,11 @@ class OpenTable:
         self._lesson = lesson
 
     def warn_of_few(self) -> None:
-        """Say once that a step had fewer slots to choose among than it may change."""
+        """Say once that a step had fewer slots to choose among than it may change, unless damping chooses for it."""
         found = self.selection
         if self._warned or (found.read > len(self.rows) and found.selected == len(self.rows)):
+            return
+        if self._damping and not found.zero_idf:
             return
         self._warned = True
         every = "every slot read is selected" if not found.zero_idf else f"{found.selected} are selected"
@@ -211,6 +213,13 @@ class OpenTable:
             self._store.put(ROWS, self._at_R, rows_RV)
         self.table.put_rows(self.slots_R, rows_RV.to(weight.dtype))
         self.drop()
+
+    def slope(self) -> float:
+        """By how much the loss falls a unit of rate, in a straight line along SGD's first step on this table."""
+        squares_R = self.rows.grad[: len(self.slots_R)].double().square().sum(1)
+        if self._damping:
+            squares_R *= step_shares(self.background.reads_N[self.slots_R], self._mean_reads, self._damping)
+        return float(squares_R.sum())
 
     def _admit(self) -> None:
         new_R = self._at_R < 0

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -56,6 +56,7 @@ class Prepared:
         finetuner: what chooses the rows of each step, if the method does that.
         save: writes what answers beside the model's own weights into a folder, where the method keeps it apart.
         beside: writes what changing the patch later takes, beside it, where the method keeps that; after ``finish``.
+        found: numbers that the method found when it looked at the lessons, by name.
     """
 
     model: nn.Module
@@ -64,3 +65,4 @@ class Prepared:
     finetuner: Finetuner | None = None
     save: Callable[[Path], None] | None = None
     beside: Callable[[Path], None] | None = None
+    found: Mapping[str, float] = field(default_factory=dict)

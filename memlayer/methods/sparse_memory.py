@@ -12,6 +12,7 @@ anew, unless ``select`` has chosen for several; and a backward pass is refused w
 Source: arXiv:2510.15103, section 4. Left out: choosing per sequence.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -25,6 +26,7 @@ from memlayer.layers.memory import MemoryTable
 from memlayer.layers.ranks import num_ranks
 from memlayer.methods.open_table import Capacity, OpenTable, Selection
 from memlayer.methods.prepared import Prepared
+from memlayer.methods.rate_unit import rate_of_one
 from memlayer.methods.slot_gradients import recording
 from memlayer.patch import Base, MemoryPatch
 from memlayer.patch.base_model import mark
@@ -250,6 +252,19 @@ class SparseMemoryFinetuner:
     def selected(self) -> dict[str, Tensor]:
         """The slots this step may change, ascending, per table."""
         return {name: t.slots_R for name, t in self._tables.items()}
+
+    def whole_step(self, batch: Mapping[str, Tensor]) -> float:
+        """SGD's rate for a first step that takes the batch's whole loss away, if that falls in a straight line.
+
+        Nothing is changed and nothing stays chosen. Infinite where the loss does not fall.
+        """
+        loss = self.loss(batch)
+        loss.backward()
+        slope = sum(table.slope() for table in self._tables.values())
+        for rows in self.parameters():
+            rows.grad = None
+        self._forget()
+        return loss.item() / slope if slope else math.inf
 
     def begin(self, lesson: str) -> None:
         """Teach this lesson from now on, for the first time or again.
@@ -485,5 +500,9 @@ def prepare(model: nn.Module, background: Mapping[str, SlotCounts], settings, le
         settings.select,
         settings.damping,
     )
-    optimizer = OPTIMIZERS[settings.optimizer](finetuner.parameters(), lr=settings.learning_rate)
-    return Prepared(model, finetuner.watch(optimizer), finetuner.detach, finetuner)
+    rate, found = settings.learning_rate, {}
+    if settings.rate_unit == "lessons":
+        found["rate_of_one"] = rate_of_one(finetuner, lessons)
+        rate *= found["rate_of_one"]
+    optimizer = OPTIMIZERS[settings.optimizer](finetuner.parameters(), lr=rate)
+    return Prepared(model, finetuner.watch(optimizer), finetuner.detach, finetuner, found=found)

@@ -52,6 +52,20 @@ def test_a_run_that_changes_no_row_says_so(tmp_path, checkpoint, caplog):
     assert "nothing was learned: no row has changed, with learn.num_rows=4 and learn.learning_rate=0;" in caplog.text
 
 
+def test_a_rate_in_units_of_the_lessons_is_told_and_teaches_what_that_rate_does(tmp_path, checkpoint, capsys):
+    settings = {"num_rows": 8, "damping": 1.0, "idf_power": 0.0}
+    by_lessons = learned_by(
+        checkpoint, tmp_path / "one", {"num_new": 3}, learning_rate=0.5, rate_unit="lessons", **settings
+    )
+    rate = 0.5 * by_lessons.found["rate_of_one"]
+    assert rate not in (0, 0.5)
+    outright = learned_by(checkpoint, tmp_path / "other", {"num_new": 3}, learning_rate=rate, **settings)
+    assert outright.found == {}
+    rows = [learned.patch.tables[TABLE].rows for learned in (by_lessons, outright)]
+    assert len(rows[0]) > 0
+    assert torch.equal(*rows)
+
+
 def test_later_facts_avoid_the_rows_of_protected_ones(tmp_path, checkpoint):
     counts = (checkpoint / COUNTS_FILE).read_bytes()
     # With loss on every token each row selected has a gradient, and so moves and is part of the patch.

@@ -1,5 +1,7 @@
 """Steps that are shorter the more background text reads a slot."""
 
+import warnings
+
 import pytest
 import tiny
 import torch
@@ -114,3 +116,12 @@ def test_counts_without_a_read_are_refused_and_the_model_left_as_it_was():
         SparseMemoryFinetuner(model, background, 5, damping=1.0)
     assert memory_tables(model)[tiny.TABLE].rows is None
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_with_damping_every_row_that_is_read_may_be_asked_for_without_a_warning():
+    """It is what keeps the others then, not the choice of a few."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        change_and_slots(1.0, OPTIMIZERS["sgd"], num_rows=60, idf_power=0.0)
+    with pytest.warns(UserWarning, match="may change 60 slots"):
+        change_and_slots(0.0, OPTIMIZERS["sgd"], num_rows=60, idf_power=0.0)
