@@ -39,7 +39,7 @@ class StepwiseTrainer(Trainer):
     whether it trained in one go, went on from a checkpoint or had nothing left to do.
     """
 
-    def train_to_end(self, checkpoint: Path | None) -> None:
+    def train_from(self, checkpoint: Path | None) -> None:
         """Train to the last step, from a checkpoint of this run where there is one.
 
         Raises:
@@ -109,7 +109,7 @@ def train_to_end(trainer: StepwiseTrainer, checkpoint: Path | None, rate: str) -
         ValueError: the loss is no finite number.
     """
     try:
-        trainer.train_to_end(checkpoint)
+        trainer.train_from(checkpoint)
     except FloatingPointError as error:
         if trainer.state.global_step:
             cause = f"a {rate} may be too high"

@@ -61,7 +61,7 @@ class TextTrainer(MemoryTrainer):
             for name in of_processes[0]
         }
 
-    def train_to_end(self, checkpoint: Path | None) -> None:
+    def train_from(self, checkpoint: Path | None) -> None:
         """Train to the last step, from a checkpoint of this run and its place in the text where there is one."""
         if checkpoint is not None:
             place = checkpoint / PLACE.format(rank=self.args.process_index)
@@ -70,7 +70,7 @@ class TextTrainer(MemoryTrainer):
                     f"{checkpoint} does not say where process {self.args.process_index + 1} stood: start anew"
                 )
             self._batches.load_state(json.loads(place.read_text(encoding="utf-8")))
-        super().train_to_end(checkpoint)
+        super().train_from(checkpoint)
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of this process's share, which nothing may shard or skip again."""

@@ -19,7 +19,7 @@ CONFIG = PretrainRun(output="x")
 def trained(folder, seed=0, **settings):
     """A trainer that went on from whatever the folder holds, to the end."""
     trainer = trainer_of(tiny.memory_model(seed=seed), folder, examples(), **{**STEPS, **settings})
-    trainer.train_to_end(newest_checkpoint(folder))
+    trainer.train_from(newest_checkpoint(folder))
     return trainer
 
 
@@ -32,7 +32,7 @@ def run(tmp_path):
     """A run of six steps with three checkpoints."""
     trainer = trainer_of(tiny.memory_model(), tmp_path / "run", examples(), **STEPS)
     assert checkpoint_to_resume(trainer.args, CONFIG, {}) is None
-    trainer.train_to_end(None)
+    trainer.train_from(None)
     return trainer
 
 
@@ -73,7 +73,7 @@ def test_a_run_with_nothing_left_to_do_takes_its_last_model_in_one_file_or_in_sh
 def test_a_checkpoint_of_another_model_is_refused_rather_than_loaded_in_part(run):
     trainer = trainer_of(tiny.memory_model(layers=[0, 2], share=False), run.args.output_dir, examples(), **STEPS)
     with pytest.raises(ValueError, match="do not fit its config: 16 missing"):
-        trainer.train_to_end(newest_checkpoint(run.args.output_dir))
+        trainer.train_from(newest_checkpoint(run.args.output_dir))
 
 
 def test_the_best_model_is_the_end_of_the_first_run_and_of_any_other(tmp_path):
@@ -82,7 +82,7 @@ def test_the_best_model_is_the_end_of_the_first_run_and_of_any_other(tmp_path):
     def ended(folder, seed=0):
         model, validation = tiny.memory_model(seed=seed), examples(4, seed=1)
         trainer = trainer_of(model, folder, examples(), validation=validation, **{**STEPS, **settings})
-        trainer.train_to_end(newest_checkpoint(folder))
+        trainer.train_from(newest_checkpoint(folder))
         return trainer
 
     whole = ended(tmp_path / "run")
@@ -107,8 +107,8 @@ def test_a_loss_that_is_no_number_stops_the_training_at_its_step(tmp_path):
     model = tiny.memory_model()
     trainer = trainer_of(model, tmp_path, examples(), max_steps=6, learning_rate=1e30)
     with pytest.raises(FloatingPointError, match=r"^the loss is (nan|inf) at step [23]$"):
-        trainer.train_to_end(None)
+        trainer.train_from(None)
     with torch.no_grad():
         model.lm_head.weight.fill_(torch.nan)
     with pytest.raises(FloatingPointError, match=r"^the loss is nan at step 1$"):
-        trainer_of(model, tmp_path, examples(), max_steps=6).train_to_end(None)
+        trainer_of(model, tmp_path, examples(), max_steps=6).train_from(None)
