@@ -15,12 +15,16 @@ import tempfile
 from pathlib import Path
 from statistics import mean
 
+from tqdm import tqdm
+
 from memlayer import __version__
 from memlayer.decoders import files
 from memlayer.files import writing
 from memlayer.methods.row_equations import RowEquations
 from memlayer.patch.__main__ import check_new
 from memlayer.refusals import refusals
+
+BAR = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
 
 
 def main(program: str, words: list[str]) -> None:
@@ -47,6 +51,8 @@ def main(program: str, words: list[str]) -> None:
         equations = equations.without(options.without)
         if not equations.lessons:
             raise ValueError("every lesson is left out: the model as it is knows none of them")
+        with tqdm(total=100, desc="solving", unit="%", delay=1, bar_format=BAR) as bar:
+            equations.solve(lambda share: bar.update(100 * share))
         patch = equations.patch(files.load_model(options.model))
         missed = equations.missed()
         options.out.parent.mkdir(parents=True, exist_ok=True)

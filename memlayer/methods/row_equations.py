@@ -25,9 +25,8 @@ Shapes: P positions of a lesson, T of all lessons, K slots read at a position, V
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -38,6 +37,7 @@ from torch import Tensor, nn
 from memlayer.decoders.attach import unsharded_tables
 from memlayer.decoders.fingerprint import differing, fingerprint, product_key_fingerprints
 from memlayer.files import reading
+from memlayer.methods.terms import unheard
 from memlayer.patch import Base, MemoryPatch
 from memlayer.patch.table import TablePatch
 
@@ -92,6 +92,7 @@ class RowEquations:
     product_keys: dict[str, str]
     ridge: float
     lessons: Mapping[str, LessonEquations] = field(default_factory=dict)
+    _solution: list[Tensor] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self):
         if not self.ridge > 0:
@@ -121,16 +122,21 @@ class RowEquations:
             raise ValueError(f"both equations have lesson {common[0]!r}: leave it out of one")
         return replace(self, lessons={**self.lessons, **other.lessons})
 
-    def solve(self) -> tuple[Tensor, Tensor]:
-        """The slots that change, int64 (R,), ascending, and by how much, float64 (R, V).
+    def solve(self, progress: Callable[[float], object] = unheard) -> tuple[Tensor, Tensor]:
+        """The slots that change, int64 (R,), ascending, and by how much, float64 (R, V); kept for the next call.
+
+        Args:
+            progress: called with each share of the work that is done.
 
         Raises:
             ValueError: there is no lesson.
         """
-        return self._solution
+        if not self._solution:
+            self._solution.extend(self._solve(progress))
+        rows_R, change_RV = self._solution
+        return rows_R, change_RV
 
-    @cached_property
-    def _solution(self) -> tuple[Tensor, Tensor]:
+    def _solve(self, progress: Callable[[float], object]) -> tuple[Tensor, Tensor]:
         if not self.lessons:
             raise ValueError("there is no lesson in the equations")
         parts = [self.lessons[name] for name in sorted(self.lessons)]
@@ -140,17 +146,19 @@ class RowEquations:
         rows_R = torch.cat([part.rows_R for part in parts]).unique()
         damping_R = torch.empty(len(rows_R), dtype=torch.float64)
         for part in parts:  # a slot's background is that of the slot, whichever lesson brought it
-            damping_R[torch.searchsorted(rows_R, part.rows_R)] = self.ridge + part.background_R
+            damping_R[torch.searchsorted(rows_R, part.rows_R.contiguous())] = self.ridge + part.background_R
         blocks = list(zip(rows_R.split(BLOCK), damping_R.split(BLOCK), strict=True))
         gram_TT = torch.eye(len(wanted_TV), dtype=torch.float64)
         for slots_B, damping_B in blocks:
             reads_TB = dense_reads(slots_TK, weights_TK, slots_B)
             gram_TT += (reads_TB / damping_B) @ reads_TB.T
+            progress(0.5 / len(blocks))
         solved_TV = torch.cholesky_solve(wanted_TV.double(), torch.linalg.cholesky(gram_TT))
-        changes = [
-            dense_reads(slots_TK, weights_TK, slots_B).T @ solved_TV / damping_B[:, None]
-            for slots_B, damping_B in blocks
-        ]
+        changes = []
+        for slots_B, damping_B in blocks:
+            reads_TB = dense_reads(slots_TK, weights_TK, slots_B)
+            changes.append(reads_TB.T @ solved_TV / damping_B[:, None])
+            progress(0.5 / len(blocks))
         return rows_R, torch.cat(changes)
 
     def missed(self) -> dict[str, float]:
@@ -158,8 +166,9 @@ class RowEquations:
         rows_R, change_RV = self.solve()
         missed = {}
         for name, part in self.lessons.items():
+            at_PK, weights_PK = _found(part.slots_PK, part.weights_PK, rows_R)
             wanted_PV = part.wanted_PV.double()
-            left_PV = wanted_PV - dense_reads(part.slots_PK, part.weights_PK, rows_R) @ change_RV
+            left_PV = wanted_PV - (weights_PK[..., None] * change_RV[at_PK]).sum(1)
             missed[name] = float(left_PV.norm() / wanted_PV.norm()) if wanted_PV.any() else 0.0
         return missed
 
@@ -230,6 +239,11 @@ class RowEquations:
 
 def dense_reads(slots_TK: Tensor, weights_TK: Tensor, slots_B: Tensor) -> Tensor:
     """How much each position reads of each of these slots, ascending: float64 (T, B); heads that read one add up."""
-    at_TK = torch.searchsorted(slots_B, slots_TK.long()).clamp(max=len(slots_B) - 1)
-    of_these_TK = weights_TK.double().where(slots_B[at_TK] == slots_TK, 0)
+    at_TK, of_these_TK = _found(slots_TK, weights_TK, slots_B)
     return torch.zeros(len(slots_TK), len(slots_B), dtype=torch.float64).scatter_add_(1, at_TK, of_these_TK)
+
+
+def _found(slots_TK: Tensor, weights_TK: Tensor, slots_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Where among these slots, ascending, each read's is; and its weight, 0 where it is of none of them."""
+    at_TK = torch.searchsorted(slots_B, slots_TK.long().contiguous()).clamp(max=len(slots_B) - 1)
+    return at_TK, weights_TK.double().where(slots_B[at_TK] == slots_TK, 0)
