@@ -183,6 +183,41 @@ def test_the_drawing_shows_every_method_and_marks_chosen_and_control():
     assert_allclose(rings, [[10, 0.3], [60, 0.3]])
 
 
+def probe(name, measure, change=0.0, kept=None):
+    return {"name": name, "measure": measure, "change": change} | ({} if kept is None else {"share_kept": kept})
+
+
+def of_probes(method, new, *probes):
+    """A row of a model whose known facts are not known."""
+    asked = {name: each for name, each in scored(0.9, new).items() if name.startswith("new")}
+    return result_row(method, "lr 1", asked, asked, seed=0) | {"probes": list(probes)}
+
+
+def test_where_no_known_fact_was_asked_the_drawing_shows_what_the_first_probe_lost():
+    text = [probe("wiki", "nats", change) for change in (0.0, 0.25)]
+    rows = [
+        of_probes(CONTROL, 0.0, text[0], probe("trivia", "right", kept=1.0)),
+        of_probes("sparse", 0.5, text[1], probe("trivia", "right", kept=0.75)),
+    ]
+    (axes,) = pareto_figure("Title", rows, CONTROL).axes
+    lines = {line.get_label(): line for line in axes.lines}
+    assert axes.get_xlabel() == "forgetting: right answers lost of trivia (%)"
+    assert_allclose([lines[name].get_xydata()[0] for name in (CONTROL, "sparse")], [[0, 0], [25, 0.25]])
+    assert by_fronts([*rows, of_probes("worse", 0.5, text[1], probe("trivia", "right", kept=0.5))], CONTROL) == [
+        "sparse",
+        "worse",
+    ]
+
+
+def test_where_only_text_was_measured_the_drawing_shows_its_nats():
+    rows = [of_probes(CONTROL, 0.0, probe("wiki", "nats")), of_probes("sparse", 0.5, probe("wiki", "nats", 0.25))]
+    (axes,) = pareto_figure("Title", rows, CONTROL).axes
+    assert axes.get_xlabel() == "forgetting: wiki, nats a token more"
+    assert_allclose([line.get_xydata()[0] for line in axes.lines if line.get_label() == "sparse"], [[0.25, 0.25]])
+    (axes,) = pareto_figure("Title", [of_probes("sparse", 0.5)], CONTROL).axes
+    assert axes.get_xlabel() == "forgetting: nothing known was asked"
+
+
 def test_methods_are_ordered_by_what_beats_them():
     rows = [
         row(CONTROL, "-", known=1.0, new=0.0),
