@@ -124,7 +124,7 @@ def run(config: CompareRun) -> Compared:
         TrialsFailed: some trials of a seed; those of later seeds are run before.
     """
     found = Compared([], [])
-    failed: list[TrialsFailed] = []
+    failed: list[str] = []
     for seed in _seeds(config):
         _check(config, seed)
     if config.note:
@@ -133,13 +133,12 @@ def run(config: CompareRun) -> Compared:
         try:
             rows, samples = _try_methods(config, seed)
         except TrialsFailed as error:
-            error.add_note(f"seed {seed}")
-            failed.append(error)
+            failed.append(f"seed {seed}: {error}")
         else:
             found.rows += rows
             found.samples += [each | {"seed": seed} for each in samples]
     if failed:
-        raise TrialsFailed("; ".join(f"{error.__notes__[0]}: {error}" for error in failed))
+        raise TrialsFailed("; ".join(failed))
     return found
 
 

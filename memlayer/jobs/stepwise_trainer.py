@@ -1,16 +1,22 @@
 """transformers.Trainer whose end is never a surprise."""
 
 import shutil
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from memlayer.files import writing
 from memlayer.jobs.checkpoints import damage_of, newest_checkpoint
+
+ORDER = "order_state.pth"  # in a checkpoint: what the order of its epoch was drawn from
 
 
 class _BestModelIsHere(TrainerCallback):
@@ -32,12 +38,41 @@ def _best_checkpoint(args, state: TrainerState | None) -> Path | None:
     return best
 
 
+class RedrawnSampler(Sampler):
+    """Draws its order as another sampler does, from torch's own random numbers, and can draw the same order again.
+
+    Args:
+        sampler: of the order.
+
+    Attributes:
+        drawn_from: the state of the random numbers when the latest order was drawn.
+        draw_from: the state to draw the next one from; None leaves it as it is.
+    """
+
+    def __init__(self, sampler: Sampler):
+        self._sampler = sampler
+        self.drawn_from: Tensor | None = None
+        self.draw_from: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        if self.draw_from is not None:
+            torch.set_rng_state(self.draw_from)
+        self.draw_from, self.drawn_from = None, torch.get_rng_state()
+        return iter(self._sampler)
+
+
 class StepwiseTrainer(Trainer):
     """transformers.Trainer that stops where going on is useless, and says where it stopped.
 
     It stops at the first loss that is no number, leaves no half-written checkpoint, and ends with the same model
     whether it trained in one go, went on from a checkpoint or had nothing left to do.
     """
+
+    _goes_on_from: Path | None = None
+    _order: RedrawnSampler | None = None
 
     def train_from(self, checkpoint: Path | None) -> None:
         """Train to the last step, from a checkpoint of this run where there is one.
@@ -53,6 +88,7 @@ class StepwiseTrainer(Trainer):
             return
         if best is not None:
             self.add_callback(_BestModelIsHere(best))
+        self._goes_on_from = checkpoint
         try:
             self.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         except KeyboardInterrupt as stop:
@@ -67,6 +103,32 @@ class StepwiseTrainer(Trainer):
         """
         self.model.__dict__.pop("_is_accelerate_prepared", None)
         return super().train(*args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset=None):
+        """The Trainer's; the one by length draws an epoch's order again for a run that goes on in the middle of it.
+
+        Raises:
+            ValueError: the checkpoint does not say what its epoch's order was drawn from.
+        """
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            self._order = sampler = RedrawnSampler(sampler)
+            if self._goes_on_from is not None:
+                if not (path := self._goes_on_from / ORDER).is_file():
+                    raise ValueError(f"{path} is missing, an older version wrote this checkpoint: delete its folder")
+                sampler.draw_from = torch.load(path, weights_only=True)
+        return sampler
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        if self._order is not None and self.args.should_save:  # all processes draw the same order
+            torch.save(self._order.drawn_from, Path(output_dir) / ORDER)
+
+    def _load_rng_state(self, checkpoint):
+        """The Trainer's. It comes before the order of a new epoch is drawn, and after one that a run goes on in."""
+        super()._load_rng_state(checkpoint)
+        if self._order is not None:
+            self._order.draw_from = None
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """The Trainer's; looking at every loss waits for the device no longer than the Trainer's own filter would."""

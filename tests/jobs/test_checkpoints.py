@@ -2,15 +2,17 @@
 
 import logging
 import shutil
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from training import assert_same, examples, trainer_of
+from training import assert_same, batches_read, examples, trainer_of
 
 from memlayer.decoders.files import WEIGHTS
 from memlayer.jobs.checkpoints import checkpoint_to_resume, damage_of, newest_checkpoint
 from memlayer.jobs.config import PretrainRun
+from memlayer.jobs.stepwise_trainer import ORDER
 
 STEPS = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "learning_rate": 0.01}
 CONFIG = PretrainRun(output="x")
@@ -59,6 +61,34 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(run, caplog, 
         assert checkpoint_to_resume(run.args, CONFIG, {}).name == "checkpoint-4"
     assert f"checkpoint-6 is passed over: {said}" in caplog.text
     assert_same(weights(trained(folder, seed=1)), weights(run))
+
+
+EPOCHS = {"max_steps": 25, "save_steps": 1, "train_sampling_strategy": "group_by_length"}  # of ten steps each
+
+
+@pytest.fixture(scope="module")
+def run_of_epochs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("epochs") / "run"
+    with batches_read() as batches:
+        trainer = trained(folder, **EPOCHS)
+    orders = [torch.cat([batch.flatten() for batch in batches[first : first + 10]]) for first in (0, 10)]
+    assert not torch.equal(*orders), "each epoch has an order of its own"
+    return trainer
+
+
+@pytest.mark.parametrize("step", [4, 10, 11, 14, 20, 23])
+def test_a_run_goes_on_in_the_order_of_its_epoch_wherever_it_was_stopped(tmp_path, run_of_epochs, step):
+    shutil.copytree(Path(run_of_epochs.args.output_dir) / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    assert_same(weights(trained(tmp_path, seed=1, **EPOCHS)), weights(run_of_epochs))
+    shutil.copytree(tmp_path / "checkpoint-24", tmp_path / "again" / "checkpoint-24")
+    assert_same(weights(trained(tmp_path / "again", seed=1, **EPOCHS)), weights(run_of_epochs))
+
+
+def test_a_checkpoint_that_does_not_tell_the_order_of_its_epoch_is_refused(tmp_path, run_of_epochs):
+    shutil.copytree(Path(run_of_epochs.args.output_dir) / "checkpoint-14", tmp_path / "checkpoint-14")
+    (tmp_path / "checkpoint-14" / ORDER).unlink()
+    with pytest.raises(ValueError, match=r"order_state\.pth is missing, an older version wrote this checkpoint"):
+        trained(tmp_path, **EPOCHS)
 
 
 def test_a_run_with_nothing_left_to_do_takes_its_last_model_in_one_file_or_in_shards(run):

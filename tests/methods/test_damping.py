@@ -122,6 +122,8 @@ def test_with_damping_every_row_that_is_read_may_be_asked_for_without_a_warning(
     """It is what keeps the others then, not the choice of a few."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        change_and_slots(1.0, OPTIMIZERS["sgd"], num_rows=60, idf_power=0.0)
+        change, slots = change_and_slots(1.0, OPTIMIZERS["sgd"], num_rows=60, idf_power=0.0)
+    assert 5 < len(slots) < 60, "all that the batch reads, fewer than were asked for"
+    assert change.abs().sum(1).count_nonzero() > 5
     with pytest.warns(UserWarning, match="may change 60 slots"):
         change_and_slots(0.0, OPTIMIZERS["sgd"], num_rows=60, idf_power=0.0)
